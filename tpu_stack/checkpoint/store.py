@@ -1,0 +1,180 @@
+"""Saving and restoring training state with Orbax: asynchronous, resharding, checksummed.
+
+A run folder holds `checkpoints/STEP/`, each with the items `params`, `optimizer` and `meta`. The
+meta item carries all else that a step needs to stand alone: model config, tokenizer, the data
+iterator's position, and one checksum per tensor, which every restore verifies.
+
+>>> with CheckpointStore(Path("runs/a")) as store:
+...     store.save(20, params, optimizer, meta)
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import blake3
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging as absl_logging
+
+from tpu_stack.checkpoint.checksums import damaged, leaf_names, tree_checksums
+from tpu_stack.errors import UserError
+
+absl_logging.set_verbosity(absl_logging.ERROR)
+logging.getLogger("orbax").setLevel(logging.ERROR)
+
+
+class CheckpointStore:
+    """The checkpoints of one run folder. Use as a context manager: leaving waits for writes."""
+
+    def __init__(self, run: Path, *, keep: int = 2, read_only: bool = False):
+        self.run = run
+        self.folder = (run / "checkpoints").resolve()
+        if read_only and not self.folder.is_dir():
+            raise UserError(
+                f"{run} holds no checkpoints; give the --out folder of `tpu-stack train`"
+            )
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None if read_only else keep,
+            read_only=read_only,
+            create=not read_only,
+            enable_async_checkpointing=not read_only,
+        )
+        try:
+            self._manager = ocp.CheckpointManager(
+                self.folder,
+                options=options,
+                item_handlers={
+                    "params": ocp.StandardCheckpointHandler(),
+                    "optimizer": ocp.StandardCheckpointHandler(),
+                    "meta": ocp.JsonCheckpointHandler(),
+                },
+            )
+        except OSError as error:
+            raise UserError(f"cannot write checkpoints to {run}: {error.strerror}") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def wait(self) -> None:
+        """Blocks until every started save is on disk. Raises UserError when one failed."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as failure:  # Orbax re-raises whatever its writer thread met
+            raise UserError(
+                f"checkpoint in {self.folder} not written: {_reason(failure)}"
+            ) from failure
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps with a complete checkpoint, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, params: Any, optimizer: Any, meta: dict[str, Any]) -> None:
+        """Starts writing a checkpoint of `step`; training may go on and donate the arrays.
+
+        `meta` is JSON-ready. Raises UserError when this or an earlier write failed.
+        """
+        checksums = {"params": tree_checksums(params), "optimizer": tree_checksums(optimizer)}
+        args = ocp.args.Composite(
+            params=ocp.args.StandardSave(params),
+            optimizer=ocp.args.StandardSave(optimizer),
+            meta=ocp.args.JsonSave(dict(meta, step=step, checksums=checksums)),
+        )
+        try:
+            self._manager.save(step, args=args, force=True)
+        except Exception as failure:  # an earlier asynchronous write surfaces here
+            raise UserError(
+                f"checkpoint in {self.folder} not written: {_reason(failure)}"
+            ) from failure
+
+    def latest(self) -> int:
+        """The newest complete step. Raises UserError when there is none."""
+        if not self.steps:
+            raise UserError(f"{self.run} holds no complete checkpoint")
+        return self.steps[-1]
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """The meta item of `step`."""
+        return self._read(step, "meta", ocp.args.JsonRestore(), lambda item: item)
+
+    def restore(self, step: int, item: str, abstract: Any) -> Any:
+        """The tree `item` ("params" or "optimizer") of `step` in the layout of `abstract`.
+
+        `abstract` is a tree of ShapeDtypeStructs with shardings, of any mesh. Raises UserError
+        naming the tensors whose checksum differs, or saying what cannot be read.
+        """
+        expected = self.meta(step)["checksums"][item]
+        missing = sorted(set(leaf_names(abstract)) ^ set(expected))
+        if missing:
+            raise UserError(
+                f"checkpoint {self._name(step)}: {item} differ from the model: {missing[:3]}"
+            )
+
+        def verified(tree: Any) -> Any:
+            wrong = damaged(tree, expected)
+            if wrong:
+                raise UserError(
+                    f"checkpoint {self._name(step)} is damaged: {item} {', '.join(wrong)}"
+                )
+            return tree
+
+        return self._read(step, item, ocp.args.StandardRestore(abstract), verified)
+
+    def digest(self, step: int) -> str:
+        """One BLAKE3 hash over names, dtypes, shapes and bytes of parameters and optimizer state."""
+        digest = blake3.blake3()
+        for item in ("params", "optimizer"):
+            metadata = self._read(step, item, None, lambda tree: tree)
+            device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            abstract = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), metadata
+            )
+            tree = self._read(step, item, ocp.args.StandardRestore(abstract), lambda tree: tree)
+            named = sorted(
+                zip(leaf_names(tree), jax.tree.leaves(tree), strict=True), key=lambda x: x[0]
+            )
+            for name, leaf in named:
+                array = np.asarray(jax.device_get(leaf))
+                digest.update(f"{item}.{name} {array.dtype} {array.shape}\n".encode())
+                digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        return digest.hexdigest()
+
+    def _name(self, step: int) -> str:
+        return f"{self.folder}/{step}"
+
+    def _read(self, step: int, item: str, args: Any, then: Callable[[Any], Any]) -> Any:
+        if step not in self.steps:
+            raise UserError(f"{self.run} has no checkpoint of step {step}; it has {self.steps}")
+        try:
+            if args is None:
+                tree = self._manager.item_metadata(step)[item].tree
+            else:
+                tree = self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
+        except Exception as failure:  # Orbax and TensorStore raise many types on damaged files
+            raise UserError(
+                f"checkpoint {self._name(step)} cannot be read ({item}): {_reason(failure)}"
+            ) from failure
+        return then(tree)
+
+
+def _reason(failure: BaseException) -> str:
+    """The first line of the innermost cause, which is what a user can act on."""
+    while failure.__cause__ is not None:
+        failure = failure.__cause__
+    lines = str(failure).strip().splitlines() or [type(failure).__name__]
+    return lines[0][:300]

@@ -1,0 +1,127 @@
+"""The `tpu-stack` command: finds the verb's module, parses its options, turns errors into one line.
+
+Each verb is a module of this folder with a frozen dataclass `Options` (its docstring is the help
+text and ends in an example) and a function `run(options)`. Modules are imported only when called,
+so `tpu-stack --help` needs no JAX.
+
+>>> main(["chips", "8i"])
+"""
+
+import contextlib
+import difflib
+import importlib
+import io
+import os
+import signal
+import sys
+import traceback
+from typing import Any, NoReturn
+
+from tpu_stack.errors import UserError
+
+VERBS = {
+    "demo": "the main job, end to end: train, pack, generate, evaluate, compare",
+    "train": "train a model under a training profile",
+    "checkpoint": "inspect a checkpoint: digest, show",
+    "pack": "freeze a checkpoint into a packed bundle for serving",
+    "generate": "write text with a bundle under a serving profile",
+    "eval": "validation loss, perplexity and bits per byte of a bundle or checkpoint",
+    "compare": "one model, the training and the serving profile side by side",
+    "profiles": "sharding profiles, and how they lay out a model",
+    "chips": "what is known of each TPU chip, with sources",
+}
+
+_BOX = str.maketrans("", "", "╭╮╰╯│─")
+
+
+def _usage() -> str:
+    width = max(map(len, VERBS))
+    rows = "\n".join(f"  {verb:<{width}}  {text}" for verb, text in VERBS.items())
+    return (
+        f"usage: tpu-stack VERB [options]\n\nverbs:\n{rows}\n\n`tpu-stack VERB --help` says more."
+    )
+
+
+def _fail(message: str, status: int = 2) -> NoReturn:
+    print(f"tpu-stack: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def _one_line(boxed: str) -> str:
+    """What matters of tyro's boxed message: the error, and the nearest option where it names one."""
+    lines = [line.translate(_BOX).strip() for line in boxed.splitlines()]
+    lines = [line for line in lines[1:] if line and not line.startswith("For full helptext")]
+    text = lines[0] if lines else "the options do not parse"
+    if text.endswith(":") and len(lines) > 1:
+        text += " " + lines[1]
+    if "Perhaps you meant:" in lines:
+        text += f"; perhaps you meant {lines[lines.index('Perhaps you meant:') + 1]}"
+    return text
+
+
+def parse(verb: str, options_type: type, argv: list[str]) -> Any:
+    """`argv` as an instance of `options_type`; bad options end the program with one line."""
+    import tyro
+
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            return tyro.cli(options_type, args=argv, prog=f"tpu-stack {verb}")
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        _fail(_one_line(captured.getvalue()))
+
+
+def _prepare_backend() -> None:
+    """Without a TPU device file, JAX is told to use the CPU, so that libtpu is not probed."""
+    has_tpu = any(os.path.exists(path) for path in ("/dev/accel0", "/dev/vfio/0"))
+    if not has_tpu:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def main(argv: list[str]) -> int:
+    """Runs one verb and returns the exit status: 0, 2 bad input, 130 interrupted, 143 terminated."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0
+    verb, *rest = argv
+    if verb == "--version":
+        from tpu_stack import __version__
+
+        print(f"tpu-stack {__version__}")
+        return 0
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"; perhaps you meant {near[0]}" if near else f"; one of: {', '.join(VERBS)}"
+        _fail(f"unknown verb {verb!r}{hint}")
+    _prepare_backend()
+    module = importlib.import_module(f"tpu_stack.cli.{verb}")
+    options = parse(verb, module.Options, rest)
+    try:
+        return module.run(options) or 0
+    except UserError as error:
+        if os.environ.get("TPU_STACK_TRACEBACK"):
+            traceback.print_exc()
+        _fail(str(error))
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        _fail(f"{error.strerror or error}{where}", status=1)
+
+
+def entry_point() -> NoReturn:
+    """The console script. Ctrl-C at any moment is one line and status 130."""
+    try:
+        status = main(sys.argv[1:])
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("tpu-stack: interrupted; nothing half-written is left", file=sys.stderr)
+        status = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 128 + signal.SIGPIPE
+    raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    entry_point()

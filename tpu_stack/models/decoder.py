@@ -1,0 +1,162 @@
+"""The one decoder: Llama 3, Qwen 3, Gemma 3 and the small CPU models, by config alone.
+
+A Flax NNX module whose layers are stacked and scanned. `forward` is its pure form: parameters are
+a nested dict of arrays or `QTensor`s, so training, packing and serving share one definition.
+
+>>> params = init_params(config, jax.random.key(0))
+>>> logits_BTV = forward(config, params, tokens_BT)
+"""
+
+from functools import lru_cache
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from tpu_stack.models.attention import Mask
+from tpu_stack.models.cache import Cache
+from tpu_stack.models.config import ModelConfig
+from tpu_stack.models.layers import Block, LayerContext, RMSNorm
+from tpu_stack.models.rope import inverse_frequencies, rope_tables
+from tpu_stack.models.weights import weight
+from tpu_stack.quant.matmul import matmul, take
+from tpu_stack.sharding.axes import BATCH, EMBED, VOCAB
+from tpu_stack.sharding.constrain import constrain
+
+Params = dict[str, Any]
+Remat = Literal["none", "dots", "full"]
+
+
+class Decoder(nnx.Module):
+    """Token ids to hidden states to logits. Parameters are float32 and stacked over layers."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        V, D = config.vocab_size, config.d_model
+        std = D**-0.5 if config.scale_embeddings or config.tie_embeddings else 1.0
+        self.embed = weight(rngs, (V, D), (VOCAB, EMBED), std=std, contract_axis=-1)
+        self.blocks = Block(config, rngs)
+        self.final_norm = RMSNorm((D,), config)
+        if not config.tie_embeddings:
+            self.unembed = weight(rngs, (D, V), (EMBED, VOCAB), std=D**-0.5)
+
+    def hidden(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        positions_BT: Int[Array, "B T"],
+        segments_BT: Int[Array, "B T"] | None = None,
+        cache: Cache | None = None,
+        *,
+        dtype: Any = jnp.float32,
+        remat: Remat = "none",
+        unroll: int = 1,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """Final-norm hidden states [B, T, D] in `dtype`, and the cache with this call's keys."""
+        config = self.config
+        x_BTD = take(self.embed.get_value(), tokens_BT, dtype)
+        if config.scale_embeddings:
+            x_BTD = x_BTD * jnp.asarray(config.d_model**0.5, dtype)
+        x_BTD = constrain(x_BTD, BATCH, None, None)
+        graphdef, stacked = nnx.split(self.blocks)
+        context_of = _layer_contexts(config, positions_BT, segments_BT, cache)
+
+        def layer_step(carry, per_layer):
+            x, cache = carry
+            weights, layer, kind = per_layer
+            block = nnx.merge(graphdef, weights)
+            return block(x, context_of(layer, kind), cache), None
+
+        kinds = jnp.asarray([kind == "local" for kind in config.layer_kinds], jnp.int32)
+        per_layer = (stacked, jnp.arange(config.n_layers), kinds)
+        step = _with_remat(layer_step, remat)
+        (x_BTD, cache), _ = jax.lax.scan(step, (x_BTD, cache), per_layer, unroll=unroll)
+        return self.final_norm(x_BTD), cache
+
+    def logits(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Hidden states to float32 logits, soft-capped where the config asks for it."""
+        config = self.config
+        if config.tie_embeddings:
+            logits = matmul(x, self.embed.get_value(), transpose=True, out_dtype=jnp.float32)
+        else:
+            logits = matmul(x, self.unembed.get_value(), out_dtype=jnp.float32)
+        if config.logit_softcap is not None:
+            logits = config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
+        return constrain(logits, BATCH, *(None,) * (logits.ndim - 2), VOCAB)
+
+
+def _with_remat(step, remat: Remat):
+    if remat == "none":
+        return step
+    dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    policy = dots if remat == "dots" else None
+    return jax.checkpoint(step, policy=policy, prevent_cse=False)
+
+
+def _layer_contexts(
+    config: ModelConfig,
+    positions_BT: Int[Array, "B T"],
+    segments_BT: Int[Array, "B T"] | None,
+    cache: Cache | None,
+):
+    """A function (layer, is_local) -> LayerContext that shares what layers have in common."""
+    present = set(config.layer_kinds)
+    kinds = [kind for kind in ("global", "local") if kind in present]
+    tables = [rope_tables(positions_BT, inverse_frequencies(config, kind)) for kind in kinds]
+    if cache is None:
+        k_positions, k_segments = positions_BT, segments_BT
+        if segments_BT is not None:  # positions restart at each document; order within a row counts
+            k_positions = jnp.broadcast_to(jnp.arange(positions_BT.shape[1]), positions_BT.shape)
+    else:
+        k_positions, k_segments = jnp.arange(cache.length)[None], None
+    q_positions = positions_BT if cache is not None else k_positions
+
+    def context_of(layer, is_local) -> LayerContext:
+        if len(kinds) == 1:
+            (cos, sin), window = tables[0], config.window if kinds == ["local"] else None
+        else:
+            cos, sin = (jnp.where(is_local, b, a) for a, b in zip(*tables, strict=True))
+            window = jnp.where(is_local, config.window, np.iinfo(np.int32).max)
+        mask = Mask(q_positions, k_positions, segments_BT, k_segments, window)
+        return LayerContext(layer, positions_BT, cos, sin, mask)
+
+    return context_of
+
+
+@lru_cache(maxsize=64)
+def abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """Graph definition and abstract parameters (shapes and metadata, nothing allocated)."""
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(params=0))))
+
+
+def init_params(config: ModelConfig, key: Array) -> Params:
+    """Fresh float32 parameters as a nested dict. Jit it with out_shardings for large models."""
+    return nnx.to_pure_dict(nnx.state(Decoder(config, nnx.Rngs(params=key))))
+
+
+def bind(config: ModelConfig, params: Params) -> Decoder:
+    """The Flax module with these parameters; they may be arrays or QTensors."""
+    return nnx.merge(abstract_model(config)[0], params)
+
+
+def forward(
+    config: ModelConfig,
+    params: Params,
+    tokens_BT: Int[Array, "B T"],
+    positions_BT: Int[Array, "B T"] | None = None,
+    segments_BT: Int[Array, "B T"] | None = None,
+    *,
+    dtype: Any = jnp.float32,
+    remat: Remat = "none",
+    unroll: int = 1,
+) -> Float[Array, "B T V"]:
+    """Float32 logits of every position, without a cache. Positions default to 0 .. T-1."""
+    if positions_BT is None:
+        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    model = bind(config, params)
+    hidden, _ = model.hidden(
+        tokens_BT, positions_BT, segments_BT, dtype=dtype, remat=remat, unroll=unroll
+    )
+    return model.logits(hidden)

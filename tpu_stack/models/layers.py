@@ -1,0 +1,152 @@
+"""The parts of one decoder block: RMSNorm, attention, MLP, and the block that joins them.
+
+Every parameter is stacked over layers, [L, ...]; `decoder.py` scans over that axis and calls a
+block with one layer's slice. All matmuls go through `quant.matmul`, so a weight may be a float
+array (training) or a packed `QTensor` (serving).
+
+>>> y_BTD, cache = block(x_BTD, context, cache)
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from tpu_stack.models.attention import Mask, attend
+from tpu_stack.models.cache import Cache
+from tpu_stack.models.config import ModelConfig
+from tpu_stack.models.rope import rotate
+from tpu_stack.models.weights import norm_scale, weight
+from tpu_stack.quant.matmul import matmul
+from tpu_stack.sharding.axes import BATCH, EMBED, FFW, HEADS, KV_HEADS, LAYERS
+from tpu_stack.sharding.constrain import constrain
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerContext:
+    """What a block needs to know besides its input and weights.
+
+    Attributes:
+      layer: index of the layer, int32 scalar.
+      positions: [B, T]; where the queries stand, and where the cache is written.
+      cos, sin: RoPE tables of this layer's kind, float32 [B, T, H/2].
+      mask: who sees whom.
+    """
+
+    layer: Int[Array, ""]
+    positions: Int[Array, "B T"]
+    cos: Float[Array, "B T half"]
+    sin: Float[Array, "B T half"]
+    mask: Mask
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm (Zhang & Sennrich 2019), computed in float32, dtype kept."""
+
+    def __init__(self, shape: tuple[int, ...], config: ModelConfig):
+        axes = (LAYERS, *(None,) * (len(shape) - 1)) if len(shape) > 1 else (None,)
+        self.scale = norm_scale(shape, axes, offset=config.norm_offset)
+        self.offset = config.norm_offset
+        self.eps = config.norm_eps
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        x32 = x.astype(jnp.float32)
+        scale = self.scale[...].astype(jnp.float32) + (1.0 if self.offset else 0.0)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return (x32 * inverse * scale).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query self-attention. Weights are [D, N*H], [D, K*H] and [N*H, D] per layer."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        L, D, H = config.n_layers, config.d_model, config.head_dim
+        q_size, kv_size = config.n_heads * H, config.n_kv_heads * H
+        std = D**-0.5
+        self.wq = weight(rngs, (L, D, q_size), (LAYERS, EMBED, HEADS), std=std, granules=(1, 1, H))
+        kv_axes = (LAYERS, EMBED, KV_HEADS)
+        self.wk = weight(rngs, (L, D, kv_size), kv_axes, std=std, granules=(1, 1, H))
+        self.wv = weight(rngs, (L, D, kv_size), kv_axes, std=std, granules=(1, 1, H))
+        out_std = (2 * L * q_size) ** -0.5
+        out_axes = (LAYERS, HEADS, EMBED)
+        self.wo = weight(rngs, (L, q_size, D), out_axes, std=out_std, granules=(1, H, 1))
+        if config.qk_norm:
+            self.q_norm = RMSNorm((L, H), config)
+            self.k_norm = RMSNorm((L, H), config)
+
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], context: LayerContext, cache: Cache | None
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        config = self.config
+        B, T, _ = x_BTD.shape
+        q = matmul(x_BTD, self.wq.get_value()).reshape(B, T, config.n_heads, config.head_dim)
+        k = matmul(x_BTD, self.wk.get_value()).reshape(B, T, config.n_kv_heads, config.head_dim)
+        v = matmul(x_BTD, self.wv.get_value()).reshape(B, T, config.n_kv_heads, config.head_dim)
+        q = constrain(q, BATCH, None, HEADS, None)
+        k = constrain(k, BATCH, None, KV_HEADS, None)
+        v = constrain(v, BATCH, None, KV_HEADS, None)
+        if config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = rotate(q, context.cos, context.sin)
+        k = rotate(k, context.cos, context.sin)
+        if cache is not None:
+            cache = cache.write(context.layer, context.positions, k, v)
+            k, v = cache.read(context.layer, x_BTD.dtype)
+        scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
+        out = attend(q, k, v, context.mask, scale=scale, softcap=config.attention_softcap)
+        out = constrain(out, BATCH, None, HEADS, None)
+        return matmul(
+            out.reshape(B, T, config.n_heads * config.head_dim), self.wo.get_value()
+        ), cache
+
+
+class MLP(nnx.Module):
+    """Feed-forward, gated or not. Weights are [D, F] and [F, D] per layer."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        L, D, F = config.n_layers, config.d_model, config.d_ff
+        self.w_up = weight(rngs, (L, D, F), (LAYERS, EMBED, FFW), std=D**-0.5)
+        if config.gated_mlp:
+            self.w_gate = weight(rngs, (L, D, F), (LAYERS, EMBED, FFW), std=D**-0.5)
+        self.w_down = weight(rngs, (L, F, D), (LAYERS, FFW, EMBED), std=(2 * L * F) ** -0.5)
+
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        activation = jax.nn.silu if self.config.activation == "silu" else jax.nn.gelu
+        up = matmul(x_BTD, self.w_up.get_value())
+        if self.config.gated_mlp:
+            hidden = activation(matmul(x_BTD, self.w_gate.get_value())) * up
+        else:
+            hidden = activation(up)
+        return matmul(constrain(hidden, BATCH, None, FFW), self.w_down.get_value())
+
+
+class Block(nnx.Module):
+    """Pre-norm residual block, with a second norm on each output where the config asks for it."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        shape = (config.n_layers, config.d_model)
+        self.config = config
+        self.attention_norm = RMSNorm(shape, config)
+        self.attention = Attention(config, rngs)
+        self.mlp_norm = RMSNorm(shape, config)
+        self.mlp = MLP(config, rngs)
+        if config.post_norms:
+            self.attention_post_norm = RMSNorm(shape, config)
+            self.mlp_post_norm = RMSNorm(shape, config)
+
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], context: LayerContext, cache: Cache | None
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        mixed, cache = self.attention(self.attention_norm(x_BTD), context, cache)
+        if self.config.post_norms:
+            mixed = self.attention_post_norm(mixed)
+        x_BTD = constrain(x_BTD + mixed, BATCH, None, None)
+        hidden = self.mlp(self.mlp_norm(x_BTD))
+        if self.config.post_norms:
+            hidden = self.mlp_post_norm(hidden)
+        return constrain(x_BTD + hidden, BATCH, None, None), cache

@@ -1,0 +1,35 @@
+"""How a module declares a weight: shape, logical axes, granules, initializer, in one call.
+
+The metadata rides on the `nnx.Param`, so that `abstract.py` can list every tensor of a model
+without allocating one.
+
+>>> self.wq = weight(rngs, (L, D, N * H), (LAYERS, EMBED, HEADS), granules=(1, 1, H), fan_in=D)
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def weight(
+    rngs: nnx.Rngs,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    *,
+    std: float,
+    granules: tuple[int, ...] | None = None,
+    contract_axis: int = -2,
+) -> nnx.Param:
+    """A float32 matmul weight, normal with standard deviation `std`."""
+    return nnx.Param(
+        std * jax.random.normal(rngs.params(), shape, jnp.float32),
+        axes=axes,
+        granules=granules or (1,) * len(shape),
+        contract_axis=contract_axis,
+    )
+
+
+def norm_scale(shape: tuple[int, ...], axes: tuple[str | None, ...], *, offset: bool) -> nnx.Param:
+    """An RMSNorm scale that starts as the identity: zeros where 1 is added to it, ones otherwise."""
+    value = jnp.zeros(shape, jnp.float32) if offset else jnp.ones(shape, jnp.float32)
+    return nnx.Param(value, axes=axes, granules=(1,) * len(shape), contract_axis=None)

@@ -1,0 +1,184 @@
+"""The one matrix product that models call, whatever the weight is stored as.
+
+The dtype of `x` is the compute dtype, accumulation is float32, and a quantized weight is frozen:
+gradients reach `x` only. Which implementation runs is decided in `select.py`.
+
+>>> y = matmul(x, w)  # w: array [K, N] or QTensor
+>>> logits = matmul(h, table, transpose=True, out_dtype=jnp.float32)  # table [V, D]
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from tpu_stack.errors import UserError
+from tpu_stack.kernels.quantized_matmul import quantized_matmul
+from tpu_stack.quant.qtensor import QTensor
+from tpu_stack.quant.select import BLOCK_ROWS, Choice, choose
+
+
+def matmul(
+    x: Float[Array, "*B K"],
+    w: Array | QTensor,
+    *,
+    transpose: bool = False,
+    out_dtype: Any = None,
+    implementation: str | None = None,
+) -> Float[Array, "*B N"]:
+    """`x @ w`, or `x @ w.T` when `transpose`.
+
+    Args:
+      x: activations [..., K], a float dtype; also the dtype that the weight is cast to.
+      w: [K, N], an array or a QTensor; [N, K] when `transpose` (an embedding table [V, D]).
+      transpose: contract with the last axis of `w`.
+      out_dtype: dtype of the result; `x.dtype` when None. Rounded once from float32.
+      implementation: one of `select.IMPLEMENTATIONS`; None takes `use_implementation`'s, else the
+        default (see `explain`). Plain arrays always use `jnp.dot`.
+
+    Returns: [..., N].
+
+    Raises: UserError for shapes that do not fit, a weight that breaks QTensor's invariants, or an
+      implementation that cannot run here.
+    """
+    _check_shapes(x, w, transpose)
+    out_dtype = jnp.dtype(out_dtype or x.dtype)
+    choice = choose(x.shape, w, transpose, implementation)
+    if not isinstance(w, QTensor):
+        return _dot(x, w.astype(x.dtype), transpose).astype(out_dtype)
+    with jax.named_scope(f"quant.{choice.implementation}.{w.format}"):
+        return _quantized(x, w, transpose, out_dtype, choice)
+
+
+def take(w: Array | QTensor, ids: Int[Array, "*B"], dtype: Any = None) -> Float[Array, "*B D"]:
+    """Rows `ids` of `w` [V, D]: the embedding lookup, for an array or a QTensor.
+
+    Returns: [..., D] in `dtype`; when None, the array's dtype, or bfloat16 for a QTensor. A row
+      outside the table is NaN rather than a neighbour; negative ids count from the end.
+    """
+    if not isinstance(w, QTensor):
+        return jnp.take(w, ids, axis=0, mode="fill").astype(dtype or w.dtype)
+    values = jnp.take(w.values, ids, axis=0, mode="clip").astype(jnp.float32)
+    if w.contract_axis == -1:
+        scales = jnp.take(w.scales, ids, axis=0, mode="fill")
+    else:
+        scales = jnp.take(w.scales[:, 0], ids // w.group, axis=0, mode="fill")
+    return (values * scales.astype(jnp.float32)).astype(dtype or jnp.bfloat16)
+
+
+def _check_shapes(x: Any, w: Any, transpose: bool) -> None:
+    if len(w.shape) != 2:
+        raise UserError(f"matmul needs a weight of two axes, got {list(w.shape)}")
+    contract = w.shape[-1 if transpose else 0]
+    if x.ndim < 1 or x.shape[-1] != contract:
+        raise UserError(
+            f"matmul: x {list(x.shape)} does not fit weight {list(w.shape)} "
+            f"with transpose={transpose}"
+        )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise UserError(f"matmul: x must be floating, got {x.dtype}")
+    if isinstance(w, QTensor):
+        w.check("matmul weight")
+
+
+def _dot(x: Array, w: Array, transpose: bool) -> Array:
+    dims = (((x.ndim - 1,), (1 if transpose else 0,)), ((), ()))
+    return jax.lax.dot_general(x, w, dims, preferred_element_type=jnp.float32)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _quantized(x: Array, w: QTensor, transpose: bool, out_dtype: Any, choice: Choice) -> Array:
+    run = {"xla": _xla, "xla_blocked": _xla_blocked, "pallas": _pallas}[choice.implementation]
+    if choice.implementation == "xla_blocked" and not choice.requested:
+        # Lowered for another platform from a CPU process (ahead of time), the default is "xla".
+        args = (transpose, out_dtype, choice.scale_mode)
+        return jax.lax.platform_dependent(
+            x,
+            w,
+            cpu=lambda x, w: _xla_blocked(x, w, *args),
+            default=lambda x, w: _xla(x, w, *args),
+        )
+    return run(x, w, transpose, out_dtype, choice.scale_mode)
+
+
+def _quantized_fwd(x, w, transpose, out_dtype, choice):
+    empty = jnp.zeros((0,), x.dtype)  # carries x's dtype: residuals must be arrays
+    return _quantized(x, w, transpose, out_dtype, choice), (w, empty)
+
+
+def _quantized_bwd(transpose, out_dtype, choice, residuals, g):
+    """dx = g @ w.T by the same family of implementation; the weight is frozen, its gradient 0."""
+    w, like_x = residuals
+    family = "pallas" if choice.implementation == "pallas" else "xla"
+    dx = matmul(g.astype(like_x.dtype), w, transpose=not transpose, implementation=family)
+    frozen = QTensor(
+        np.zeros(w.values.shape, jax.dtypes.float0),
+        jnp.zeros_like(w.scales),
+        w.format,
+        w.contract_axis,
+    )
+    return dx, frozen
+
+
+_quantized.defvjp(_quantized_fwd, _quantized_bwd)
+
+
+def _output_scales(w: QTensor) -> Array:
+    """Per-channel scales as one row, [1, N] for weights and [1, V] for tables, float32."""
+    return w.scales.astype(jnp.float32).reshape(1, -1)
+
+
+def _xla(x: Array, w: QTensor, transpose: bool, out_dtype: Any, mode: str) -> Array:
+    if mode == "before":
+        return _dot(x, w.dequantize(x.dtype), transpose).astype(out_dtype)
+    if mode == "input":
+        x = (x * _output_scales(w)[0]).astype(x.dtype)
+    y = _dot(x, w.values.astype(x.dtype), transpose)
+    return (y * _output_scales(w)[0] if mode == "after" else y).astype(out_dtype)
+
+
+def _xla_blocked(x: Array, w: QTensor, transpose: bool, out_dtype: Any, mode: str) -> Array:
+    """Widens BLOCK_ROWS rows of the weight at a time, so the float copy never leaves the cache.
+
+    In float32 throughout: XLA:CPU multiplies small float32 matrices fastest.
+    """
+    *lead, k = x.shape
+    x_MK = x.reshape(-1, k).astype(jnp.float32)
+    blocks = w.shape[0] // BLOCK_ROWS
+    m, n = x_MK.shape[0], w.shape[0 if transpose else 1]
+
+    def rows(array: Array, i: Array, count: int) -> Array:
+        return jax.lax.dynamic_slice_in_dim(array, i * count, count, 0).astype(jnp.float32)
+
+    def along_k(i: Array, y_MN: Array) -> Array:
+        block = rows(w.values, i, BLOCK_ROWS)
+        if mode == "before":
+            scales = rows(w.scales, i, BLOCK_ROWS // w.group)
+            block = (block.reshape(-1, w.group, n) * scales).reshape(BLOCK_ROWS, n)
+        x_block = jax.lax.dynamic_slice_in_dim(x_MK, i * BLOCK_ROWS, BLOCK_ROWS, 1)
+        return y_MN + _dot(x_block, block, False)
+
+    def along_n(i: Array, y_MN: Array) -> Array:
+        y_block = _dot(x_MK, rows(w.values, i, BLOCK_ROWS), True)
+        return jax.lax.dynamic_update_slice_in_dim(y_MN, y_block, i * BLOCK_ROWS, 1)
+
+    body = along_n if transpose else along_k
+    y_MN = jax.lax.fori_loop(0, blocks, body, jnp.zeros((m, n), jnp.float32))
+    if mode == "after":
+        y_MN = y_MN * _output_scales(w)
+    return y_MN.astype(out_dtype).reshape(*lead, n)
+
+
+def _pallas(x: Array, w: QTensor, transpose: bool, out_dtype: Any, mode: str) -> Array:
+    *lead, k = x.shape
+    x_MK = x.reshape(-1, k)
+    try:
+        y_MN = quantized_matmul(
+            x_MK, w.values, w.scales, transpose=transpose, scale_mode=mode, out_dtype=out_dtype
+        )
+    except (ValueError, TypeError) as error:
+        raise UserError(f"the pallas matmul cannot run this: {error}") from error
+    return y_MN.reshape(*lead, y_MN.shape[-1])

@@ -1,0 +1,50 @@
+"""Meshes: named axes with sizes, as text, as arithmetic, and as a `jax.sharding.Mesh`.
+
+>>> mesh_text(parse_mesh("fsdp=4,tensor=2", ("data", "fsdp", "tensor")))
+'data=1,fsdp=4,tensor=2'
+"""
+
+from collections.abc import Mapping, Sequence
+from math import prod
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from tpu_stack.errors import UserError
+
+
+def parse_mesh(text: str, axis_names: Sequence[str]) -> dict[str, int]:
+    """`"fsdp=4,tensor=2"` as sizes for every one of `axis_names`; axes not named get 1."""
+    sizes = dict.fromkeys(axis_names, 1)
+    for part in filter(None, text.split(",")):
+        name, _, size = part.partition("=")
+        if name not in sizes:
+            raise UserError(f"mesh {text!r}: no axis {name!r}; this profile has {list(axis_names)}")
+        if not size.isdigit() or int(size) < 1:
+            raise UserError(f"mesh {text!r}: size of {name!r} must be a positive whole number")
+        sizes[name] = int(size)
+    return sizes
+
+
+def mesh_text(sizes: Mapping[str, int]) -> str:
+    """`{"data": 1, "fsdp": 4}` as `"data=1,fsdp=4"`."""
+    return ",".join(f"{name}={size}" for name, size in sizes.items())
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of these axis sizes over `devices` (default: all), in an order fit for their torus.
+
+    Raises UserError when there are fewer devices than the sizes ask for.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    needed = prod(sizes.values())
+    if needed > len(devices):
+        raise UserError(
+            f"mesh {mesh_text(sizes)} needs {needed} devices, and there are {len(devices)}"
+        )
+    auto = (AxisType.Auto,) * len(sizes)
+    shape = tuple(sizes.values())
+    if devices[0].platform == "tpu" and needed == len(devices):
+        return jax.make_mesh(shape, tuple(sizes), axis_types=auto, devices=devices)
+    return Mesh(np.array(devices[:needed]).reshape(shape), tuple(sizes), axis_types=auto)

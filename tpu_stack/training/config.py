@@ -1,0 +1,93 @@
+"""What a training run is asked to do, apart from model, profile and data.
+
+>>> TrainConfig(steps=200, batch_size=16, seq_len=256)
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from tpu_stack.errors import UserError
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Hyperparameters of the optimizer, the batch and the loop.
+
+    Attributes:
+      steps: optimizer steps in all, counted from 0 whatever a run resumes from.
+      batch_size: sequences per step over all devices. seq_len: T, tokens per sequence.
+      accumulate: micro-batches a step is split into; the gradient is that of the whole batch.
+      optimizer: "adamw", or "muon" for the hidden matrices with AdamW for the rest.
+      learning_rate: peak. warmup_steps: linear, from 0.
+      schedule: what follows the warm-up. "constant" does not depend on how many steps are run, so
+        a run can be lengthened; "cosine" and "linear" fall to final_lr_ratio * learning_rate.
+      decay_steps: the step at which the decay ends; 0 means at `steps`.
+      clip_norm: global gradient norm is clipped to it; 0 turns clipping off.
+      compute_dtype, remat: override the profile's policy.
+      unroll: layers per iteration of the layer scan.
+      eval_every, log_every, checkpoint_every: in steps; 0 turns it off (a final evaluation and
+        checkpoint always happen).
+      eval_batches: batches of an intermediate evaluation; 0 is the whole validation split.
+      seed: of initialization and data order.
+    """
+
+    steps: int = 200
+    batch_size: int = 16
+    seq_len: int = 256
+    accumulate: int = 1
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = 3e-3
+    warmup_steps: int = 20
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    decay_steps: int = 0
+    final_lr_ratio: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    compute_dtype: str | None = None
+    remat: Literal["none", "dots", "full"] | None = None
+    unroll: int = 1
+    eval_every: int = 0
+    eval_batches: int = 8
+    log_every: int = 10
+    checkpoint_every: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least: dict[str, Any] = {
+            "steps": 1, "batch_size": 1, "seq_len": 2, "accumulate": 1, "warmup_steps": 0,
+            "learning_rate": 0, "final_lr_ratio": 0, "weight_decay": 0, "clip_norm": 0, "unroll": 1,
+            "decay_steps": 0, "eval_every": 0, "eval_batches": 0, "log_every": 0, "checkpoint_every": 0,
+        }  # fmt: skip
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                value = getattr(self, name)
+                raise UserError(f"--train.{name} is {value}; it must be at least {least}")
+        if self.batch_size % self.accumulate:
+            raise UserError(
+                f"--train.batch_size {self.batch_size} is not a multiple of"
+                f" --train.accumulate {self.accumulate}"
+            )
+        if self.compute_dtype not in (None, "float32", "bfloat16"):
+            raise UserError(
+                f"--train.compute_dtype is {self.compute_dtype!r}; float32 or bfloat16 would do"
+            )
+
+    @property
+    def decay_end(self) -> int | None:
+        """The step at which the learning rate stops falling; None when it never falls."""
+        return None if self.schedule == "constant" else self.decay_steps or self.steps
+
+    def trajectory(self) -> dict[str, Any]:
+        """The fields that decide the sequence of states; a resumed run must agree on them."""
+        free = (
+            "steps",
+            "decay_steps",
+            "eval_every",
+            "eval_batches",
+            "log_every",
+            "checkpoint_every",
+        )
+        fields = {name: value for name, value in asdict(self).items() if name not in free}
+        return dict(fields, decay_end=self.decay_end)

@@ -1,0 +1,80 @@
+"""Validation loss of any parameters, float or packed, over a whole split.
+
+>>> result = Evaluator(config, dtype="bfloat16").run(params, eval_batches(corpus, data), corpus.val)
+>>> result.perplexity
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+
+from tpu_stack.data.packing import Batch, TokenStream
+from tpu_stack.errors import UserError
+from tpu_stack.models.config import ModelConfig
+from tpu_stack.models.decoder import Params
+from tpu_stack.training.step import summed_loss
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Loss in nats per token; `bits_per_byte` counts UTF-8 bytes and so compares tokenizers."""
+
+    loss: float
+    tokens: int
+    bits_per_byte: float | None
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(self.loss)
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        """JSON-ready fields, perplexity included."""
+        return dict(asdict(self), perplexity=self.perplexity)
+
+
+class Evaluator:
+    """Compiles the loss once and runs it over batches. Parameters may be QTensors."""
+
+    def __init__(self, config: ModelConfig, *, dtype: Any, batch: NamedSharding, unroll: int = 1):
+        def losses(params: Params, fields: dict[str, Any]):
+            return summed_loss(config, params, fields, dtype=dtype, remat="none", unroll=unroll)
+
+        self._losses = jax.jit(losses)
+        self._batch = batch
+
+    def run(
+        self,
+        params: Params,
+        batches: Iterable[Batch],
+        stream: TokenStream,
+        limit: int | None = None,
+    ) -> Evaluation:
+        """Mean loss over the labelled tokens of `batches`, or of the first `limit` of them.
+
+        `bits_per_byte` is None under a limit, as the bytes of `stream` cover the whole split.
+        Call it inside the sharding scope of the parameters. Raises UserError when the loss is not
+        finite.
+        """
+        total, tokens = 0.0, 0
+        for batch in islice(batches, limit):
+            placed = place_batch(batch, self._batch)
+            part, count = jax.device_get(self._losses(params, placed))
+            total, tokens = total + float(part), tokens + int(count)
+        if not math.isfinite(total):
+            raise UserError(f"the validation loss is {total}: the parameters hold NaN or infinity")
+        bits = total / math.log(2) / stream.predicted_bytes if limit is None else None
+        return Evaluation(total / max(tokens, 1), tokens, bits)
+
+
+def place_batch(batch: Batch, sharding: NamedSharding) -> dict[str, jax.Array]:
+    """This process's rows as global arrays, split over the batch axes of the mesh."""
+    return {
+        name: jax.make_array_from_process_local_data(sharding, field)  # type: ignore[arg-type]
+        for name, field in batch.items()
+    }
