@@ -89,8 +89,8 @@ def make_plan(
     weight = jnp.dtype(values.dtype).name
     tuned = _tuned(weight, x.shape[0])
     mode = _scale_mode(values.shape[0], group, transpose, scale_mode, tuned["narrow_groups"])
-    bm, bk, bn = tiles or _tiles(tuned, jnp.dtype(x.dtype).itemsize)
     step_k, step_n = _steps(group, mode, transpose)
+    bm, bk, bn = tiles or _tiles(tuned, jnp.dtype(x.dtype).itemsize, step_k, step_n)
     bm = min(bm, _round_up(x.shape[0], ROWS))
     bk, bn = min(bk, _round_up(k, step_k)), min(bn, _round_up(n, step_n))
     if bm % ROWS or bk % step_k or bn % step_n:
@@ -157,9 +157,10 @@ def _tuned(weight: str, m: int) -> dict[str, Any]:
     return entry[weight]["decode" if m <= DECODE_M else "prefill"]
 
 
-def _tiles(tuned: dict[str, Any], x_bytes: int) -> tuple[int, int, int]:
-    bk = tuned["bk"] if x_bytes == 2 else tuned["bk"] // 2  # a float32 block is twice the VMEM
-    return tuned["bm"], bk, tuned["bn"]
+def _tiles(tuned: dict[str, Any], x_bytes: int, step_k: int, step_n: int) -> tuple[int, int, int]:
+    bk = tuned["bk"] * 2 // x_bytes  # a float32 block is twice the VMEM
+    bk = max(step_k, bk // step_k * step_k)
+    return tuned["bm"], bk, max(step_n, tuned["bn"] // step_n * step_n)
 
 
 def device_kind() -> str:

@@ -83,6 +83,7 @@ def test_agrees_with_xla_on_a_loop_free_function():
 
     args = (_array(4, 64, 128), _array(4, 128, 256), _array(256, 32))
     analysis = jax.jit(function).lower(*args).compile().cost_analysis()
+    assert analysis is not None
     assert count_flops(function, *args).matmul_flops == analysis["flops"]
 
 

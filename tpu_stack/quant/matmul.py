@@ -61,7 +61,7 @@ def take(w: Array | QTensor, ids: Int[Array, "*B"], dtype: Any = None) -> Float[
     """
     if not isinstance(w, QTensor):
         return jnp.take(w, ids, axis=0, mode="fill").astype(dtype or w.dtype)
-    values = jnp.take(w.values, ids, axis=0, mode="clip").astype(jnp.float32)
+    values = jnp.take(w.values, ids, axis=0, mode="fill").astype(jnp.float32)
     if w.contract_axis == -1:
         scales = jnp.take(w.scales, ids, axis=0, mode="fill")
     else:

@@ -1,0 +1,83 @@
+"""Where packed weights live: shapes and shardings of every leaf under a serving profile.
+
+>>> layout = PackedLayout.of(config, "int4", profile, mesh)
+>>> layout.abstract["blocks"]["mlp"]["w_up"].values.sharding
+"""
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from tpu_stack.errors import UserError
+from tpu_stack.models.abstract import map_specs, tensor_specs
+from tpu_stack.models.config import ModelConfig
+from tpu_stack.quant.policy import stored_format
+from tpu_stack.quant.qtensor import QTensor, abstract_qtensor
+from tpu_stack.sharding.axes import TensorSpec
+from tpu_stack.sharding.profiles import Profile
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """The parameter tree with QTensors or arrays of ShapeDtypeStructs that carry shardings."""
+
+    config: ModelConfig
+    format: str
+    abstract: dict[str, Any]
+
+    @classmethod
+    def of(cls, config: ModelConfig, format: str, profile: Profile, mesh: Mesh) -> "PackedLayout":
+        """Raises UserError when a tensor, or the groups of its scales, do not divide the mesh."""
+        profile.check(tensor_specs(config))
+        return cls(
+            config, format, map_specs(config, lambda spec: _placed(spec, format, profile, mesh))
+        )
+
+    @property
+    def shardings(self) -> dict[str, Any]:
+        """The sharding of every leaf."""
+        return jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+
+
+def _placed(spec: TensorSpec, format: str, profile: Profile, mesh: Mesh) -> Any:
+    """One tensor as it is stored and sharded."""
+    fmt = stored_format(spec, format)
+    values = profile.rules.partition_spec(spec.axes, spec.name)
+    if not fmt.quantized:
+        return _struct(spec.shape, fmt.dtype, values, mesh)
+    packed = abstract_qtensor(spec.shape, fmt.name, spec.contract_axis or -2)
+    scales = scales_spec(spec, packed, profile)
+    return QTensor(
+        _struct(packed.values.shape, packed.values.dtype, values, mesh),
+        _struct(packed.scales.shape, packed.scales.dtype, scales, mesh),
+        packed.format,
+        packed.contract_axis,
+    )
+
+
+def scales_spec(spec: TensorSpec, packed: QTensor, profile: Profile) -> PartitionSpec:
+    """How the scales of `packed` are sharded: with the values, where they have as many parts.
+
+    Raises UserError when the contraction axis is split finer than its groups.
+    """
+    entries = list(profile.rules.partition_spec(spec.axes, spec.name))
+    if packed.contract_axis == -1:
+        return PartitionSpec(*entries[:-1], None)
+    *lead, k, n = entries
+    groups = packed.scales.shape[-3]
+    if groups == 1:
+        return PartitionSpec(*lead, None, None, n)
+    ways = prod(profile.mesh[axis] for axis in profile.rules.mesh_axes(spec.axes[-2]))
+    if groups % ways:
+        raise UserError(
+            f"{spec.name}: {groups} groups of {packed.group} along {spec.axes[-2]!r} do not divide"
+            f" over {ways} devices"
+        )
+    return PartitionSpec(*lead, k, None, n)
+
+
+def _struct(shape, dtype, spec: PartitionSpec, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
