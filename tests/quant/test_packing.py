@@ -58,5 +58,5 @@ def test_by_format():
         np.testing.assert_array_equal(back.astype(np.int8), values)
     with pytest.raises(UserError, match="bf16 has no packed layout in version 1"):
         pack_values(values, get_format("bf16"))
-    with pytest.raises(UserError, match="int8: int8 .* does not hold 5 rows"):
+    with pytest.raises(UserError, match=r"int8: int8 .* does not hold 5 rows"):
         unpack_values(values, get_format("int8"), 5)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tpu_stack.errors import UserError
-from tpu_stack.quant import QTensor, get_format, quantize
+from tpu_stack.quant import QTensor, quantize
 
 
 def gaussian(*shape: int) -> jax.Array:
@@ -37,14 +37,6 @@ def test_signed_int4_scales_beat_the_floor_of_positive_ones():
     assert bool((q.scales < 0).any())
 
 
-def test_bf16_scales_cost_nothing_measurable():
-    w = gaussian(1024, 256)
-    wide = quantize(w, get_format("int4"), name="w")
-    full = jnp.asarray(wide.scales, jnp.float32)
-    assert wide.scales.dtype == jnp.bfloat16
-    assert bool(jnp.isfinite(full).all())
-
-
 def test_shapes_dtypes_and_range():
     q = quantize(gaussian(3, 64, 5), "int4")
     assert (q.values.shape, q.values.dtype) == ((3, 64, 5), jnp.int4)
@@ -71,7 +63,7 @@ def test_zeros_are_exact_with_scale_one(format):
 
 
 @pytest.mark.parametrize("value", [1.0, 0.3, -0.7, 1e-30, -3e38])
-@pytest.mark.parametrize(("format", "unit"), [("int8", 2**-23), ("int4", 2**-8)])
+@pytest.mark.parametrize(("format", "unit"), [("int8", 2**-23), ("int4", 2**-7)])
 def test_equal_groups_are_kept_to_half_a_unit_of_the_scale(format, unit, value):
     q = quantize(jnp.full((64, 2), value), format)
     kept = np.asarray(q.dequantize(), np.float64)

@@ -12,6 +12,7 @@ import difflib
 import importlib
 import io
 import os
+import re
 import signal
 import sys
 import traceback
@@ -31,6 +32,7 @@ VERBS = {
     "chips": "what is known of each TPU chip, with sources",
 }
 
+_UNKNOWN = re.compile(r"Unrecognized options: (\S+?)(?:,|$)")
 _BOX = str.maketrans("", "", "╭╮╰╯│─")
 
 
@@ -47,15 +49,18 @@ def _fail(message: str, status: int = 2) -> NoReturn:
     raise SystemExit(status)
 
 
-def _one_line(boxed: str) -> str:
-    """What matters of tyro's boxed message: the error, and the nearest option where it names one."""
+def _one_line(boxed: str, flags: list[str]) -> str:
+    """What matters of tyro's boxed message; for an unknown option, the nearest of `flags`."""
     lines = [line.translate(_BOX).strip() for line in boxed.splitlines()]
     lines = [line for line in lines[1:] if line and not line.startswith("For full helptext")]
     text = lines[0] if lines else "the options do not parse"
+    unknown = _UNKNOWN.match(text)
+    if unknown:
+        near = difflib.get_close_matches(unknown[1].replace("_", "-"), flags, n=1, cutoff=0.5)
+        hint = f"; perhaps you meant {near[0]}" if near else "; --help lists the options"
+        return f"unknown option {unknown[1]}{hint}"
     if text.endswith(":") and len(lines) > 1:
         text += " " + lines[1]
-    if "Perhaps you meant:" in lines:
-        text += f"; perhaps you meant {lines[lines.index('Perhaps you meant:') + 1]}"
     return text
 
 
@@ -70,7 +75,9 @@ def parse(verb: str, options_type: type, argv: list[str]) -> Any:
     except SystemExit as stop:
         if not stop.code:
             raise
-        _fail(_one_line(captured.getvalue()))
+        help_text = tyro.extras.get_parser(options_type).format_help()
+        flags = sorted(set(re.findall(r"--[a-z][\w.-]*", help_text)))
+        _fail(_one_line(captured.getvalue(), flags))
 
 
 def _prepare_backend() -> None:
@@ -97,8 +104,8 @@ def main(argv: list[str]) -> int:
         _fail(f"unknown verb {verb!r}{hint}")
     _prepare_backend()
     module = importlib.import_module(f"tpu_stack.cli.{verb}")
-    options = parse(verb, module.Options, rest)
     try:
+        options = parse(verb, module.Options, rest)
         return module.run(options) or 0
     except UserError as error:
         if os.environ.get("TPU_STACK_TRACEBACK"):

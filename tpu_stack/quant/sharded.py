@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from tpu_stack.errors import UserError
@@ -71,7 +71,16 @@ def sharded_matmul(
         in_specs=(PartitionSpec(*x_parts), w_specs),
         out_specs=PartitionSpec(*x_parts[:-1], output),
         check_vma=False,  # a pallas_call does not say over which axes its result varies
-    )(x, w)
+    )(*_placed((x, w), (PartitionSpec(*x_parts), w_specs), mesh))
+
+
+def _placed(operands: Any, specs: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """Moves operands to `specs` where the mesh makes shardings part of types; else `shard_map`."""
+    if AxisType.Explicit not in mesh.axis_types:
+        return operands
+    return jax.tree.map(
+        lambda leaf, spec: jax.reshard(leaf, NamedSharding(mesh, spec)), operands, specs
+    )
 
 
 def weight_specs(w: Array | QTensor, spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> Any:

@@ -81,3 +81,34 @@ def scales_spec(spec: TensorSpec, packed: QTensor, profile: Profile) -> Partitio
 
 def _struct(shape, dtype, spec: PartitionSpec, mesh: Mesh) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+
+def packed_bytes_per_device(spec: TensorSpec, format: str, profile: Profile) -> tuple[str, int]:
+    """(stored format, bytes on one device) of a tensor as a TPU stores it, scales included."""
+    fmt = stored_format(spec, format)
+    shape = _shard(spec.shape, profile.rules.partition_spec(spec.axes, spec.name), profile)
+    if not fmt.quantized:
+        return fmt.name, prod(shape) * fmt.bits // 8
+    packed = abstract_qtensor(spec.shape, fmt.name, spec.contract_axis or -2)
+    scales = _shard(packed.scales.shape, scales_spec(spec, packed, profile), profile)
+    shard = QTensor(
+        jax.ShapeDtypeStruct(shape, packed.values.dtype),
+        jax.ShapeDtypeStruct(scales, packed.scales.dtype),
+        packed.format,
+        packed.contract_axis,
+    )
+    return fmt.name, shard.nbytes_packed
+
+
+def bytes_per_device(config: ModelConfig, format: str, profile: Profile) -> int:
+    """Packed bytes of all weights on one device."""
+    return sum(packed_bytes_per_device(spec, format, profile)[1] for spec in tensor_specs(config))
+
+
+def _shard(shape: tuple[int, ...], spec: PartitionSpec, profile: Profile) -> tuple[int, ...]:
+    """The part of `shape` that one device holds under `spec`."""
+    parts = []
+    for size, entry in zip(shape, spec, strict=True):
+        axes = (entry,) if isinstance(entry, str) else entry or ()
+        parts.append(size // prod(profile.mesh[axis] for axis in axes))
+    return tuple(parts)

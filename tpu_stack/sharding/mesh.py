@@ -9,9 +9,11 @@ from math import prod
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from tpu_stack.errors import UserError
+from tpu_stack.sharding.axes import BATCH
+from tpu_stack.sharding.rules import Rules
 
 
 def parse_mesh(text: str, axis_names: Sequence[str]) -> dict[str, int]:
@@ -48,3 +50,8 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     if devices[0].platform == "tpu" and needed == len(devices):
         return jax.make_mesh(shape, tuple(sizes), axis_types=auto, devices=devices)
     return Mesh(np.array(devices[:needed]).reshape(shape), tuple(sizes), axis_types=auto)
+
+
+def batch_sharding(rules: Rules, mesh: Mesh, rank: int = 2) -> NamedSharding:
+    """How [B, T, ...] inputs are laid out: rows over the batch axes, the rest replicated."""
+    return NamedSharding(mesh, rules.partition_spec((BATCH, *(None,) * (rank - 1))))

@@ -128,8 +128,8 @@ class Profile:
         self.check(specs)
         raise AssertionError("unreachable: the profile's own mesh is among the candidates")
 
-    def emulate(self, n: int) -> "Profile":
-        """The same axes and rules on a mesh of `n` CPU devices.
+    def emulate(self, n: int, *, emulated: bool = True) -> "Profile":
+        """The same axes and rules on a mesh of `n` devices, CPU ones unless `emulated` is off.
 
         Without a topology the axes share n as evenly as they can; with one, each axis shrinks by
         about the same factor, and axes of size 1 stay 1.
@@ -142,7 +142,7 @@ class Profile:
             shrink = log(n) / log(self.devices) if self.devices > 1 else 1.0
             ideal = {axis: size**shrink for axis, size in self.mesh.items()}
         sizes = next(iter(_nearest_meshes(ideal, n)))
-        return dataclasses.replace(self, mesh=sizes, emulated=True)
+        return dataclasses.replace(self, mesh=sizes, emulated=emulated)
 
 
 def _nearest_meshes(ideal: Mapping[str, float], n: int) -> list[dict[str, int]]:

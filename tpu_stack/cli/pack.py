@@ -1,0 +1,77 @@
+"""`tpu-stack pack`: from a checkpoint to a frozen, packed, read-only bundle."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tyro.conf import Positional
+
+from tpu_stack.cli.console import bytes_text, print_table, progress, save_json
+from tpu_stack.cli.placement import PlacementOptions, place
+
+
+@dataclass(frozen=True)
+class Options:
+    """Freeze a checkpoint for serving: reshard to the serving layout, quantize, write a bundle.
+
+    Example: tpu-stack pack runs/a --profile 8i --format int4 --out runs/a-int4
+    """
+
+    run: Positional[Path]
+    """The --out folder of `tpu-stack train`."""
+    out: Path
+    """Folder of the bundle; it must not exist yet."""
+    format: str = "int4"
+    """Weight format: int4, int8, bf16 or float32."""
+    profile: str = "8i"
+    """Serving profile, NAME[:TOPOLOGY]; counts chips."""
+    step: int | None = None
+    """Step to pack; the default is the newest."""
+    json: Path | None = None
+    """Also write the result to this file."""
+    place: PlacementOptions = field(default_factory=PlacementOptions)
+
+
+def run(options: Options) -> None:
+    """Packs and prints what the bundle holds."""
+    summary = pack_run(options)
+    rows = [[name, kind, bytes_text(size)] for name, kind, size in summary["tensors"]]
+    rows.append(["total", summary["format"], bytes_text(summary["bytes"])])
+    print_table(f"bundle {options.out}", ["tensor", "stored as", "bytes"], rows)
+    save_json(options.json, summary)
+
+
+def pack_run(options: Options) -> dict[str, Any]:
+    """Packs behind a progress bar; returns the bundle in JSON-ready fields."""
+    from tpu_stack.checkpoint.store import CheckpointStore
+    from tpu_stack.models.abstract import tensor_specs
+    from tpu_stack.models.config import ModelConfig
+    from tpu_stack.quant.formats import get_format
+    from tpu_stack.serving.pack import pack
+
+    get_format(options.format)
+    with CheckpointStore(options.run, read_only=True) as store:
+        step = store.latest() if options.step is None else options.step
+        specs = tensor_specs(ModelConfig.from_dict(store.meta(step)["model"]))
+    profile, mesh = place(options.profile, "serve", options.place, specs)
+    with progress() as bar:
+        task = bar.add_task("pack", total=len(specs), note="")
+
+        def listener(name: str) -> None:
+            bar.update(task, advance=1, note=name)
+
+        manifest = pack(
+            options.run, options.format, profile, mesh, options.out, step=step, listener=listener
+        )
+    return {
+        "bundle": str(options.out),
+        "format": options.format,
+        "step": step,
+        "profile": profile.name,
+        "mesh": dict(profile.mesh),
+        "bytes": manifest.nbytes,
+        "tensors": [
+            [name, entry.format, sum(part.nbytes for part in entry.parts.values())]
+            for name, entry in manifest.tensors.items()
+        ],
+    }

@@ -1,0 +1,81 @@
+"""From `--profile`, `--mesh` and `--devices` to a profile and a mesh of real or emulated devices.
+
+On a TPU or GPU the mesh covers the devices there are. On a CPU the profile is emulated: the same
+axes and rules on virtual CPU devices.
+
+>>> profile, mesh = place("8t", "train", PlacementOptions(), tensor_specs(config))
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+from tpu_stack.errors import UserError
+from tpu_stack.sharding.axes import TensorSpec
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from tpu_stack.sharding.profiles import Profile, Role
+
+EMULATED_DEVICES = 8
+
+
+@dataclass(frozen=True)
+class PlacementOptions:
+    """Where a program runs."""
+
+    mesh: str | None = None
+    """Axis sizes, such as data=2,fsdp=2,tensor=2; the default is the nearest legal mesh."""
+    devices: int | None = None
+    """Virtual CPU devices to emulate on (default 8); not for a TPU."""
+
+
+def place(
+    profile_text: str, role: "Role", options: PlacementOptions, specs: Sequence[TensorSpec]
+) -> "tuple[Profile, Mesh]":
+    """The profile as it will run, and its mesh. Raises UserError when they do not fit."""
+    from tpu_stack.sharding.mesh import make_mesh, parse_mesh
+    from tpu_stack.sharding.profiles import MESH_AXES, get_profile
+
+    profile = get_profile(profile_text, role)
+    wanted = options.devices
+    if options.mesh is not None:
+        needed = prod(parse_mesh(options.mesh, MESH_AXES[role]).values())
+        if wanted is not None and wanted != needed:
+            raise UserError(
+                f"--mesh {options.mesh} has {needed} devices, and --devices is {wanted}"
+            )
+        wanted = needed
+    if wanted is not None and wanted < 1:
+        raise UserError(f"--devices is {wanted}; it must be at least 1")
+    devices = start_devices(wanted)
+    if profile.chips is None or devices[0].platform == "cpu":
+        profile = profile.emulate(len(devices), emulated=devices[0].platform == "cpu")
+    elif profile.devices != len(devices):
+        raise UserError(f"{profile.name} has {profile.devices} devices; here are {len(devices)}")
+    profile = profile.with_mesh(options.mesh) if options.mesh else profile.fit(specs)
+    profile.check(specs)
+    return profile, make_mesh(profile.mesh, devices)
+
+
+def start_devices(wanted: int | None) -> list:
+    """The devices to run on: `wanted` virtual ones on a CPU, all there are elsewhere."""
+    import jax
+
+    on_cpu = jax.config.jax_platforms == "cpu"
+    if on_cpu:
+        count = wanted or EMULATED_DEVICES
+        try:
+            jax.config.update("jax_num_cpu_devices", max(count, EMULATED_DEVICES))
+        except RuntimeError:  # the backend has started: take of what it has
+            if len(jax.devices()) < count:
+                raise UserError(
+                    f"{count} devices are wanted and {len(jax.devices())} are running"
+                ) from None
+        return jax.devices()[:count]
+    devices = jax.devices()
+    if wanted is not None and wanted != len(devices):
+        raise UserError(f"--devices is for emulation on a CPU; here are {len(devices)} devices")
+    return devices
