@@ -166,7 +166,7 @@ def _print(report: dict[str, Any], out: Path) -> None:
         for format, found in report["eval"].items()
     ]
     print_table(
-        f"nano, {train['parameters']:,} parameters, trained under {train['profile']} on mesh {mesh}:"
+        f"nano, {train['parameters']:,} parameters, trained under {train['profile']}, mesh {mesh}:"
         f" loss {train['loss_first']:.3f} to {train['loss_last']:.3f}"
         f" at {train['tokens_per_s']:,.0f} tokens/s (this CPU)",
         ["format", "perplexity", "x bf16", "bits per byte", "weights per device"],

@@ -2,12 +2,18 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional
 
 from tpu_stack.cli.console import print_table, save_json
-from tpu_stack.cli.placement import PlacementOptions, place
+from tpu_stack.cli.placement import (
+    PlacementOptions,
+    Unprefixed,
+    place,
+    start_devices,
+    wanted_devices,
+)
 from tpu_stack.cli.text import TextOptions, data_config
 from tpu_stack.errors import UserError
 
@@ -40,7 +46,7 @@ class Options:
     json: Path | None = None
     """Also write the result to this file."""
     text: TextOptions = field(default_factory=TextOptions)
-    place: PlacementOptions = field(default_factory=PlacementOptions)
+    place: Annotated[PlacementOptions, Unprefixed] = field(default_factory=PlacementOptions)
 
 
 def run(options: Options) -> None:
@@ -70,6 +76,7 @@ def evaluate(options: Options) -> dict[str, Any]:
         raise UserError(
             f"--compute-dtype is {options.compute_dtype!r}; bfloat16 or float32 would do"
         )
+    start_devices(wanted_devices("serve", options.place))
     source = open_target(options.target)
     data = data_config(
         options.data, options.text, seq_len=options.seq_len, batch_size=options.batch_size
@@ -103,7 +110,7 @@ class Target:
 
 
 def open_target(path: Path) -> Target:
-    """A bundle or the newest checkpoint of a run folder. Raises UserError when `path` is neither."""
+    """A bundle, or the newest checkpoint of a run folder. Raises UserError for anything else."""
     from tpu_stack.checkpoint.store import CheckpointStore
     from tpu_stack.data.tokenizer import Tokenizer
     from tpu_stack.models.config import ModelConfig

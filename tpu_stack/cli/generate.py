@@ -4,12 +4,12 @@ import sys
 from dataclasses import dataclass, field
 from math import lcm
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from tyro.conf import Positional
 
 from tpu_stack.cli.console import print_table, save_json
-from tpu_stack.cli.placement import PlacementOptions, place
+from tpu_stack.cli.placement import PlacementOptions, Unprefixed, place
 from tpu_stack.errors import UserError
 
 CPU_ROWS = 8
@@ -41,7 +41,7 @@ class Options:
     """Serving profile, NAME[:TOPOLOGY]; counts chips."""
     json: Path | None = None
     """Also write the result to this file."""
-    place: PlacementOptions = field(default_factory=PlacementOptions)
+    place: Annotated[PlacementOptions, Unprefixed] = field(default_factory=PlacementOptions)
 
 
 def run(options: Options) -> None:

@@ -88,7 +88,7 @@ def _prepare_backend() -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Runs one verb and returns the exit status: 0, 2 bad input, 130 interrupted, 143 terminated."""
+    """Runs one verb; returns the exit status: 0, 2 bad input, 130 interrupted, 143 terminated."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_usage())
         return 0

@@ -2,12 +2,18 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from tyro.conf import Positional
 
 from tpu_stack.cli.console import bytes_text, print_table, progress, save_json
-from tpu_stack.cli.placement import PlacementOptions, place
+from tpu_stack.cli.placement import (
+    PlacementOptions,
+    Unprefixed,
+    place,
+    start_devices,
+    wanted_devices,
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Options:
     """Step to pack; the default is the newest."""
     json: Path | None = None
     """Also write the result to this file."""
-    place: PlacementOptions = field(default_factory=PlacementOptions)
+    place: Annotated[PlacementOptions, Unprefixed] = field(default_factory=PlacementOptions)
 
 
 def run(options: Options) -> None:
@@ -50,6 +56,7 @@ def pack_run(options: Options) -> dict[str, Any]:
     from tpu_stack.serving.pack import pack
 
     get_format(options.format)
+    start_devices(wanted_devices("serve", options.place))
     with CheckpointStore(options.run, read_only=True) as store:
         step = store.latest() if options.step is None else options.step
         specs = tensor_specs(ModelConfig.from_dict(store.meta(step)["model"]))

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
+import tyro
+
 from tpu_stack.errors import UserError
 from tpu_stack.sharding.axes import TensorSpec
 
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from tpu_stack.sharding.profiles import Profile, Role
 
 EMULATED_DEVICES = 8
+
+Unprefixed = tyro.conf.arg(name="")
+"""Annotates a field of PlacementOptions so that its flags are `--mesh` and `--devices`."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +41,25 @@ def place(
     profile_text: str, role: "Role", options: PlacementOptions, specs: Sequence[TensorSpec]
 ) -> "tuple[Profile, Mesh]":
     """The profile as it will run, and its mesh. Raises UserError when they do not fit."""
-    from tpu_stack.sharding.mesh import make_mesh, parse_mesh
-    from tpu_stack.sharding.profiles import MESH_AXES, get_profile
+    from tpu_stack.sharding.mesh import make_mesh
+    from tpu_stack.sharding.profiles import get_profile
 
     profile = get_profile(profile_text, role)
+    devices = start_devices(wanted_devices(role, options))
+    if profile.chips is None or devices[0].platform == "cpu":
+        profile = profile.emulate(len(devices), emulated=devices[0].platform == "cpu")
+    elif profile.devices != len(devices):
+        raise UserError(f"{profile.name} has {profile.devices} devices; here are {len(devices)}")
+    profile = profile.with_mesh(options.mesh) if options.mesh else profile.fit(specs)
+    profile.check(specs)
+    return profile, make_mesh(profile.mesh, devices)
+
+
+def wanted_devices(role: "Role", options: PlacementOptions) -> int | None:
+    """How many devices the options ask for; None when they leave it open."""
+    from tpu_stack.sharding.mesh import parse_mesh
+    from tpu_stack.sharding.profiles import MESH_AXES
+
     wanted = options.devices
     if options.mesh is not None:
         needed = prod(parse_mesh(options.mesh, MESH_AXES[role]).values())
@@ -50,18 +70,15 @@ def place(
         wanted = needed
     if wanted is not None and wanted < 1:
         raise UserError(f"--devices is {wanted}; it must be at least 1")
-    devices = start_devices(wanted)
-    if profile.chips is None or devices[0].platform == "cpu":
-        profile = profile.emulate(len(devices), emulated=devices[0].platform == "cpu")
-    elif profile.devices != len(devices):
-        raise UserError(f"{profile.name} has {profile.devices} devices; here are {len(devices)}")
-    profile = profile.with_mesh(options.mesh) if options.mesh else profile.fit(specs)
-    profile.check(specs)
-    return profile, make_mesh(profile.mesh, devices)
+    return wanted
 
 
 def start_devices(wanted: int | None) -> list:
-    """The devices to run on: `wanted` virtual ones on a CPU, all there are elsewhere."""
+    """The devices to run on: `wanted` virtual ones on a CPU, all there are elsewhere.
+
+    The number of virtual devices is fixed by the first call, so verbs call this before anything
+    that touches JAX (opening a checkpoint does).
+    """
     import jax
 
     on_cpu = jax.config.jax_platforms == "cpu"

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tpu_stack.cli.console import print_table, progress, save_json
-from tpu_stack.cli.placement import PlacementOptions, place
+from tpu_stack.cli.placement import PlacementOptions, Unprefixed, place
 from tpu_stack.cli.text import TextOptions, data_config
 from tpu_stack.training.config import TrainConfig
 
@@ -36,7 +36,7 @@ class Options:
     """Also write the result to this file."""
     train: TrainConfig = field(default_factory=TrainConfig)
     text: TextOptions = field(default_factory=TextOptions)
-    place: PlacementOptions = field(default_factory=PlacementOptions)
+    place: Annotated[PlacementOptions, Unprefixed] = field(default_factory=PlacementOptions)
 
 
 def run(options: Options) -> int:
