@@ -6,6 +6,7 @@ time is the weight's bytes. Needs only jax.
 >>> y = quantized_matmul(x, values, scales)  # x [M, K], values int4 [K, N], scales [K/32, 1, N]
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -60,6 +61,6 @@ def quantized_matmul(
         x,
         values,
         scales,
-        cpu=lambda *args: pallas_quantized_matmul(*args, plan, True),
-        tpu=lambda *args: pallas_quantized_matmul(*args, plan, False),
+        cpu=partial(pallas_quantized_matmul, plan=plan, interpret=True),
+        tpu=partial(pallas_quantized_matmul, plan=plan, interpret=False),
     )

@@ -173,7 +173,7 @@ def _line(row: dict[str, Any]) -> str:
 
 def main() -> None:
     """Command line: see the module docstring."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Static cost of one weight block, by compiler.")
     parser.add_argument("--chips", nargs="+", choices=sorted(TOPOLOGY), default=["v6e", "7x"])
     parser.add_argument("--shape", nargs=3, type=int, default=[16, 2048, 1024], help="M K N")
     parser.add_argument("--json", type=Path, help="also write the rows here")

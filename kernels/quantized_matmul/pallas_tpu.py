@@ -81,7 +81,7 @@ def _scales_spec(plan: Plan) -> pl.BlockSpec:
 
 
 def _vmem_limit(plan: Plan, x_bytes: int) -> int:
-    """Double-buffered blocks, the accumulator, and the widened weight twice (as cast, as scaled)."""
+    """Double-buffered blocks, the accumulator, and the widened weight as cast and as scaled."""
     weight = plan.bk * plan.bn
     blocks = 2 * (plan.bm * plan.bk * x_bytes + weight + weight // 8 + plan.bm * plan.bn * 4)
     return max(16 * _MIB, blocks + plan.bm * plan.bn * 8 + 3 * weight * x_bytes + 4 * _MIB)
@@ -89,8 +89,7 @@ def _vmem_limit(plan: Plan, x_bytes: int) -> int:
 
 def _kernel(x_ref, w_ref, *refs, plan: Plan):
     """One block: acc[bm, bn] += x[bm, bk] @ w, stored when K is done."""
-    s_ref = refs[0] if len(refs) == 3 else None
-    o_ref, acc_ref = refs[-2:]
+    s_ref, o_ref, acc_ref = refs if len(refs) == 3 else (refs[0], *refs)  # "input": no scales
     k = pl.program_id(2)
     x = x_ref[...]
     left = plan.k - k * plan.bk  # elements of K from this block's first on
@@ -141,6 +140,7 @@ def _scaled(w: Array, scales: Array, group: int) -> Array:
 
 
 def _accumulate_groups(x, w_ref, s_ref, acc_ref, left, plan: Plan) -> None:
+    """acc += the sum over groups of (x @ w of the group) times the group's scales."""
     scales = _edge_scales(s_ref, left, plan).astype(jnp.float32)
     total = acc_ref[...]
     for i in range(plan.bk // plan.group):

@@ -15,7 +15,7 @@ LANES = 128
 ROWS = 16
 """Smallest block of M: one bfloat16 tile on every chip but 8t, half a float32 one there."""
 SUBLANES = 8
-"""A block of scales holds a multiple of this many groups: Pallas's rule for the second-minor axis."""
+"""Pallas's rule for the second-minor axis: a block of scales has a multiple of this many groups."""
 MXU_WIDTH = 128
 """Groups narrower than this waste the MXU when each has a product of its own."""
 DECODE_M = 64
@@ -146,7 +146,7 @@ def _round_up(value: int, multiple: int) -> int:
 
 @functools.cache
 def read_tiles() -> dict[str, Any]:
-    """The contents of tiles.json: `libtpu`, the version they were found with, and `tiles` by kind."""
+    """tiles.json: `libtpu`, the version they were found with, and `tiles` by device kind."""
     return json.loads((Path(__file__).parent / "tiles.json").read_text())
 
 

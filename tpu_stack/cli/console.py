@@ -1,6 +1,6 @@
-"""What the verbs print: tables, sizes, progress bars, and the `--json` file.
+"""What the verbs print: tables, progress bars, and the `--json` file.
 
->>> print_table("chips", ["chip", "HBM"], [["8i", bytes_text(288e9)]])
+>>> print_table("chips", ["chip", "HBM"], [["8i", "288 GB"]])
 """
 
 import sys
@@ -49,24 +49,3 @@ def save_json(path: Path | None, value: Any) -> None:
     """Writes the verb's result for machines where `--json FILE` asks for it."""
     if path is not None:
         write_json(path, value)
-
-
-def bytes_text(count: float | None) -> str:
-    """1536 -> '1.5 KiB'. None prints as a dash."""
-    if count is None:
-        return "-"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(count) < 1024 or unit == "TiB":
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    raise AssertionError("unreachable")
-
-
-def seconds_text(seconds: float | None) -> str:
-    """0.00123 -> '1.23 ms'. None prints as a dash."""
-    if seconds is None:
-        return "-"
-    for scale, unit in ((1, "s"), (1e-3, "ms"), (1e-6, "us")):
-        if seconds >= scale:
-            return f"{seconds / scale:.3g} {unit}"
-    return f"{seconds / 1e-9:.3g} ns"

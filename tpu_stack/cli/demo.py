@@ -17,11 +17,12 @@ from tpu_stack.cli import eval as eval_verb
 from tpu_stack.cli import generate as generate_verb
 from tpu_stack.cli import pack as pack_verb
 from tpu_stack.cli import train as train_verb
-from tpu_stack.cli.console import bytes_text, print_table, save_json
+from tpu_stack.cli.console import print_table, save_json
 from tpu_stack.cli.placement import PlacementOptions, start_devices
 from tpu_stack.cli.text import TextOptions
 from tpu_stack.files import replacing_folder, write_text
 from tpu_stack.training.config import TrainConfig
+from tpu_stack.units import bytes_text
 
 FORMATS = ("bf16", "int8", "int4")
 PROMPTS = ("def ", "class ", "import ", "    return ")
@@ -77,8 +78,6 @@ def run(options: Options) -> int:
     start_devices(options.devices)
     with replacing_folder(options.out) as folder:
         report = _report(options, folder)
-        if report is None:
-            raise KeyboardInterrupt
         report["seconds"] = time.perf_counter() - started
         report["peak_memory_bytes"] = _peak_memory_bytes()
         save_json(folder / "report.json", report)
@@ -90,8 +89,8 @@ def run(options: Options) -> int:
     return 0
 
 
-def _report(options: Options, folder: Path) -> dict[str, Any] | None:
-    """Everything the report holds; None when a signal stopped the training."""
+def _report(options: Options, folder: Path) -> dict[str, Any]:
+    """Everything the report holds."""
     place = PlacementOptions(devices=options.devices)
     run_folder = folder / "train"
     with _stage("train nano under 8t"):
@@ -101,7 +100,7 @@ def _report(options: Options, folder: Path) -> dict[str, Any] | None:
         job = train_verb.make_job(train_options)
         result = train_verb.run_job(job, run_folder, resume=False)
     if result.stopped_by:
-        return None
+        raise SystemExit(128 + result.stopped_by)  # the folder goes; nothing half-done is left
     report: dict[str, Any] = {"train": train_verb.summarize(job, result), "pack": {}, "eval": {}}
     for format in FORMATS:
         bundle = folder / f"bundle-{format}"

@@ -33,7 +33,7 @@ VERBS = {
 }
 
 _UNKNOWN = re.compile(r"Unrecognized options: (\S+?)(?:,|$)")
-_BOX = str.maketrans("", "", "╭╮╰╯│─")
+_BORDER = "│|╭╮╰╯"  # the sides of tyro's boxes, in UTF-8 and in ASCII terminals
 
 
 def _usage() -> str:
@@ -51,8 +51,8 @@ def _fail(message: str, status: int = 2) -> NoReturn:
 
 def _one_line(boxed: str, flags: list[str]) -> str:
     """What matters of tyro's boxed message; for an unknown option, the nearest of `flags`."""
-    lines = [line.translate(_BOX).strip() for line in boxed.splitlines()]
-    lines = [line for line in lines[1:] if line and not line.startswith("For full helptext")]
+    inside = (line.strip().strip(_BORDER).strip() for line in boxed.splitlines()[1:])
+    lines = [line for line in inside if line.strip("─-+")]
     text = lines[0] if lines else "the options do not parse"
     unknown = _UNKNOWN.match(text)
     if unknown:
@@ -75,9 +75,17 @@ def parse(verb: str, options_type: type, argv: list[str]) -> Any:
     except SystemExit as stop:
         if not stop.code:
             raise
-        help_text = tyro.extras.get_parser(options_type).format_help()
-        flags = sorted(set(re.findall(r"--[a-z][\w.-]*", help_text)))
-        _fail(_one_line(captured.getvalue(), flags))
+        _fail(_one_line(captured.getvalue(), _flags(options_type)))
+
+
+def _flags(options_type: type) -> list[str]:
+    """Every flag of a verb, as its help text spells them."""
+    import tyro
+
+    captured = io.StringIO()
+    with contextlib.redirect_stdout(captured), contextlib.suppress(SystemExit):
+        tyro.cli(options_type, args=["--help"])
+    return sorted(set(re.findall(r"--[a-z][\w.-]*", captured.getvalue())))
 
 
 def _prepare_backend() -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional
 
-from tpu_stack.cli.console import bytes_text, print_table, progress, save_json
+from tpu_stack.cli.console import print_table, progress, save_json
 from tpu_stack.cli.placement import (
     PlacementOptions,
     Unprefixed,
@@ -14,6 +14,7 @@ from tpu_stack.cli.placement import (
     start_devices,
     wanted_devices,
 )
+from tpu_stack.units import bytes_text
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
-from tpu_stack.cli.console import bytes_text, print_table, save_json
+from tpu_stack.cli.console import print_table, save_json
+from tpu_stack.units import bytes_text
 
 if TYPE_CHECKING:
     from tpu_stack.models.config import ModelConfig

@@ -38,12 +38,19 @@ class Cache:
         k_BTKH: Float[Array, "B T K H"],
         v_BTKH: Float[Array, "B T K H"],
     ) -> "Cache":
-        """The cache with these keys and values at their positions; positions >= S are dropped."""
-        rows = jnp.arange(positions_BT.shape[0])[:, None]
-        index = (layer, rows, positions_BT)
+        """The cache with these keys and values at their positions; positions >= S are dropped.
+
+        Written as one scatter batched over rows, which the partitioner keeps local to the devices
+        that hold the rows; indexing rows by number would gather the batch on every device.
+        """
+
+        def one_row(cache_LSKH: Array, positions_T: Array, new_TKH: Array) -> Array:
+            new = new_TKH.astype(cache_LSKH.dtype)
+            return cache_LSKH.at[layer, positions_T].set(new, mode="drop")
+
+        every_row = jax.vmap(one_row, in_axes=(1, 0, 0), out_axes=1)
         return Cache(
-            self.k.at[index].set(k_BTKH.astype(self.k.dtype), mode="drop"),
-            self.v.at[index].set(v_BTKH.astype(self.v.dtype), mode="drop"),
+            every_row(self.k, positions_BT, k_BTKH), every_row(self.v, positions_BT, v_BTKH)
         )
 
     def read(self, layer: Int[Array, ""], dtype) -> tuple[Array, Array]:

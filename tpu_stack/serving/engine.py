@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from tpu_stack.errors import UserError
 from tpu_stack.models.cache import CACHE_AXES, Cache, cache_shape
@@ -26,7 +26,7 @@ from tpu_stack.models.config import ModelConfig
 from tpu_stack.models.decoder import Params, bind
 from tpu_stack.serving.sampler import Sampling, sample
 from tpu_stack.sharding.axes import BATCH
-from tpu_stack.sharding.constrain import sharding_scope
+from tpu_stack.sharding.constrain import constrain, sharding_scope
 from tpu_stack.sharding.profiles import Profile, require_batch_divides
 
 BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -68,7 +68,7 @@ def prefill_step(
     hidden_BTD, new_cache = model.hidden(tokens_BT, positions_BT, cache=cache, dtype=dtype)
     assert new_cache is not None
     last_BD = jnp.take_along_axis(hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
-    tokens_B = sample(model.logits(last_BD), sampling, lengths_B)
+    tokens_B = sample(_whole_rows(model.logits(last_BD)), sampling, lengths_B)
     return DecodeState(new_cache, tokens_B, lengths_B, sampling)
 
 
@@ -79,8 +79,15 @@ def decode_step(config: ModelConfig, dtype: Any, params: Params, state: DecodeSt
         state.tokens[:, None], state.positions[:, None], cache=state.cache, dtype=dtype
     )
     assert new_cache is not None
-    tokens_B = sample(model.logits(hidden_B1D[:, 0]), state.sampling, state.positions + 1)
+    logits_BV = _whole_rows(model.logits(hidden_B1D[:, 0]))
+    tokens_B = sample(logits_BV, state.sampling, state.positions + 1)
     return replace(state, cache=new_cache, tokens=tokens_B, positions=state.positions + 1)
+
+
+def _whole_rows(logits_BV: Float[Array, "B V"]) -> Float[Array, "B V"]:
+    """Logits with each row on one device: sampling sorts rows, which a split vocabulary would
+    turn into one exchange per comparison."""
+    return constrain(logits_BV, BATCH, None)
 
 
 def cache_sharding(profile: Profile, mesh: Mesh) -> NamedSharding:

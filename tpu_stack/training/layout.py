@@ -45,17 +45,21 @@ class StateLayout:
             sharding = NamedSharding(mesh, rules.partition_spec(spec.axes, spec.name))
             return jax.ShapeDtypeStruct(spec.shape, jnp.float32, sharding=sharding)
 
+        def like_param(leaf, param):
+            if isinstance(leaf, optax.MaskedNode):  # another optimizer updates this parameter
+                return leaf
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=param.sharding)
+
         params = map_specs(config, with_sharding)
         opt_state = optax.tree.map_params(
             optimizer,
-            lambda leaf, param: jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=param.sharding
-            ),
+            like_param,
             jax.eval_shape(optimizer.init, params),
             params,
             transform_non_params=lambda leaf: jax.ShapeDtypeStruct(
                 leaf.shape, leaf.dtype, sharding=replicated
             ),
+            is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
         )
         scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
         key = jax.eval_shape(lambda: jax.random.key(0))

@@ -3,16 +3,21 @@
 >>> optimizer = make_optimizer(TrainConfig(steps=200), config)
 """
 
+import jax
 import optax
 
 from tpu_stack.models.abstract import map_specs
 from tpu_stack.models.config import ModelConfig
+from tpu_stack.sharding.axes import TensorSpec
 from tpu_stack.training.config import TrainConfig
+
+_ADAM_RMS = 0.2
+"""Root mean square of AdamW's updates, in learning rates, that Liu et al. 2025 measured."""
 
 
 def make_schedule(train: TrainConfig) -> optax.Schedule:
     """Learning rate by step: linear warm-up, then the decay that `train.schedule` names."""
-    warmup = min(train.warmup_steps, train.steps)
+    warmup = min(train.warmup_steps, train.decay_end or train.warmup_steps)
     final = train.learning_rate * train.final_lr_ratio
     length = max(1, (train.decay_end or 0) - warmup)
     decay = {
@@ -32,28 +37,45 @@ def make_schedule(train: TrainConfig) -> optax.Schedule:
 def make_optimizer(train: TrainConfig, config: ModelConfig) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019), or Muon (Jordan 2024) for the hidden matrices.
 
-    Gradients are clipped to `clip_norm` first. Weight decay applies to matrices, not to norms.
+    Under "muon" the embedding, the unembedding and the norms keep AdamW; Muon's updates are scaled
+    to AdamW's usual size (Liu et al. 2025, arXiv:2502.16982, equation 4), so that one learning rate
+    and one weight decay serve both. Gradients are clipped to `clip_norm` first. Weight decay
+    applies to matrices, not to norms.
     """
     schedule = make_schedule(train)
     is_matrix = map_specs(config, lambda spec: spec.contract_axis is not None)
-    adamw = optax.adamw(
+    rule = optax.adamw(
         schedule, b1=train.b1, b2=train.b2, weight_decay=train.weight_decay, mask=is_matrix
     )
     if train.optimizer == "muon":
-        label = lambda spec: (
-            "muon" if spec.name.startswith("blocks.") and spec.contract_axis else "adamw"
-        )  # noqa: E731
-        dims = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
-        muon = optax.contrib.muon(
-            schedule,
-            weight_decay=train.weight_decay,
-            muon_weight_dimension_numbers=map_specs(
-                config, lambda spec: dims if label(spec) == "muon" else None
-            ),
-        )
-        rule = muon
-    else:
-        rule = adamw
+        labels = map_specs(config, lambda spec: "muon" if _is_hidden(spec) else "adamw")
+        rule = optax.partition({"muon": _muon(schedule, train), "adamw": rule}, labels)
     if train.clip_norm:
         return optax.chain(optax.clip_by_global_norm(train.clip_norm), rule)
     return rule
+
+
+def _is_hidden(spec: TensorSpec) -> bool:
+    return spec.name.startswith("blocks.") and spec.contract_axis is not None
+
+
+def _muon(schedule: optax.Schedule, train: TrainConfig) -> optax.GradientTransformation:
+    """Muon for weights [L, K, N], each layer's matrix orthogonalized by itself.
+
+    `optax.contrib.muon` does the same, but its labels are computed from the parameters, which
+    `optax.tree.map_params` (how `layout.py` finds each state's sharding) cannot see through.
+    """
+    matrices = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+
+    def dimensions(updates: optax.Updates) -> optax.Updates:
+        return jax.tree.map(lambda _: matrices, updates)  # the tree lacks what AdamW updates
+
+    def scaled(update: jax.Array) -> jax.Array:
+        return update * (_ADAM_RMS * max(update.shape[-2:]) ** 0.5)
+
+    return optax.chain(
+        optax.contrib.scale_by_muon(weight_dimension_numbers=dimensions),
+        optax.stateless(lambda updates, params: jax.tree.map(scaled, updates)),
+        optax.add_decayed_weights(train.weight_decay),
+        optax.scale_by_learning_rate(schedule),
+    )

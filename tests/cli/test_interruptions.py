@@ -1,0 +1,95 @@
+"""Ctrl-C, SIGTERM and a full disk: one line, the right status, and nothing half-written."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SMALL = [
+    "--text.tokenizer", "bpe:300", "--train.batch-size", "8", "--train.seq-len", "32",
+    "--train.compute-dtype", "float32", "--train.remat", "none",
+]  # fmt: skip
+LIMIT_BYTES = 300_000
+"""A file-size limit: what a quota or a full disk looks like to whoever writes a checkpoint."""
+
+
+def start(argv: list[str], **options) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "tpu_stack.cli.main", *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        **options,
+    )
+
+
+@pytest.fixture
+def plays(tmp_path: Path) -> Path:
+    path = tmp_path / "plays.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog. " * 400)
+    return path
+
+
+def wait_for(condition, process: subprocess.Popen[str], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "the run never got that far"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_saves_and_resumes(number, tmp_path, plays):
+    out = tmp_path / "run"
+    argv = ["train", "--out", str(out), "--data", str(plays), *SMALL]
+    process = start([*argv, "--train.steps", "100000", "--train.log-every", "1"])
+    metrics = out / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2, process)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, errors
+    assert "Traceback" not in errors
+    (step,) = [int(path.name) for path in (out / "checkpoints").iterdir()]
+    resumed = start([*argv, "--train.steps", str(step + 1), "--resume"])
+    output, errors = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, errors
+    assert f"at step {step + 1}" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.3, 1.0, 2.0, 4.0, 6.0])
+def test_ctrl_c_at_any_moment_is_one_line(delay, tmp_path, plays):
+    out = tmp_path / "run"
+    argv = ["train", "--out", str(out), "--data", str(plays), *SMALL]
+    process = start([*argv, "--train.steps", "100000"])
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode in (130, -signal.SIGINT), errors
+    assert "Traceback" not in errors
+    leftovers = [path for path in out.rglob("*") if "tmp" in path.name] if out.exists() else []
+    assert leftovers == []
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_checkpoint(tmp_path, plays):
+    out = tmp_path / "run"
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT_BYTES, LIMIT_BYTES))
+
+    argv = ["train", "--out", str(out), "--data", str(plays), *SMALL, "--train.steps", "1"]
+    process = start(argv, preexec_fn=limit)
+    _, errors = process.communicate(timeout=180)
+    lines = errors.strip().splitlines()
+    assert process.returncode in (1, 2), errors
+    assert lines[-1].startswith("tpu-stack: error: ")
+    assert "not written" in lines[-1]
+    assert "Traceback" not in errors
+    steps = [p.name for p in (out / "checkpoints").iterdir() if p.name.isdigit()]
+    assert steps == []

@@ -1,0 +1,237 @@
+"""One model, two profiles, side by side: what they store, what moves between them, what each
+program costs on either chip. Computation only; `cli/compare.py` and the reports print it.
+
+>>> request = make_request("llama3_8b", "8t:4x4x4", "8i:8")
+>>> compare(request)["programs"][2]["roofline"]["8i"]["bound"]
+"""
+
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import jax
+
+from tpu_stack.models.abstract import parameter_count
+from tpu_stack.planner import traffic
+from tpu_stack.planner.pricing import ProgramCost, describe_program, memory_of
+from tpu_stack.planner.programs import (
+    MAX_EMULATED_DEVICES,
+    Program,
+    compile_all,
+    trace_serve,
+    trace_train,
+)
+from tpu_stack.planner.request import Request, devices_wanted, make_request
+from tpu_stack.planner.tensors import (
+    MASTER_DTYPE,
+    RESHARD_DEFINITION,
+    TensorRow,
+    tensor_rows,
+)
+from tpu_stack.quant.formats import get_format
+from tpu_stack.sharding.profiles import Profile
+
+__all__ = ["PROGRAMS", "STEPS", "Request", "compare", "devices_wanted", "make_request"]
+
+STEPS = ("tensors", "trace train_step", "trace prefill and decode")
+PROGRAMS = ("train_step", "prefill", "decode")
+RUNGS = {
+    "tensors": "exact: arithmetic over shapes and specs",
+    "flops": "exact: counted in the traced program",
+    "model_flops": "formula: models/flops.py",
+    "hbm_bytes": "4 projected: formulas of planner/traffic.py, the least that must move",
+    "collectives": "emulated compile: XLA:CPU on virtual devices, its rewrites undone",
+    "roofline": "4 projected: chip facts and the figures above, nothing measured",
+    "memory": "4 projected: formulas of planner/traffic.py, temporaries of a layer aside",
+}
+
+
+def compare(request: Request, done: Callable[[str], None] = lambda step: None) -> dict[str, Any]:
+    """The comparison, JSON-ready; `done` is told each of STEPS and PROGRAMS as it ends.
+
+    Compiles for the CPU devices that are there; a profile with more is shrunk onto them, and its
+    program says so. Raises UserError when a tensor or batch does not divide its mesh.
+    """
+    config, train, serve = request.config, request.train, request.serve
+    rows = tensor_rows(config, train, serve, request.format)
+    done(STEPS[0])
+    programs = _compiled(request, done)
+    costs = _costs(request, rows)
+    memory = {
+        "train": memory_of(train, costs["train_step"].memory),
+        "serve": memory_of(serve, costs["decode"].memory),
+    }
+    described = [
+        describe_program(program, costs[program.name], _other_chips(request, program.profile))
+        for program in programs
+    ]
+    return {
+        "model": request.model,
+        "parameters": parameter_count(config),
+        "train": {
+            **_profile_json(train, request.train_mesh_by),
+            "batch_size": request.workload.batch_size,
+            "seq_len": request.workload.seq_len,
+        },
+        "serve": {
+            **_profile_json(serve, request.serve_mesh_by),
+            "format": request.format,
+            "batch": request.workload.serve_batch,
+            "context": request.workload.context,
+            "prompt": request.workload.prompt,
+        },
+        "tensors": [_tensor_json(row, request) for row in rows],
+        "totals": _totals(rows, request),
+        "programs": described,
+        "memory": memory,
+        "rungs": RUNGS,
+        "definitions": {"reshard_bytes": RESHARD_DEFINITION, **_DEFINITIONS},
+        "notes": _notes(programs),
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},
+    }
+
+
+_DEFINITIONS = {
+    "collectives.bytes": "payload of one device over the whole step (planner/hlo.py)",
+    "roofline.time_s": "the largest of compute, memory and ici: all overlapped, the least possible",
+    "roofline.time_no_overlap_s": "the same with the collectives added",
+    "roofline.mfu": "model FLOPs over peak at time_s, an upper bound",
+    "roofline.bound_by_hops": "ici bounds by latency: at bandwidth alone it would not",
+    "flops": "matmuls as executed, recomputation and masked attention included",
+    "model_flops": "matmuls of the model: nothing recomputed, causal attention",
+}
+
+
+def _compiled(request: Request, done: Callable[[str], None]) -> list[Program]:
+    work, limit = request.workload, min(MAX_EMULATED_DEVICES, len(jax.devices("cpu")))
+    trained = trace_train(
+        request.config, request.train, batch=work.batch_size, seq_len=work.seq_len, limit=limit
+    )
+    done(STEPS[1])
+    served = trace_serve(
+        request.config, request.serve, request.format,
+        batch=work.serve_batch, context=work.context, prompt=work.prompt, limit=limit,
+    )  # fmt: skip
+    done(STEPS[2])
+    return compile_all([trained, *served], done)
+
+
+def _costs(request: Request, rows: list[TensorRow]) -> dict[str, ProgramCost]:
+    """What the formulas say of each program, per device."""
+    config, train, serve, work = request.config, request.train, request.serve, request.workload
+    training = {"batch": work.batch_size, "seq_len": work.seq_len}
+    serving = {"batch": work.serve_batch, "context": work.context}
+    compute = serve.precision.compute
+    stored = get_format(request.format).storage
+    serve_memory = traffic.serve_memory(config, serve, rows, **serving)
+    return {
+        "train_step": ProgramCost(
+            tokens=work.batch_size * work.seq_len,
+            operands=(train.precision.compute, train.precision.compute),
+            model_flops=traffic.train_model_flops(config, **training),
+            traffic=traffic.train_traffic(config, train, rows, **training),
+            memory=traffic.train_memory(config, train, rows, **training),
+        ),
+        "prefill": ProgramCost(
+            tokens=work.serve_batch * work.prompt,
+            operands=(compute, stored),
+            model_flops=traffic.prefill_model_flops(
+                config, batch=work.serve_batch, prompt=work.prompt
+            ),
+            traffic=traffic.prefill_traffic(config, serve, rows, prompt=work.prompt, **serving),
+            memory=serve_memory,
+        ),
+        "decode": ProgramCost(
+            tokens=work.serve_batch,
+            operands=(compute, stored),
+            model_flops=traffic.decode_model_flops(config, **serving),
+            traffic=traffic.decode_traffic(config, serve, rows, **serving),
+            memory=serve_memory,
+        ),
+    }
+
+
+def _other_chips(request: Request, own: Profile) -> list[str]:
+    chips = (request.train.chip, request.serve.chip)
+    return [chip for chip in dict.fromkeys(chips) if chip != own.chip]
+
+
+def _profile_json(profile: Profile, mesh_by: str) -> dict[str, Any]:
+    return {
+        "profile": profile.name,
+        "chip": profile.chip,
+        "chips": profile.chips,
+        "devices": profile.devices,
+        "mesh": dict(profile.mesh),
+        "mesh_by": mesh_by,
+        "remat": profile.remat,
+        "precision": asdict(profile.precision),
+    }
+
+
+def _spec_json(spec: Any) -> list[Any]:
+    return [list(entry) if isinstance(entry, tuple) else entry for entry in spec]
+
+
+def _tensor_json(row: TensorRow, request: Request) -> dict[str, Any]:
+    fmt = get_format(row.serve_format)
+    product = None
+    if row.spec.contract_axis is not None and not traffic.lookup_only(request.config, row):
+        chip, compute = request.serve.chip_facts, request.serve.precision.compute
+        rate = chip.peak_flops_per_s(compute, fmt.storage)
+        product = {"support": rate.support, "computed_as": list(rate.computed_as)}
+    return {
+        "name": row.spec.name,
+        "shape": list(row.spec.shape),
+        "logical_axes": list(row.spec.axes),
+        "train": {
+            "spec": _spec_json(row.train_spec),
+            "dtype": MASTER_DTYPE,
+            "bytes_per_device": row.master_bytes,
+            "state_bytes_per_device": row.state_bytes,
+        },
+        "serve": {
+            "spec": _spec_json(row.serve_spec),
+            "format": row.serve_format,
+            "bytes_per_device": row.serve_bytes,
+            "matmul": product,
+        },
+        "reshard_bytes_per_device": row.reshard_bytes,
+        "reshard_bytes": row.reshard_total_bytes,
+    }
+
+
+def _totals(rows: list[TensorRow], request: Request) -> dict[str, Any]:
+    serve = sum(row.serve_bytes for row in rows)
+    return {
+        "train_bytes_per_device": sum(row.master_bytes for row in rows),
+        "train_state_bytes_per_device": sum(row.state_bytes for row in rows),
+        "serve_bytes_per_device": serve,
+        "serve_bits_per_weight": 8 * serve / sum(_serve_elements(row, request) for row in rows),
+        "reshard_bytes_per_device": sum(row.reshard_bytes for row in rows),
+        "reshard_bytes": sum(row.reshard_total_bytes for row in rows),
+        "rung": RUNGS["tensors"],
+    }
+
+
+def _serve_elements(row: TensorRow, request: Request) -> int:
+    mesh, split = request.serve.mesh, 1
+    for axis in row.spec.axes:
+        for name in request.serve.rules.mesh_axes(axis):
+            split *= mesh[name]
+    return row.spec.size // split
+
+
+def _notes(programs: list[Program]) -> list[str]:
+    notes = []
+    for program in programs:
+        if program.shrunk:
+            mesh = ", ".join(f"{axis}={size}" for axis, size in program.emulated_mesh.items())
+            notes.append(
+                f"{program.name}: there are too few virtual devices for its mesh; collectives were"
+                f" counted on {mesh}, with as many rows per device"
+            )
+        for item in (*program.flops.opaque, *program.flops.unknown_loops):
+            notes.append(f"{program.name}: not counted in the FLOPs: {item}")
+    return notes

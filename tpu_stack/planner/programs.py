@@ -1,0 +1,191 @@
+"""The programs that training and serving run, traced and compiled for a mesh without allocating.
+
+The functions are the real ones (`make_train_step`, `prefill_step`, `decode_step`) with abstract
+arguments. XLA:CPU compiles them for as many virtual devices as the mesh has; its collectives are
+what the planner reads. LLVM's optimizations are off: they change no collective and take longer.
+
+>>> traced = trace_train(config, profile, batch=128, seq_len=4096, limit=512)
+>>> program = compile_all([traced])[0]
+>>> program.flops.matmul_flops, summarize(program.collectives, as_written=True)
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from tpu_stack.models.cache import Cache, cache_shape
+from tpu_stack.models.config import ModelConfig
+from tpu_stack.planner.flops import FlopCount, count_jaxpr
+from tpu_stack.planner.hlo import Collective, collectives
+from tpu_stack.planner.tensors import ways
+from tpu_stack.quant.select import use_implementation
+from tpu_stack.serving.engine import DecodeState, cache_sharding, decode_step, prefill_step
+from tpu_stack.serving.layout import PackedLayout
+from tpu_stack.serving.sampler import Sampling
+from tpu_stack.sharding.axes import BATCH
+from tpu_stack.sharding.constrain import sharding_scope
+from tpu_stack.sharding.mesh import make_mesh
+from tpu_stack.sharding.profiles import Profile
+from tpu_stack.training.config import TrainConfig
+from tpu_stack.training.layout import StateLayout
+from tpu_stack.training.optimizer import make_optimizer
+from tpu_stack.training.step import make_train_step
+
+MAX_EMULATED_DEVICES = 512
+_COMPILER_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A program lowered for its emulated mesh, and its products counted.
+
+    Invariant: `flops` is for the profile's own mesh and batch, over all devices; `mesh` is the one
+    it was lowered for, smaller when there are too few virtual devices.
+    """
+
+    name: str
+    profile: Profile
+    mesh: Mesh
+    flops: FlopCount
+    lowered: jax.stages.Lowered
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled program's findings. `emulated_mesh` is the mesh that `collectives` are of."""
+
+    name: str
+    profile: Profile
+    emulated_mesh: dict[str, int]
+    flops: FlopCount
+    collectives: tuple[Collective, ...]
+
+    @property
+    def shrunk(self) -> bool:
+        """Whether the emulated mesh is smaller than the profile's."""
+        return self.emulated_mesh != dict(self.profile.mesh)
+
+
+def shrink(profile: Profile, limit: int) -> Profile:
+    """The profile on at most `limit` devices: each axis, first to last, divided as far as needed.
+
+    Sizes stay divisors of what they were, so whatever divided evenly still does, and the batch per
+    device, hence the payload of collectives over the other axes, can stay the same.
+    """
+    mesh = dict(profile.mesh)
+    for axis, size in profile.mesh.items():
+        rest = prod(mesh.values()) // size
+        fitting = [d for d in range(1, size + 1) if size % d == 0 and d * rest <= limit]
+        mesh[axis] = max(fitting, default=1)
+    return profile if mesh == dict(profile.mesh) else dataclasses.replace(profile, mesh=mesh)
+
+
+def trace_train(
+    config: ModelConfig, profile: Profile, *, batch: int, seq_len: int, limit: int
+) -> Traced:
+    """The train step of one global batch [batch, seq_len], AdamW, one micro-batch."""
+    small, mesh, batch_now = _emulation(profile, batch, limit)
+    train = TrainConfig(batch_size=batch_now, seq_len=seq_len)
+    layout = StateLayout.of(config, make_optimizer(train, config), small, mesh)
+    compute, remat = profile.precision.compute, profile.remat
+    step = make_train_step(config, layout.optimizer, train, dtype=compute, remat=remat)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(layout.shardings, None))
+    arguments = (layout.abstract, layout.abstract_batch(batch_now, seq_len))
+    return _trace("train_step", profile, small, mesh, jitted, arguments, batch // batch_now)
+
+
+def trace_serve(
+    config: ModelConfig,
+    profile: Profile,
+    format: str,
+    *,
+    batch: int,
+    context: int,
+    prompt: int,
+    limit: int,
+) -> list[Traced]:
+    """Prefill of [batch, prompt] tokens and one decode step, into a cache of `context` positions.
+
+    Packed weights are traced as on a TPU mesh, never through the path meant for one CPU device.
+    """
+    small, mesh, batch_now = _emulation(profile, batch, limit)
+    params = PackedLayout.of(config, format, small, mesh).abstract
+    axes, scale = small.rules, batch // batch_now
+    rows = NamedSharding(mesh, axes.partition_spec((BATCH,)))
+    tokens = NamedSharding(mesh, axes.partition_spec((BATCH, None)))
+    cache_at = cache_sharding(small, mesh)
+
+    def row(dtype: str) -> Any:
+        return jax.ShapeDtypeStruct((batch_now,), dtype, sharding=rows)
+
+    half: Any = jax.ShapeDtypeStruct(
+        cache_shape(config, batch_now, context), profile.precision.cache, sharding=cache_at
+    )
+    cache = Cache(half, half)
+    sampling = Sampling(row("float32"), row("int32"), row("float32"), row("uint32"))
+    out = DecodeState(Cache(cache_at, cache_at), rows, rows, Sampling(rows, rows, rows, rows))  # pyright: ignore
+    prompts = jax.ShapeDtypeStruct((batch_now, prompt), "int32", sharding=tokens)
+    state = DecodeState(cache, row("int32"), row("int32"), sampling)  # pyright: ignore
+    arguments = {
+        "prefill": (params, cache, prompts, row("int32"), sampling),
+        "decode": (params, state),
+    }
+    found = []
+    for name, function in (("prefill", prefill_step), ("decode", decode_step)):
+        jitted = jax.jit(
+            partial(function, config, profile.precision.compute),
+            donate_argnums=1,
+            out_shardings=out,
+        )
+        found.append(_trace(name, profile, small, mesh, jitted, arguments[name], scale))
+    return found
+
+
+def _emulation(profile: Profile, batch: int, limit: int) -> tuple[Profile, Mesh, int]:
+    """The shrunk profile, its mesh of virtual devices, and the batch that keeps rows per device."""
+    small = shrink(profile, limit)
+    batch_now = batch // ways(profile, BATCH) * ways(small, BATCH)
+    return small, make_mesh(small.mesh, jax.devices("cpu")), batch_now
+
+
+def _trace(
+    name: str, profile: Profile, small: Profile, mesh: Mesh, jitted: Any, arguments: Any, scale: int
+) -> Traced:
+    with sharding_scope(mesh, small.rules), use_implementation("xla"):
+        traced = jitted.trace(*arguments)
+        lowered = traced.lower()
+    return Traced(name, profile, mesh, _scaled(count_jaxpr(traced.jaxpr), scale), lowered)
+
+
+def _scaled(count: FlopCount, times: int) -> FlopCount:
+    """The count for `times` the batch: every product of these programs runs over the batch once."""
+    return dataclasses.replace(
+        count,
+        matmul_flops=count.matmul_flops * times,
+        by_operand_dtypes={k: v * times for k, v in count.by_operand_dtypes.items()},
+        dot_operand_bytes=count.dot_operand_bytes * times,
+        opaque_flops=count.opaque_flops * times,
+    )
+
+
+def compile_all(
+    programs: Sequence[Traced], done: Callable[[str], None] = lambda name: None
+) -> list[Program]:
+    """Compiles them side by side and reads their collectives; `done` is told each name."""
+
+    def one(traced: Traced) -> Program:
+        compiled = traced.lowered.compile(compiler_options=_COMPILER_OPTIONS)  # pyright: ignore
+        found = collectives(compiled.as_text() or "", traced.mesh)
+        done(traced.name)
+        mesh = dict(traced.mesh.shape)
+        return Program(traced.name, traced.profile, mesh, traced.flops, tuple(found))
+
+    with ThreadPoolExecutor(max_workers=max(1, len(programs))) as pool:
+        return list(pool.map(one, programs))

@@ -1,0 +1,177 @@
+"""HBM traffic, memory and model FLOPs of each program, by formula: rung 4.
+
+The traffic is the least that has to move: what lies between two matmuls of a layer is taken to
+stay on the chip, so the true figure is higher where it does not. All amounts are per JAX device.
+
+A train step, one micro-batch:
+- weights: a bfloat16 copy of the master weights is made (float32 read, bfloat16 written), then
+  read by every pass: forward, backward, and once more where remat is "full";
+- gathered copies: under fsdp, the gathered weights, written for forward and for backward;
+- gradient, float32: under fsdp, written whole and read by the scatter; the shard, written once
+  and read by the clip and by the update;
+- optimizer state: master weights, mu and nu, read and written;
+- activations: what remat saves per layer, written and read;
+- logits, float32: written and read, and their gradient likewise.
+
+Prefill and decode:
+- weights: every matrix once as stored, scales included; of a table, the rows looked up;
+- kv cache read: all positions of the context in every layer, once; kv cache write: the new ones;
+- logits, float32, of one position per row: written and read.
+
+>>> sum(decode_traffic(config, profile, rows, batch=16, context=4096).values())
+"""
+
+from collections.abc import Sequence
+
+from jax.numpy import dtype
+
+from tpu_stack.models.config import ModelConfig
+from tpu_stack.models.flops import (
+    attention_flops_per_token,
+    matmul_parameters,
+    mean_keys,
+    train_flops_per_token,
+)
+from tpu_stack.planner.tensors import TensorRow, ways
+from tpu_stack.sharding.axes import BATCH, FFW, HEADS, KV_HEADS, VOCAB
+from tpu_stack.sharding.profiles import Profile
+
+Bytes = dict[str, int]
+_F32 = 4
+
+
+def train_traffic(
+    config: ModelConfig, profile: Profile, rows: Sequence[TensorRow], *, batch: int, seq_len: int
+) -> Bytes:
+    """Bytes of one train step, one micro-batch, by term."""
+    tokens = batch * seq_len // ways(profile, BATCH)
+    compute = dtype(profile.precision.compute).itemsize
+    kept = sum(row.train_elements for row in rows)
+    gathered = sum(row.gathered_elements for row in rows)
+    looked_up = sum(row.gathered_elements for row in rows if lookup_only(config, row))
+    passes = 3 if profile.remat == "full" else 2
+    table_rows = tokens * looked_up // config.vocab_size
+    is_gathered = gathered > kept
+    return {
+        "weights": (_F32 + compute) * kept
+        + compute * (passes * (gathered - looked_up) + table_rows),
+        "gathered copies": 2 * compute * gathered if is_gathered else 0,
+        "gradient": 3 * _F32 * kept + (2 * _F32 * gathered if is_gathered else 0),
+        "optimizer state": 2 * sum(row.state_bytes for row in rows),
+        "activations": 2 * saved_activation_bytes(config, profile, batch=batch, seq_len=seq_len),
+        "logits": 4 * _logits_bytes(config, profile, tokens),
+    }
+
+
+def saved_activation_bytes(
+    config: ModelConfig, profile: Profile, *, batch: int, seq_len: int
+) -> int:
+    """What the forward pass keeps for the backward pass, logits aside.
+
+    remat "full": the input of every layer. "dots", and as a lower bound "none": the outputs of its
+    matmuls too.
+    """
+    tokens = batch * seq_len // ways(profile, BATCH)
+    width = config.d_model
+    if profile.remat != "full":
+        heads = config.n_heads * config.head_dim // ways(profile, HEADS)
+        kv_heads = config.n_kv_heads * config.head_dim // ways(profile, KV_HEADS)
+        hidden = (2 if config.gated_mlp else 1) * config.d_ff // ways(profile, FFW)
+        width += heads + 2 * kv_heads + config.d_model + hidden + config.d_model
+    return config.n_layers * tokens * width * dtype(profile.precision.compute).itemsize
+
+
+def prefill_traffic(
+    config: ModelConfig,
+    profile: Profile,
+    rows: Sequence[TensorRow],
+    *,
+    batch: int,
+    context: int,
+    prompt: int,
+) -> Bytes:
+    """Bytes of running `prompt` tokens of every row into a cache of `context` positions."""
+    local = batch // ways(profile, BATCH)
+    cache = cache_bytes(config, profile, batch=batch, context=context)
+    return {
+        "weights": _served_weights(config, rows, tokens=local * prompt),
+        "kv cache read": cache,
+        "kv cache write": cache // context * prompt,
+        "logits": 2 * _logits_bytes(config, profile, local),
+    }
+
+
+def decode_traffic(
+    config: ModelConfig, profile: Profile, rows: Sequence[TensorRow], *, batch: int, context: int
+) -> Bytes:
+    """Bytes of one more token for every row: a prefill of one token."""
+    return prefill_traffic(config, profile, rows, batch=batch, context=context, prompt=1)
+
+
+def cache_bytes(config: ModelConfig, profile: Profile, *, batch: int, context: int) -> int:
+    """The key/value cache: every layer holds `context` positions, local layers included."""
+    heads = config.n_kv_heads // ways(profile, KV_HEADS)
+    positions = batch // ways(profile, BATCH) * context
+    itemsize = dtype(profile.precision.cache or profile.precision.compute).itemsize
+    return 2 * config.n_layers * positions * heads * config.head_dim * itemsize
+
+
+def train_memory(
+    config: ModelConfig, profile: Profile, rows: Sequence[TensorRow], *, batch: int, seq_len: int
+) -> Bytes:
+    """What a training device must hold at once, temporaries of a layer aside."""
+    tokens = batch * seq_len // ways(profile, BATCH)
+    kept = sum(row.train_elements for row in rows)
+    return {
+        "weights and optimizer state": sum(row.state_bytes for row in rows),
+        "bfloat16 weights": kept * dtype(profile.precision.compute).itemsize,
+        "gradient": _F32 * kept,
+        "saved activations": saved_activation_bytes(config, profile, batch=batch, seq_len=seq_len),
+        "logits and their gradient": 2 * _logits_bytes(config, profile, tokens),
+    }
+
+
+def serve_memory(
+    config: ModelConfig, profile: Profile, rows: Sequence[TensorRow], *, batch: int, context: int
+) -> Bytes:
+    """What a serving device must hold at once, temporaries of a layer aside."""
+    local = batch // ways(profile, BATCH)
+    return {
+        "packed weights": sum(row.serve_bytes for row in rows),
+        "kv cache": cache_bytes(config, profile, batch=batch, context=context),
+        "logits": _logits_bytes(config, profile, local),
+    }
+
+
+def train_model_flops(config: ModelConfig, *, batch: int, seq_len: int) -> float:
+    """FLOPs of the model, all devices: causal attention, nothing recomputed."""
+    return batch * seq_len * train_flops_per_token(config, seq_len)
+
+
+def prefill_model_flops(config: ModelConfig, *, batch: int, prompt: int) -> float:
+    """The same for a prompt, with the logits of its last token only."""
+    unembed = config.d_model * config.vocab_size
+    attention = attention_flops_per_token(config, mean_keys(config, prompt))
+    per_token = 2 * (matmul_parameters(config) - unembed) + attention
+    return batch * (prompt * per_token + 2 * unembed)
+
+
+def decode_model_flops(config: ModelConfig, *, batch: int, context: int) -> float:
+    """The same for one token per row that sees a full context."""
+    keys = {"global": float(context), "local": float(min(config.window, context))}
+    return batch * (2 * matmul_parameters(config) + attention_flops_per_token(config, keys))
+
+
+def lookup_only(config: ModelConfig, row: TensorRow) -> bool:
+    """Whether the tensor is a table that is read by row and never multiplied."""
+    return row.spec.name == "embed" and not config.tie_embeddings
+
+
+def _served_weights(config: ModelConfig, rows: Sequence[TensorRow], tokens: int) -> int:
+    read = sum(row.serve_bytes for row in rows if not lookup_only(config, row))
+    table = next(row.serve_bytes for row in rows if row.spec.name == "embed")
+    return read + table * tokens // config.vocab_size
+
+
+def _logits_bytes(config: ModelConfig, profile: Profile, tokens: int) -> int:
+    return _F32 * tokens * config.vocab_size // ways(profile, VOCAB)

@@ -1,0 +1,77 @@
+"""How much each program is asked to do: batches and lengths, with defaults that fit a profile.
+
+>>> Workload.of(config, get_profile("8t:4x4x4"), get_profile("8i:8")).batch_size
+128
+"""
+
+from dataclasses import dataclass
+
+from tpu_stack.errors import UserError
+from tpu_stack.models.config import ModelConfig
+from tpu_stack.planner.tensors import ways
+from tpu_stack.sharding.axes import BATCH
+from tpu_stack.sharding.profiles import Profile, require_batch_divides
+
+TOKENS_PER_DEVICE = 8192
+ROWS_PER_WAY = 16
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Sequences and tokens of the three programs, over all devices.
+
+    Attributes:
+      batch_size, seq_len: sequences of a train step, tokens of each.
+      serve_batch: rows decoded together. context: positions the cache holds per row, all of which
+        a decode step reads. prompt: tokens of each row that prefill runs.
+    """
+
+    batch_size: int
+    seq_len: int
+    serve_batch: int
+    context: int
+    prompt: int
+
+    @classmethod
+    def of(
+        cls,
+        config: ModelConfig,
+        train: Profile,
+        serve: Profile,
+        *,
+        batch_size: int | None = None,
+        seq_len: int | None = None,
+        serve_batch: int | None = None,
+        context: int | None = None,
+        prompt: int | None = None,
+    ) -> "Workload":
+        """What is not given gets a default: 8192 training tokens a device in sequences of 4096, 16
+        rows per way of the serving batch axes, a context of 4096 and a prompt of 1024, each cut to
+        what the model is meant for.
+
+        Raises UserError for a value out of range or a batch that the mesh does not divide.
+        """
+        given = {
+            "--batch-size": batch_size, "--seq-len": seq_len, "--serve-batch": serve_batch,
+            "--context": context, "--prompt": prompt,
+        }  # fmt: skip
+        for name, value in given.items():
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}; it must be at least 1")
+        seq_len = seq_len or min(4096, config.max_seq_len)
+        context = context or min(4096, config.max_seq_len)
+        prompt = prompt or max(1, min(1024, context // 2))
+        for name, value in (("--seq-len", seq_len), ("--context", context)):
+            if value > config.max_seq_len:
+                raise UserError(
+                    f"{name} is {value}; the model is meant for at most {config.max_seq_len} tokens"
+                )
+        if prompt >= context:
+            raise UserError(f"--prompt {prompt} leaves no room in --context {context}")
+        train_ways = ways(train, BATCH)
+        wanted = TOKENS_PER_DEVICE * train.devices // seq_len
+        batch_size = batch_size or max(1, wanted // train_ways) * train_ways
+        serve_batch = serve_batch or ROWS_PER_WAY * ways(serve, BATCH)
+        require_batch_divides(train, batch_size)
+        require_batch_divides(serve, serve_batch)
+        return cls(batch_size, seq_len, serve_batch, context, prompt)
