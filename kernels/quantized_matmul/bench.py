@@ -34,6 +34,12 @@ VERSIONS = {
     "v6e": pltpu.ChipVersion.TPU_V6E,
     "7x": pltpu.ChipVersion.TPU_7X,
 }
+COMPILER_ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}
 KERNEL_CASES = ("int8", "int4", "int4:after_group")
 PEER_CASES = ("xla:int8", "xla:int4", "xla:bf16")
 GROUP = 32
@@ -88,13 +94,8 @@ def compile_in_subprocess(case: str, chip: str, shape: list[int]) -> dict[str, A
       whole call is one program.
     """
     with tempfile.TemporaryDirectory() as folder:
-        env = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "TPU_SKIP_MDS_QUERY": "1",
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-            "TPU_STDERR_LOG_LEVEL": "3",
-            "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true",
-        }
+        dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        env = os.environ | COMPILER_ENVIRONMENT | {"LIBTPU_INIT_ARGS": dump}
         request = json.dumps({"case": case, "chip": chip, "shape": shape})
         command = [
             sys.executable,
@@ -106,7 +107,8 @@ def compile_in_subprocess(case: str, chip: str, shape: list[int]) -> dict[str, A
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
         if done.returncode:
             lines = done.stderr.strip().splitlines() or ["no message"]
-            return {"error": f"exit {done.returncode}: {lines[-1][:300]}"}
+            told = [line for line in lines if "Error: " in line] or lines
+            return {"error": f"exit {done.returncode}: {told[-1][:300]}"}
         result = json.loads(done.stdout.strip().splitlines()[-1])
         if not case.startswith("xla:"):
             result["bundles"] = read_bundles(Path(folder))

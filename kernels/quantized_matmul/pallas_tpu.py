@@ -6,6 +6,7 @@ of N out there are never stored, and along K both x and the scales are set to ze
 weight's integers are out there (an integer is never NaN) they add nothing.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from tpu_stack.kernels.quantized_matmul.plan import Plan
+from tpu_stack.kernels.quantized_matmul.plan import ROWS, SUBLANES, Plan
 
 _MIB = 2**20
 
@@ -24,6 +25,12 @@ def pallas_quantized_matmul(
     x: Array, values: Array, scales: Array, plan: Plan, interpret: Any
 ) -> Float[Array, "M N"]:
     """Runs the kernel that `plan` describes. Use `quantized_matmul`, which makes the plan."""
+    if plan.k_edge and plan.m < ROWS:
+        # Mosaic cannot mask a block taller than its array ("Sublane broadcast"). With no ragged K
+        # nothing is masked, and so few rows cost little to copy. So too for the scales below.
+        padded = replace(plan, m=ROWS, bm=ROWS)
+        x = jnp.pad(x, ((0, ROWS - plan.m), (0, 0)))
+        return pallas_quantized_matmul(x, values, scales, padded, interpret)[: plan.m]
     scaled = plan.scale_mode != "input"
     # Two axes: XLA:TPU stores [G, 1, N] compactly, as [G, N], and this reshape is free, while a
     # kernel that asks for three axes costs a relayout of the scales at every call.
@@ -31,6 +38,8 @@ def pallas_quantized_matmul(
         scales = scales.reshape(1, -1)
     elif scaled:
         scales = scales.reshape(-1, values.shape[1])
+        if plan.k_edge and scales.shape[0] < SUBLANES:
+            scales = jnp.pad(scales, ((0, SUBLANES - scales.shape[0]), (0, 0)))
     specs = [
         pl.BlockSpec((plan.bm, plan.bk), lambda i, j, k: (i, k)),
         pl.BlockSpec(

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 SCALE_MODES = ("after", "input", "before", "after_group")
 LANES = 128
 ROWS = 16
-"""Smallest block of M: one bfloat16 tile on every chip but 8t, half a float32 one there."""
+"""Smallest block of M: one bfloat16 tile on every chip but 8t, half a float32 one there. Fewer rows
+than this are one whole block: Mosaic cannot compile a block that is taller than such an array."""
 SUBLANES = 8
 """Pallas's rule for the second-minor axis: a block of scales has a multiple of this many groups."""
 MXU_WIDTH = 128
@@ -91,14 +92,15 @@ def make_plan(
     mode = _scale_mode(values.shape[0], group, transpose, scale_mode, tuned["narrow_groups"])
     step_k, step_n = _steps(group, mode, transpose)
     bm, bk, bn = tiles or _tiles(tuned, jnp.dtype(x.dtype).itemsize, step_k, step_n)
-    bm = min(bm, _round_up(x.shape[0], ROWS))
+    m = x.shape[0]
+    bm = m if m < ROWS else min(bm, _round_up(m, ROWS))
     bk, bn = min(bk, _round_up(k, step_k)), min(bn, _round_up(n, step_n))
-    if bm % ROWS or bk % step_k or bn % step_n:
+    if (bm % ROWS and bm != m) or bk % step_k or bn % step_n:
         raise ValueError(
             f"tiles ({bm}, {bk}, {bn}) are not multiples of {(ROWS, step_k, step_n)}, which "
             f"groups of {group} need"
         )
-    return Plan(x.shape[0], k, n, transpose, weight, group, mode, bm, bk, bn, out.name)
+    return Plan(m, k, n, transpose, weight, group, mode, bm, bk, bn, out.name)
 
 
 def _group(values: tuple[int, ...], scales: tuple[int, ...]) -> int:

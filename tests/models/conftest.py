@@ -1,4 +1,4 @@
-"""Random weights for any configuration, drawn with NumPy: compiling JAX's generator takes seconds."""
+"""Random weights for any configuration, from NumPy: JAX's generator takes seconds to compile."""
 
 from collections.abc import Callable
 from typing import Any

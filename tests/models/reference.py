@@ -1,7 +1,7 @@
 """A decoder in NumPy float64, loop by loop, from the papers and Hugging Face's modelling code.
 
-It shares nothing with tpu_stack.models but the names of the configuration fields and of the weights,
-and takes one document at a time: several documents in a row are several calls.
+It shares nothing with tpu_stack.models but the names of the configuration's fields and of the
+weights, and takes one document at a time: several documents in a row are several calls.
 """
 
 import math
@@ -60,7 +60,7 @@ def _block(config: ModelConfig, weights: dict[str, Any], layer: int, x: np.ndarr
 
 
 def _frequency(config: ModelConfig, kind: str, pair: int) -> float:
-    """Radians per position of one pair (Su et al. 2021; Llama 3.1's rescaling as HF computes it)."""
+    """Radians per position of one pair (Su et al. 2021; Llama 3.1's rescaling as in HF)."""
     base = config.rope_base if kind == "global" else config.rope_base_local
     frequency = 1.0 / base ** (2 * pair / config.head_dim)
     scaling = config.rope_scaling

@@ -13,10 +13,11 @@ from tpu_stack.models.attention import Mask, attend
 
 
 def random_inputs(seed: int, length: int, heads: int = 4, kv_heads: int = 2):
-    keys = jax.random.split(jax.random.key(seed), 3)
-    q = jax.random.normal(keys[0], (2, length, heads, 8))
-    k = jax.random.normal(keys[1], (2, length, kv_heads, 8))
-    v = jax.random.normal(keys[2], (2, length, kv_heads, 8))
+    generator = np.random.default_rng(seed)
+    q, k, v = (
+        jnp.asarray(generator.standard_normal((2, length, count, 8)), jnp.float32)
+        for count in (heads, kv_heads, kv_heads)
+    )
     positions = jnp.broadcast_to(jnp.arange(length), (2, length))
     segments = (positions >= jnp.array([[9], [20]])).astype(jnp.int32)
     return q, k, v, positions, segments
@@ -46,7 +47,9 @@ def test_chunks_are_really_used(monkeypatch):
     """The largest score array of a chunked program holds CHUNK query rows, not T."""
     q, k, v, positions, _ = random_inputs(0, 32)
     monkeypatch.setattr(attention, "CHUNK", 8)
-    program = str(jax.make_jaxpr(lambda q: attend(q, k, v, Mask(positions, positions), scale=1.0))(q))
+    program = str(
+        jax.make_jaxpr(lambda q: attend(q, k, v, Mask(positions, positions), scale=1.0))(q)
+    )
     assert "f32[2,2,2,8,32]" in program  # B K G C S
     assert "f32[2,2,2,32,32]" not in program
 

@@ -60,7 +60,9 @@ def test_prefill_and_steps_equal_the_full_pass(random_params, config):
     at = PROMPTS.copy()
     while (at < LENGTH).any():
         here = np.minimum(at, LENGTH - 1)  # a finished row repeats its last token in place
-        logits, cache = step(config, params, tokens[np.arange(3), here][:, None], here[:, None], cache)
+        logits, cache = step(
+            config, params, tokens[np.arange(3), here][:, None], here[:, None], cache
+        )
         for row in np.flatnonzero(at < LENGTH):
             found[row] = np.concatenate([found[row], np.asarray(logits[row])])
         at += 1
@@ -92,7 +94,7 @@ def test_bfloat16_cache_costs_no_more_than_its_rounding(random_params):
     params = random_params(GLOBAL)
     tokens = np.random.default_rng(2).integers(0, 53, (2, 10), dtype=np.int32)
     positions = np.broadcast_to(np.arange(10), (2, 10))
-    full = forward(GLOBAL, params, tokens)
+    full = forward(GLOBAL, params, jnp.asarray(tokens))
     rounded, _ = step_logits(GLOBAL, params, tokens, positions, init_cache(GLOBAL, 2, 10))
     error = np.linalg.norm(rounded - full) / np.linalg.norm(full)
     assert 0 < error < 0.02

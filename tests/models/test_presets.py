@@ -1,6 +1,5 @@
 """Presets hold what was published; abstract tensors cost nothing and tell the truth."""
 
-import difflib
 import json
 
 import jax
@@ -90,7 +89,10 @@ def test_contract_axes_and_granules():
 
 def test_initialization_has_unit_scale():
     """Hidden states of a fresh model have a root mean square near 1 at every width."""
-    params = jax.jit(init_params, static_argnums=0)(SMALL.replace(vocab_size=4096), jax.random.key(1))
+    config = SMALL.replace(vocab_size=4096, n_layers=1)
+    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    init = jax.jit(init_params, static_argnums=0, compiler_options=quick)
+    params = init(config, jax.random.key(1))
     assert float(params["embed"].std()) == pytest.approx(1.0, rel=0.02)  # 65,536 draws: 0.3 %
     assert float(params["unembed"].std()) == pytest.approx(16**-0.5, rel=0.02)
 
@@ -129,7 +131,6 @@ def test_config_of_a_newer_version_is_refused():
 
 
 def test_unknown_preset_names_the_nearest():
-    assert difflib.get_close_matches("lama3_8b", PRESETS, n=1) == ["llama3_8b"]
     with pytest.raises(UserError, match="perhaps 'llama3_8b'"):
         get_preset("lama3_8b")
     with pytest.raises(UserError, match="one of nano"):

@@ -8,6 +8,7 @@ iterator's position, and one checksum per tensor, which every restore verifies.
 ...     store.save(20, params, optimizer, meta)
 """
 
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -23,8 +24,10 @@ from absl import logging as absl_logging
 from tpu_stack.checkpoint.checksums import damaged, leaf_names, tree_checksums
 from tpu_stack.errors import UserError
 
-absl_logging.set_verbosity(absl_logging.ERROR)
-logging.getLogger("orbax").setLevel(logging.ERROR)
+# What Orbax and its coroutines meet in a damaged checkpoint is raised too, as one line.
+absl_logging.set_verbosity(absl_logging.FATAL)
+for _noisy in ("orbax", "asyncio"):
+    logging.getLogger(_noisy).setLevel(logging.CRITICAL)
 
 
 class CheckpointStore:
@@ -90,10 +93,11 @@ class CheckpointStore:
         `meta` is JSON-ready. Raises UserError when this or an earlier write failed.
         """
         checksums = {"params": tree_checksums(params), "optimizer": tree_checksums(optimizer)}
+        body = dict(meta, step=step, checksums=checksums)
         args = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
             optimizer=ocp.args.StandardSave(optimizer),
-            meta=ocp.args.JsonSave(dict(meta, step=step, checksums=checksums)),
+            meta=ocp.args.JsonSave(dict(body, digest=_json_digest(body))),
         )
         try:
             self._manager.save(step, args=args, force=True)
@@ -109,8 +113,14 @@ class CheckpointStore:
         return self.steps[-1]
 
     def meta(self, step: int) -> dict[str, Any]:
-        """The meta item of `step`."""
-        return self._read(step, "meta", ocp.args.JsonRestore(), lambda item: item)
+        """The meta item of `step`. Raises UserError when it was changed since it was saved."""
+
+        def verified(body: dict[str, Any]) -> dict[str, Any]:
+            if body.pop("digest", None) != _json_digest(body):
+                raise UserError(f"checkpoint {self._name(step)} is damaged: meta")
+            return body
+
+        return self._read(step, "meta", ocp.args.JsonRestore(), verified)
 
     def restore(self, step: int, item: str, abstract: Any) -> Any:
         """The tree `item` ("params" or "optimizer") of `step` in the layout of `abstract`.
@@ -136,15 +146,18 @@ class CheckpointStore:
         return self._read(step, item, ocp.args.StandardRestore(abstract), verified)
 
     def digest(self, step: int) -> str:
-        """One BLAKE3 hash over names, dtypes, shapes and bytes of parameters and optimizer state."""
+        """One BLAKE3 hash over names, dtypes, shapes and bytes of parameters and optimizer state.
+
+        Raises UserError when the checkpoint is damaged.
+        """
         digest = blake3.blake3()
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         for item in ("params", "optimizer"):
             metadata = self._read(step, item, None, lambda tree: tree)
-            device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
             abstract = jax.tree.map(
                 lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), metadata
             )
-            tree = self._read(step, item, ocp.args.StandardRestore(abstract), lambda tree: tree)
+            tree = self.restore(step, item, abstract)
             named = sorted(
                 zip(leaf_names(tree), jax.tree.leaves(tree), strict=True), key=lambda x: x[0]
             )
@@ -170,6 +183,11 @@ class CheckpointStore:
                 f"checkpoint {self._name(step)} cannot be read ({item}): {_reason(failure)}"
             ) from failure
         return then(tree)
+
+
+def _json_digest(body: dict[str, Any]) -> str:
+    """The same before and after a trip through a JSON file."""
+    return blake3.blake3(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def _reason(failure: BaseException) -> str:

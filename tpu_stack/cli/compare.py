@@ -1,6 +1,7 @@
 """`tpu-stack compare`: one model under a training and a serving profile, side by side."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,8 @@ def run(options: Options) -> None:
 
 def compare_profiles(options: Options) -> dict[str, Any]:
     """The comparison, JSON-ready. Raises UserError for anything that cannot be compared."""
+    # XLA's partitioner warns of layouts it finds costly; the collectives below count that cost.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from tpu_stack.planner import compare as planner
 
     _start_devices(planner.devices_wanted(options.train, options.serve))

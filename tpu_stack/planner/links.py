@@ -66,6 +66,8 @@ class MeshLinks:
         for axis in reversed(tuple(self.mesh)):
             size = self.mesh[axis]
             size //= self.chip.devices(1) if axis == self._chip_axis() else 1
+            if size == 1:
+                found[axis] = ()
             for count in range(1, len(left) + 1):
                 sets = [c for c in combinations(left, count) if prod(c) == size and 1 not in c]
                 if sets:
@@ -88,18 +90,25 @@ class MeshLinks:
             return plain
         sizes = [size for axis in spanned for size in torus[axis]]
         wraps = all(axis_wraps(self.chip, size) for size in sizes)
-        hops = sum(size // 2 if wraps else size - 1 for size in sizes)
         together = dataclasses.replace(
             plain,
             kind="ring" if wraps else "line",
-            bytes_per_s_one_way=plain.bytes_per_s_one_way * len(sizes),
+            bytes_per_s_one_way=plain.bytes_per_s_one_way * max(1, len(sizes)),
         )
-        return dataclasses.replace(together, hop_s=self.hop_s * hops / max(1, together.hops))
+        return self._within(together, sizes)
 
     def _bounded(self, links: AxisLinks) -> AxisLinks:
-        """A group of n has no two members more than n - 1 hops apart, whatever a pod's diameter."""
-        hops = max(1, min(links.max_hops, links.n - 1))
-        return dataclasses.replace(links, max_hops=hops, hop_s=self.hop_s)
+        """No two members are more hops apart than the diameter of the slice, or than n - 1."""
+        if links.kind == "direct":
+            hops = max(1, min(links.max_hops, links.n - 1))
+            return dataclasses.replace(links, max_hops=hops, hop_s=self.hop_s)
+        return self._within(links, self.topology)
+
+    def _within(self, links: AxisLinks, sizes: Sequence[int]) -> AxisLinks:
+        """The same links, charged at most the hops across torus axes of these sizes."""
+        across = sum(size // 2 if axis_wraps(self.chip, size) else size - 1 for size in sizes)
+        share = min(1.0, across / links.hops) if links.hops else 1.0
+        return dataclasses.replace(links, hop_s=self.hop_s * share)
 
 
 def one_execution_s(kind: str, payload: int, links: AxisLinks) -> float:

@@ -147,7 +147,8 @@ class Bundle:
         path = self.path / TOKENIZER
         if not path.is_file():
             raise UserError(f"{self.path} is damaged: {TOKENIZER} is missing")
-        tokenizer = Tokenizer.from_json(path.read_text(encoding="utf-8"), where=str(path))
+        text = path.read_text(encoding="utf-8", errors="replace")
+        tokenizer = Tokenizer.from_json(text, where=str(path))
         if tokenizer.digest() != self.manifest.tokenizer_digest:
             raise UserError(f"{path} is damaged: its digest does not match the manifest")
         return tokenizer

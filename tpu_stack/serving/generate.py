@@ -3,6 +3,7 @@
 >>> for row, piece in stream_text(engine, tokenizer, ["def "], Request(max_tokens=32)): ...
 """
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,10 +30,14 @@ class Request:
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise UserError(f"--max-tokens is {self.max_tokens}; it must be at least 1")
-        if self.temperature < 0:
-            raise UserError(f"--temperature is {self.temperature}; it must be at least 0")
-        if self.top_k < 0:
-            raise UserError(f"--top-k is {self.top_k}; it must be at least 0 (0 keeps all)")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(
+                f"--temperature is {self.temperature}; it must be at least 0 and finite"
+            )
+        if not 0 <= self.top_k < 2**31:
+            raise UserError(
+                f"--top-k is {self.top_k}; it must lie in 0 to 2147483647 (0 keeps all)"
+            )
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top-p is {self.top_p}; it must lie in (0, 1]")
         if not 0 <= self.seed < 2**32:

@@ -84,7 +84,7 @@ class Manifest:
         try:
             body = json.loads(path.read_text(encoding="utf-8"))
             digest = body.pop("digest")
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{path} is damaged: {error}") from error
         if body.get("format_version") != FORMAT_VERSION:
             raise UserError(

@@ -4,6 +4,7 @@
 'data=1,fsdp=4,tensor=2'
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from math import prod
 
@@ -15,18 +16,22 @@ from tpu_stack.errors import UserError
 from tpu_stack.sharding.axes import BATCH
 from tpu_stack.sharding.rules import Rules
 
+_SIZE = re.compile(r"[1-9][0-9]{0,8}", re.ASCII)  # as many digits as no pod needs
+
 
 def parse_mesh(text: str, axis_names: Sequence[str]) -> dict[str, int]:
     """`"fsdp=4,tensor=2"` as sizes for every one of `axis_names`; axes not named get 1."""
-    sizes = dict.fromkeys(axis_names, 1)
+    given: dict[str, int] = {}
     for part in filter(None, text.split(",")):
         name, _, size = part.partition("=")
-        if name not in sizes:
+        if name not in axis_names:
             raise UserError(f"mesh {text!r}: no axis {name!r}; this profile has {list(axis_names)}")
-        if not size.isdigit() or int(size) < 1:
+        if name in given:
+            raise UserError(f"mesh {text!r} names {name!r} twice")
+        if not _SIZE.fullmatch(size):
             raise UserError(f"mesh {text!r}: size of {name!r} must be a positive whole number")
-        sizes[name] = int(size)
-    return sizes
+        given[name] = int(size)
+    return dict.fromkeys(axis_names, 1) | given
 
 
 def mesh_text(sizes: Mapping[str, int]) -> str:

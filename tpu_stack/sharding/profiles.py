@@ -32,7 +32,7 @@ from tpu_stack.sharding.rules import Rules, check_divides
 
 Role = Literal["train", "serve"]
 
-_TENSOR = {axis: ("tensor",) for axis in (FFW, HEADS, KV_HEADS, VOCAB)}
+_TENSOR = dict.fromkeys((FFW, HEADS, KV_HEADS, VOCAB), ("tensor",))
 RULES: dict[str, Rules] = {
     "train": Rules({BATCH: ("data", "fsdp"), EMBED: ("fsdp",), **_TENSOR}),
     "serve": Rules({BATCH: ("data",), **_TENSOR}),

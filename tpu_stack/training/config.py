@@ -61,7 +61,7 @@ class TrainConfig:
             "decay_steps": 0, "eval_every": 0, "eval_batches": 0, "log_every": 0, "checkpoint_every": 0,
         }  # fmt: skip
         for name, least in at_least.items():
-            if getattr(self, name) < least:
+            if not getattr(self, name) >= least:  # NaN too
                 value = getattr(self, name)
                 raise UserError(f"--train.{name} is {value}; it must be at least {least}")
         if self.batch_size % self.accumulate:

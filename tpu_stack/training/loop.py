@@ -168,10 +168,10 @@ class _Run:
         return result
 
     def _note_step(self, step: int, loss: float, grad_norm: float, result: TrainResult) -> None:
-        if not math.isfinite(loss):
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise UserError(
-                f"the loss is {loss} at step {step}; lower --train.learning_rate"
-                f" ({self.job.train.learning_rate})"
+                f"the loss is {loss} and its gradient's norm {grad_norm} at step {step};"
+                f" lower --train.learning_rate ({self.job.train.learning_rate})"
             )
         result.losses.append((step, loss))
         self.listener(step, {"loss": loss})

@@ -1,0 +1,166 @@
+"""The comparison end to end on nano, and the verb around it."""
+
+import json
+
+import pytest
+
+from tpu_stack.cli.compare import Options, compare_profiles, print_comparison
+from tpu_stack.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def nano():
+    options = Options(model="nano", train="8t:8", train_mesh="fsdp=4,tensor=2", serve="8i:1")
+    return compare_profiles(options)
+
+
+@pytest.fixture(scope="module")
+def too_large():
+    """16 training devices on 8 virtual ones, one chip for both profiles, plain bf16."""
+    options = Options(model="nano", train="v5e:4x4", serve="v5e:1", format="bf16")
+    return compare_profiles(options)
+
+
+def _programs(result):
+    return {program["name"]: program for program in result["programs"]}
+
+
+def test_the_result_is_json_and_names_every_rung(nano):
+    assert json.loads(json.dumps(nano, allow_nan=False)) == nano
+    assert set(nano["rungs"]) == {
+        "tensors", "flops", "model_flops", "hbm_bytes", "collectives", "roofline", "memory",
+    }  # fmt: skip
+    assert nano["train"]["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2}
+    assert (nano["train"]["mesh_by"], nano["serve"]["mesh_by"]) == ("given", "profile default")
+    assert (nano["serve"]["chips"], nano["serve"]["devices"]) == (1, 2)
+
+
+def test_totals_are_the_sums_of_their_columns(nano):
+    rows, totals = nano["tensors"], nano["totals"]
+    assert totals["serve_bytes_per_device"] == sum(r["serve"]["bytes_per_device"] for r in rows)
+    assert totals["reshard_bytes"] == sum(r["reshard_bytes"] for r in rows)
+    state = sum(r["train"]["state_bytes_per_device"] for r in rows)
+    assert totals["train_state_bytes_per_device"] == state
+    assert 4.5 < totals["serve_bits_per_weight"] < 8
+
+
+def test_native_and_emulated_formats_are_told_apart(nano):
+    rows = {row["name"]: row["serve"]["matmul"] for row in nano["tensors"]}
+    assert rows["blocks.mlp.w_up"] == {"support": "native", "computed_as": ["bfloat16", "int4"]}
+    assert rows["embed"]["support"] == "emulated"  # int8 rows, unembedded on 8i
+    assert rows["final_norm.scale"] is None
+
+
+def test_every_program_is_priced_on_both_chips_and_projected(nano):
+    for name, program in _programs(nano).items():
+        assert set(program["roofline"]) == {"8t", "8i"}
+        own = program["roofline"][program["chip"]]
+        assert own["flops_per_chip"] == program["flops_per_chip"], name
+        assert own["hbm_bytes_per_chip"] == program["hbm_bytes_per_chip"], name
+        for found in program["roofline"].values():
+            assert (found["label"], found["rung"]) == ("projected", 4)
+            roofs = (found["compute_s"], found["hbm_s"], found["ici_s"])
+            assert found["time_s"] == pytest.approx(max(roofs))
+            assert found["time_s"] <= found["time_no_overlap_s"]
+            assert found["memory"]["fits"]
+
+
+def test_decode_of_a_small_batch_on_one_8i_is_bound_by_memory(nano):
+    decode = _programs(nano)["decode"]
+    found = decode["roofline"]["8i"]
+    assert found["bound"] == "memory"
+    assert found["ici_s"] == 0  # the two devices share the chip
+    assert found["time_s"] == pytest.approx(decode["hbm_bytes_per_chip"] / 8.6e12, rel=1e-3)
+    assert found["tokens_per_s"] == pytest.approx(16 / found["time_s"])
+
+
+def test_the_same_devices_are_twice_the_chips_on_8t(nano):
+    found = _programs(nano)["decode"]["roofline"]
+    assert (found["8i"]["chips"], found["8t"]["chips"]) == (1, 2)
+    assert found["8t"]["flops_per_chip"] * 2 == found["8i"]["flops_per_chip"]
+
+
+def test_remat_shows_as_the_models_share(nano):
+    programs = _programs(nano)
+    assert programs["train_step"]["model_share_of_flops"] < 0.8
+    assert programs["decode"]["model_share_of_flops"] == 1.0
+
+
+def test_collectives_name_their_axes(nano):
+    programs = _programs(nano)
+    serve = {axis for row in programs["decode"]["collectives"] for axis in row["axes"]}
+    assert serve == {"tensor"}
+    reduced = [r for r in programs["decode"]["collectives"] if r["kind"] == "all-reduce"]
+    assert sum(row["count"] for row in reduced) >= 2 * 6  # attention and MLP of every layer
+    train = {(row["kind"], *row["axes"]) for row in programs["train_step"]["collectives"]
+             if row["axes"]}  # fmt: skip
+    assert {("all-gather", "fsdp"), ("all-reduce", "tensor")} <= train
+    seconds = sum(r["projected_s"]["8t"] for r in programs["train_step"]["collectives"])
+    assert seconds == pytest.approx(programs["train_step"]["roofline"]["8t"]["ici_s"])
+
+
+def test_a_mesh_larger_than_the_machine_is_shrunk_and_said_so(too_large):
+    train = _programs(too_large)["train_step"]
+    assert train["collectives_of_smaller_mesh"]
+    assert train["collectives_of_mesh"] == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert any("fsdp=8" in note for note in too_large["notes"])
+    assert list(train["roofline"]) == ["v5e"]  # one chip, one column
+    assert not _programs(too_large)["decode"]["collectives"]
+    assert train["roofline"]["v5e"]["chips"] == 16
+
+
+def test_tables_say_projected(nano, too_large, capsys):
+    print_comparison(nano)
+    print_comparison(too_large)
+    printed = capsys.readouterr().out
+    assert "projected time" in printed
+    assert "emulated compile" in printed
+    assert "-, fsdp, tensor" in printed
+    assert "note: train_step" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "lama3_8b"], "perhaps 'llama3_8b'"),
+        (["--train", "cpu:8"], "it only emulates"),
+        (["--train", "8t"], "--train 8t: say how many chips, as in 8t:2x2x1"),
+        (["--serve", "8i:4x4"], "8i is Boardfly"),
+        (["--serve", "9z:8"], "unknown chip '9z'"),
+        (["--train-mesh", "fsdp=3"], "has 3 devices, and 8t:4x4x4 has 64"),
+        (["--train-mesh", "pipeline=64"], "no axis 'pipeline'"),
+        (["--serve-mesh", "tensor=16"], "nearest that works: tensor=8"),
+        (["--format", "int5"], "unknown weight format 'int5'"),
+        (["--batch-size", "3"], "batch size 3 does not divide"),
+        (["--trian", "8t:8"], "perhaps you meant --train"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", *arguments])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_chip_that_cannot_hold_the_devices_says_why(capsys):
+    from tpu_stack.errors import UserError
+    from tpu_stack.hardware import get_chip
+    from tpu_stack.planner.pricing import mesh_links
+    from tpu_stack.sharding.profiles import get_profile
+
+    with pytest.raises(UserError, match="1 devices do not fill 8i chips of 2"):
+        mesh_links(get_profile("8t:1", "train"), get_chip("8i"))
+    links = mesh_links(get_profile("8t:8", "train"), get_chip("8t"))
+    assert links.topology == (2, 2, 2)  # a count says no shape: the nearest to a cube
+
+
+def test_the_verb_writes_json(tmp_path, capsys, monkeypatch, nano):
+    from tpu_stack.cli import compare
+
+    monkeypatch.setattr(compare, "compare_profiles", lambda options: nano)
+    out = tmp_path / "compare.json"
+    assert main(["compare", "--model", "nano", "--json", str(out)]) == 0
+    assert json.loads(out.read_text()) == nano
+    assert "projected" in capsys.readouterr().out

@@ -1,0 +1,233 @@
+"""FLOPs, HBM bytes, links and emulated meshes of the three programs, against formulas by hand."""
+
+import dataclasses
+from math import prod
+
+import pytest
+
+from tpu_stack.errors import UserError
+from tpu_stack.hardware import get_chip
+from tpu_stack.models.presets import get_preset
+from tpu_stack.planner import traffic
+from tpu_stack.planner.hlo import Collective
+from tpu_stack.planner.hlo_source import Part
+from tpu_stack.planner.links import MeshLinks, collective_seconds, cubic_topology
+from tpu_stack.planner.programs import shrink, trace_serve, trace_train
+from tpu_stack.planner.tensors import tensor_rows
+from tpu_stack.planner.workload import Workload
+from tpu_stack.sharding.profiles import get_profile
+
+NANO = get_preset("nano")
+L, D, F, N, K, H, V = 6, 192, 512, 4, 2, 64, 2048
+MATRICES = L * (2 * D * N * H + 2 * D * K * H + 3 * D * F)
+TABLE = V * D  # tied: looked up and unembedded
+NORMS = L * (2 * D + 2 * H) + D
+
+
+def _profiles():
+    train = get_profile("8t:8", "train").with_mesh("fsdp=4,tensor=2")
+    serve = get_profile("8i:4", "serve").with_mesh("data=4,tensor=2")
+    return train, serve, tensor_rows(NANO, train, serve, "int4")
+
+
+def test_train_flops_are_three_forwards_with_dense_attention():
+    profile = dataclasses.replace(_profiles()[0], remat="none")
+    traced = trace_train(NANO, profile, batch=8, seq_len=128, limit=8)
+    per_token = 2 * (MATRICES + TABLE) + L * 4 * N * H * 128
+    assert traced.flops.matmul_flops == 3 * 8 * 128 * per_token
+    assert not traced.flops.opaque
+    assert not traced.flops.unknown_loops
+
+
+def test_remat_is_in_the_executed_flops_and_not_in_the_models():
+    profile = _profiles()[0]
+    traced = trace_train(NANO, profile, batch=8, seq_len=128, limit=8)
+    model = traffic.train_model_flops(NANO, batch=8, seq_len=128)
+    causal = 3 * 8 * 128 * (2 * (MATRICES + TABLE) + L * 4 * N * H * 129 / 2)
+    assert model == causal
+    without = 3 * 8 * 128 * (2 * (MATRICES + TABLE) + L * 4 * N * H * 128)
+    forward_of_layers = 8 * 128 * (2 * MATRICES + L * 4 * N * H * 128)
+    assert without < traced.flops.matmul_flops <= without + forward_of_layers
+
+
+def test_serving_flops_by_hand():
+    """Every position of the cache is multiplied, seen or not; prefill unembeds one token a row."""
+    serve = _profiles()[1]
+    prefill, decode = trace_serve(NANO, serve, "int4", batch=8, context=256, prompt=64, limit=8)
+    per_token = 2 * MATRICES + L * 4 * N * H * 256
+    assert decode.flops.matmul_flops == 8 * (per_token + 2 * TABLE)
+    assert prefill.flops.matmul_flops == 8 * (64 * per_token + 2 * TABLE)
+    assert traffic.decode_model_flops(NANO, batch=8, context=256) == decode.flops.matmul_flops
+    causal = 2 * MATRICES + L * 4 * N * H * 65 / 2
+    model = traffic.prefill_model_flops(NANO, batch=8, prompt=64)
+    assert model == 8 * (64 * causal + 2 * TABLE)
+
+
+def test_decode_traffic_by_hand():
+    _, serve, rows = _profiles()
+    found = traffic.decode_traffic(NANO, serve, rows, batch=8, context=256)
+    matrices, table = MATRICES // 2 * 4.5 / 8, (V // 2) * (D + 4)
+    looked_up = table * 2 // V  # two rows a device, of a table in two parts
+    cache = 2 * L * 2 * 256 * (K // 2) * H * 2
+    assert found == {
+        "weights": matrices + table + 2 * NORMS + looked_up,
+        "kv cache read": cache,
+        "kv cache write": cache // 256,
+        "logits": 2 * 4 * 2 * V // 2,
+    }
+    held = traffic.serve_memory(NANO, serve, rows, batch=8, context=256)
+    assert held["kv cache"] == cache
+    assert held["packed weights"] == matrices + table + 2 * NORMS
+
+
+def test_train_traffic_by_hand():
+    train, _, rows = _profiles()
+    found = traffic.train_traffic(NANO, train, rows, batch=16, seq_len=128)
+    tokens, sharded = 4 * 128, MATRICES + TABLE
+    kept, gathered = sharded // 8 + NORMS, sharded // 2 + NORMS
+    assert found == {
+        "weights": 6 * kept + 2 * 3 * gathered,
+        "gathered copies": 2 * 2 * gathered,
+        "gradient": 12 * kept + 8 * gathered,
+        "optimizer state": 24 * kept,
+        "activations": 2 * L * tokens * D * 2,
+        "logits": 4 * 4 * tokens * V // 2,
+    }
+
+
+def test_without_fsdp_nothing_is_gathered():
+    train = get_profile("8t:8", "train").with_mesh("data=4,tensor=2")
+    rows = tensor_rows(NANO, train, _profiles()[1], "int4")
+    found = traffic.train_traffic(NANO, train, rows, batch=16, seq_len=128)
+    assert found["gathered copies"] == 0
+    assert found["gradient"] == 12 * ((MATRICES + TABLE) // 2 + NORMS)
+
+
+def test_untied_table_is_looked_up_and_not_read_whole():
+    config = NANO.replace(tie_embeddings=False)
+    serve = get_profile("v5e:1", "serve")
+    rows = tensor_rows(config, get_profile("8t:1", "train"), serve, "bf16")
+    found = traffic.decode_traffic(config, serve, rows, batch=16, context=64)
+    assert found["weights"] == 2 * (MATRICES + TABLE + NORMS) + 16 * D * 2
+
+
+def _collective(kind: str, axes: tuple[str, ...] | None, size: int, group: int, trips: int = 1):
+    return Collective(
+        kind, "f32", ((size // 4,),), size, trips, axes, group, "", False,
+        (Part(kind, "f32", size),),
+    )  # fmt: skip
+
+
+def _links(topology=(4, 4, 4), **mesh: int) -> MeshLinks:
+    return MeshLinks(get_chip("8t"), topology, mesh)
+
+
+def test_a_mesh_axis_over_three_torus_axes_uses_three_links():
+    links = _links(data=1, fsdp=64, tensor=1)
+    found = links.links(("fsdp",), 64)
+    assert (found.kind, found.n) == ("ring", 64)
+    assert found.bytes_per_s_one_way == 3 * 200e9
+    gather = _collective("all-gather", ("fsdp",), 64 << 20, 64, trips=10)
+    seconds = collective_seconds([gather], links)
+    assert seconds == {("all-gather", ("fsdp",)): pytest.approx(10 * (63 << 20) / 1.2e12)}
+    small = _collective("all-gather", ("fsdp",), 64, 64)
+    assert collective_seconds([small], links)["all-gather", ("fsdp",)] == pytest.approx(6e-6)
+
+
+def test_mesh_axes_share_the_torus():
+    links = _links(data=1, fsdp=16, tensor=4)
+    assert links.links(("tensor",), 4).bytes_per_s_one_way == 200e9
+    assert links.links(("fsdp",), 16).bytes_per_s_one_way == 400e9
+    assert links.links(("fsdp", "tensor"), 64).bytes_per_s_one_way == 600e9
+
+
+def test_an_axis_that_fits_no_torus_axes_has_one_link_and_the_slices_hops():
+    links = _links(topology=(4, 4, 8), data=1, fsdp=64, tensor=2)
+    found = links.links(("fsdp",), 64)
+    assert found.bytes_per_s_one_way == 200e9
+    assert found.hops * found.hop_s == pytest.approx((2 + 2 + 4) * 1e-6)
+
+
+def test_kinds_cost_what_the_ring_formulas_say():
+    links = _links(topology=(4,), data=1, fsdp=4, tensor=1)
+    size = 1 << 30
+    gather = size * 3 / 4 / 400e9
+    want = {
+        "all-gather": gather,
+        "reduce-scatter": gather,
+        "all-reduce": 2 * gather,
+        "all-to-all": 4 * size / 4 / 400e9,  # the whole array is four times a device's part
+        "collective-permute": size / 200e9,
+    }
+    for kind, seconds in want.items():
+        found = collective_seconds([_collective(kind, ("fsdp",), size, 4)], links)
+        assert found == {(kind, ("fsdp",)): pytest.approx(seconds)}
+
+
+def test_what_two_devices_of_a_chip_exchange_is_free():
+    links = MeshLinks(get_chip("8i"), (1,), {"data": 1, "tensor": 2})
+    reduce = _collective("all-reduce", ("tensor",), 1 << 20, 2)
+    assert collective_seconds([reduce], links) == {("all-reduce", ("tensor",)): 0.0}
+    wider = MeshLinks(get_chip("8i"), (4,), {"data": 4, "tensor": 2})
+    assert collective_seconds([reduce], wider) == {("all-reduce", ("tensor",)): 0.0}
+    assert wider.links(("data",), 4).bytes_per_s_one_way == 600e9  # two devices share 1.2 TB/s
+    assert wider.links(("data",), 4).max_hops == 3  # four members are never seven hops apart
+
+
+def test_groups_of_one_and_unknown_loops_cost_nothing():
+    links = _links(data=1, fsdp=64, tensor=1)
+    alone = _collective("all-reduce", (), 1 << 20, 1)
+    unknown = dataclasses.replace(_collective("all-gather", ("fsdp",), 64, 64), trips=None)
+    assert collective_seconds([alone, unknown], links) == {}
+
+
+def test_devices_must_fill_chips():
+    with pytest.raises(UserError, match="7 devices do not fill 8i chips of 2"):
+        _ = MeshLinks(get_chip("8i"), (), {"data": 7, "tensor": 1}).chips
+
+
+@pytest.mark.parametrize(
+    ("chip", "chips", "want"),
+    [("8t", 64, (4, 4, 4)), ("8t", 16, (2, 2, 4)), ("v6e", 16, (4, 4)), ("8i", 8, (8,)),
+     ("8t", 7, (1, 1, 7))],
+)  # fmt: skip
+def test_cubic_topology(chip, chips, want):
+    assert cubic_topology(get_chip(chip), chips) == want
+
+
+def test_shrinking_keeps_tensor_and_divides_the_rest():
+    profile = get_profile("8t:1024", "train").with_mesh("data=4,fsdp=64,tensor=4")
+    assert shrink(profile, 1024) is profile
+    assert dict(shrink(profile, 512).mesh) == {"data": 2, "fsdp": 64, "tensor": 4}
+    assert dict(shrink(profile, 64).mesh) == {"data": 1, "fsdp": 16, "tensor": 4}
+    assert prod(shrink(profile, 3).mesh.values()) == 2
+
+
+def test_flops_are_the_whole_mesh_even_when_it_is_shrunk():
+    profile = get_profile("8t:16", "train").with_mesh("fsdp=8,tensor=2")
+    whole = trace_train(NANO, profile, batch=16, seq_len=64, limit=4)
+    half = trace_train(NANO, profile, batch=8, seq_len=64, limit=4)
+    assert dict(whole.mesh.shape) == {"data": 1, "fsdp": 2, "tensor": 2}
+    assert whole.flops.matmul_flops == 2 * half.flops.matmul_flops
+
+
+def test_workload_defaults():
+    train, serve = get_profile("8t:4x4x4", "train"), get_profile("8i:8", "serve")
+    work = Workload.of(get_preset("llama3_8b"), train, serve)
+    assert work == Workload(128, 4096, 16, 4096, 1024)
+    assert Workload.of(NANO, train, serve) == Workload(512, 1024, 16, 1024, 512)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"batch_size": 3}, "batch size 3 does not divide"),
+        ({"serve_batch": 0}, "--serve-batch is 0"),
+        ({"seq_len": 2000}, "at most 1024 tokens"),
+        ({"context": 64, "prompt": 64}, "--prompt 64 leaves no room in --context 64"),
+    ],
+)
+def test_workload_refuses(sizes, message):
+    train, serve = get_profile("8t:4x4x4", "train"), get_profile("8i:4", "serve")
+    with pytest.raises(UserError, match=message):
+        Workload.of(NANO, train, serve, **sizes)

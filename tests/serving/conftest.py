@@ -1,0 +1,58 @@
+"""Random weights, saved as a training run would leave them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from serving_model import MODEL, STEP
+
+from tpu_stack.checkpoint.store import CheckpointStore
+from tpu_stack.data.sources import Document
+from tpu_stack.data.tokenizer import Tokenizer, build_tokenizer
+from tpu_stack.models.abstract import map_specs
+from tpu_stack.models.config import ModelConfig
+from tpu_stack.sharding.axes import TensorSpec
+from tpu_stack.sharding.mesh import make_mesh
+from tpu_stack.sharding.profiles import get_profile
+
+TRAINED_ON = "data=2,fsdp=2,tensor=2"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run folder and what it holds."""
+
+    run: Path
+    config: ModelConfig
+    params: dict[str, Any]
+    tokenizer: Tokenizer
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Trained:
+    """A checkpoint of random weights on an 8t mesh of eight devices."""
+    generator = np.random.default_rng(0)
+
+    def draw(spec: TensorSpec) -> np.ndarray:
+        if spec.contract_axis is None:
+            return generator.uniform(0.5, 1.5, spec.shape).astype(np.float32)
+        std = 2.0 * spec.shape[spec.contract_axis] ** -0.5
+        return (std * generator.standard_normal(spec.shape)).astype(np.float32)
+
+    params = map_specs(MODEL, draw)
+    profile = get_profile("8t").with_mesh(TRAINED_ON)
+    mesh = make_mesh(profile.mesh)
+    shardings = map_specs(
+        MODEL, lambda spec: NamedSharding(mesh, profile.rules.partition_spec(spec.axes, spec.name))
+    )
+    text = "".join(map(chr, range(ord(" "), ord(" ") + 50)))
+    tokenizer = build_tokenizer("chars", [Document(text, "text")])
+    run = tmp_path_factory.mktemp("trained")
+    with CheckpointStore(run) as store:
+        meta = {"model": MODEL.to_dict(), "tokenizer": tokenizer.to_json()}
+        store.save(STEP, jax.device_put(params, shardings), {"count": np.int32(STEP)}, meta)
+    return Trained(run, MODEL, params, tokenizer)
