@@ -11,11 +11,10 @@ def bytes_text(count: float | None) -> str:
         return "-"
     if abs(count) < 1024:
         return f"{count:.0f} B"
-    for unit in ("KiB", "MiB", "GiB", "TiB"):
-        count /= 1024
-        if abs(count) < 1024:
-            break
-    return f"{count:.1f} {unit}"
+    for scale, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB")):
+        if abs(count) >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count / 1024:.1f} KiB"
 
 
 def seconds_text(seconds: float | None) -> str:

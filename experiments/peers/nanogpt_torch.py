@@ -2,12 +2,12 @@
 
 It exists so that tpu_stack's training speed and quality are compared with another stack on the
 same machine, in the same minutes. It follows the CPU configuration that nanoGPT's README gives for
-tinyshakespeare (4 layers, 4 heads, width 128, context 64, batch 12, dropout 0, 2,000 steps of AdamW,
-learning rate 1e-3 to 1e-4 on a cosine after 100 steps of warm-up, beta2 0.99, weight decay 0.1 on
-matrices, clipping at 1.0), eager rather than compiled. Written for this project; it needs only torch
-(any Python torch supports, so 3.11 as well) and imports nothing of tpu_stack.
+tinyshakespeare (4 layers, 4 heads, width 128, context 64, batch 12, dropout 0, 2,000 steps of
+AdamW, learning rate 1e-3 to 1e-4 on a cosine after 100 steps of warm-up, beta2 0.99, weight decay
+0.1 on matrices, clipping at 1.0), eager rather than compiled. Written for this project; it needs only
+torch (any Python torch supports, so 3.11 as well) and imports nothing of tpu_stack.
 
-    python experiments/peers/nanogpt_torch.py --data tinyshakespeare.txt --steps 2000 --json peer.json
+    python experiments/peers/nanogpt_torch.py --data plays.txt --steps 2000 --json peer.json
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 try:
-    import torch
-    from torch import Tensor, nn
-    from torch.nn import functional
+    import torch  # type: ignore[import-not-found]
+    from torch import Tensor, nn  # type: ignore[import-not-found]
+    from torch.nn import functional  # type: ignore[import-not-found]
 except ImportError:
     sys.exit(
         "nanogpt_torch: PyTorch is not installed for this Python; install torch (CPU is enough)"
@@ -192,7 +192,8 @@ def train(data: Path, steps: int, eval_every: int, seed: int) -> dict:
             }
             curve.append(point)
             print(
-                f"step {point['step']:5d}  train {train_loss:.4f}  validation {point['validation_loss']:.4f}"
+                f"step {point['step']:5d}  train {train_loss:.4f}"
+                f"  validation {point['validation_loss']:.4f}"
                 f"  {point['train_seconds']:.1f} s",
                 flush=True,
             )
@@ -214,7 +215,7 @@ def train(data: Path, steps: int, eval_every: int, seed: int) -> dict:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--data", type=Path, required=True, help="a text file, e.g. tinyshakespeare.txt"
     )

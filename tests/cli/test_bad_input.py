@@ -1,4 +1,4 @@
-"""Bad input: one line on standard error that names the value, a non-zero status, nothing written."""
+"""Bad input: one line on standard error that names the value, status 2, nothing written."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ TEXT = "the quick brown fox jumps over the lazy dog. " * 200
 
 
 def fails(argv: list[str], capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """Runs a verb that must be refused; returns its one line after checking that it names `words`."""
+    """Runs a verb that must be refused; returns its one line, which must name `words`."""
     with pytest.raises(SystemExit) as stop:
         main(argv)
     captured = capsys.readouterr()

@@ -1,6 +1,6 @@
 """What distinguishes one decoder from another: fields only, never a family's name.
 
->>> ModelConfig(vocab_size=65, d_model=128, n_layers=4, n_heads=4, n_kv_heads=4, head_dim=32, d_ff=512)
+>>> config = get_preset("nano").replace(vocab_size=65, n_layers=4)
 """
 
 import dataclasses

@@ -5,6 +5,7 @@
 """
 
 import difflib
+from typing import Any
 
 from tpu_stack.errors import UserError
 from tpu_stack.models.config import ModelConfig, RopeScaling
@@ -12,7 +13,7 @@ from tpu_stack.models.config import ModelConfig, RopeScaling
 _LLAMA3_ROPE = RopeScaling("llama3", factor=8.0)
 
 
-def _llama3(**sizes: int) -> ModelConfig:
+def _llama3(**sizes: Any) -> ModelConfig:
     return ModelConfig(
         vocab_size=128_256,
         head_dim=128,
@@ -25,7 +26,7 @@ def _llama3(**sizes: int) -> ModelConfig:
     )
 
 
-def _qwen3(tie_embeddings: bool = False, **sizes: int) -> ModelConfig:
+def _qwen3(tie_embeddings: bool = False, **sizes: Any) -> ModelConfig:
     return ModelConfig(
         vocab_size=151_936,
         head_dim=128,
@@ -38,7 +39,7 @@ def _qwen3(tie_embeddings: bool = False, **sizes: int) -> ModelConfig:
     )
 
 
-def _gemma3(query_pre_attn_scalar: float, rope_scaling: RopeScaling | None, **sizes: int):
+def _gemma3(query_pre_attn_scalar: float, rope_scaling: RopeScaling | None, **sizes: Any):
     return ModelConfig(
         activation="gelu",
         block_pattern=("local",) * 5 + ("global",),

@@ -30,6 +30,6 @@ def weight(
 
 
 def norm_scale(shape: tuple[int, ...], axes: tuple[str | None, ...], *, offset: bool) -> nnx.Param:
-    """An RMSNorm scale that starts as the identity: zeros where 1 is added to it, ones otherwise."""
+    """An RMSNorm scale that starts as the identity: zeros where 1 is added to it, else ones."""
     value = jnp.zeros(shape, jnp.float32) if offset else jnp.ones(shape, jnp.float32)
     return nnx.Param(value, axes=axes, granules=(1,) * len(shape), contract_axis=None)

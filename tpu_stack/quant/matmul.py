@@ -48,7 +48,7 @@ def matmul(
     out_dtype = jnp.dtype(out_dtype or x.dtype)
     choice = choose(x.shape, w, transpose, implementation)
     if not isinstance(w, QTensor):
-        return _dot(x, w.astype(x.dtype), transpose).astype(out_dtype)
+        return _dot(x, w.astype(x.dtype), transpose, out_dtype)
     with jax.named_scope(f"quant.{choice.implementation}.{w.format}"):
         return _quantized(x, w, transpose, out_dtype, choice)
 
@@ -84,9 +84,14 @@ def _check_shapes(x: Any, w: Any, transpose: bool) -> None:
         w.check("matmul weight")
 
 
-def _dot(x: Array, w: Array, transpose: bool) -> Array:
+def _dot(x: Array, w: Array, transpose: bool, out_dtype: Any = jnp.float32) -> Array:
+    """The product, rounded once from float32 to `out_dtype`.
+
+    A plain weight asks for `out_dtype` itself: a float32 product cast afterwards would make the
+    backward matmuls and the tensor-parallel sums float32 too, at twice the bytes.
+    """
     dims = (((x.ndim - 1,), (1 if transpose else 0,)), ((), ()))
-    return jax.lax.dot_general(x, w, dims, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(x, w, dims, preferred_element_type=out_dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))

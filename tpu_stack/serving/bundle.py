@@ -163,7 +163,7 @@ class Bundle:
         on_cpu = mesh.devices.flat[0].platform == "cpu"
 
         def one(spec) -> Any:
-            target = layout.abstract
+            target: Any = layout.abstract
             for key in spec.name.split("."):
                 target = target[key]
             tensor = self.read_tensor(spec.name)

@@ -112,8 +112,8 @@ class Engine:
         self.config, self.params, self.profile, self.mesh = config, params, profile, mesh
         self.batch, self.length = batch, length
         dtype = profile.precision.compute
-        rows = NamedSharding(mesh, profile.rules.partition_spec((BATCH,)))
-        cache = cache_sharding(profile, mesh)
+        rows: Any = NamedSharding(mesh, profile.rules.partition_spec((BATCH,)))
+        cache: Any = cache_sharding(profile, mesh)
         state = DecodeState(Cache(cache, cache), rows, rows, Sampling(rows, rows, rows, rows))
         self._rows = rows
         self._cache_sharding = cache
@@ -149,7 +149,8 @@ class Engine:
     @property
     def programs(self) -> int:
         """Compiled programs so far: grows on a new bucket, never on a new request."""
-        return self._prefill._cache_size() + self._decode._cache_size()
+        compiled = (self._prefill, self._decode)
+        return sum(program._cache_size() for program in compiled)  # type: ignore[attr-defined]
 
     def _row_sharding(self, rank: int) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec(*self._rows.spec, *(None,) * (rank - 1)))

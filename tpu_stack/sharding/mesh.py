@@ -7,6 +7,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from math import prod
+from typing import Any
 
 import jax
 import numpy as np
@@ -39,7 +40,7 @@ def mesh_text(sizes: Mapping[str, int]) -> str:
     return ",".join(f"{name}={size}" for name, size in sizes.items())
 
 
-def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of these axis sizes over `devices` (default: all), in an order fit for their torus.
 
     Raises UserError when there are fewer devices than the sizes ask for.

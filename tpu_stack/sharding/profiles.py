@@ -103,7 +103,7 @@ class Profile:
         sizes = parse_mesh(text, MESH_AXES[self.role])
         if self.chips is not None and prod(sizes.values()) != self.devices:
             raise UserError(
-                f"mesh {text!r} has {prod(sizes.values())} devices, and {self.name} has {self.devices}"
+                f"mesh {text!r} has {prod(sizes.values())} devices; {self.name} has {self.devices}"
             )
         return dataclasses.replace(self, mesh=sizes)
 
@@ -137,7 +137,8 @@ class Profile:
         if n < 1:
             raise UserError(f"cannot emulate on {n} devices; at least 1 is needed")
         if self.chips is None:
-            ideal = dict.fromkeys(self.mesh, round(n ** (1 / len(self.mesh)), 6))
+            even = round(n ** (1 / len(self.mesh)), 6)
+            ideal = {axis: even for axis in self.mesh}
         else:
             shrink = log(n) / log(self.devices) if self.devices > 1 else 1.0
             ideal = {axis: size**shrink for axis, size in self.mesh.items()}

@@ -58,7 +58,8 @@ class TrainConfig:
         at_least: dict[str, Any] = {
             "steps": 1, "batch_size": 1, "seq_len": 2, "accumulate": 1, "warmup_steps": 0,
             "learning_rate": 0, "final_lr_ratio": 0, "weight_decay": 0, "clip_norm": 0, "unroll": 1,
-            "decay_steps": 0, "eval_every": 0, "eval_batches": 0, "log_every": 0, "checkpoint_every": 0,
+            "decay_steps": 0, "eval_every": 0, "eval_batches": 0, "log_every": 0,
+            "checkpoint_every": 0,
         }  # fmt: skip
         for name, least in at_least.items():
             if not getattr(self, name) >= least:  # NaN too

@@ -61,8 +61,8 @@ class StateLayout:
             ),
             is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
         )
-        scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
-        key = jax.eval_shape(lambda: jax.random.key(0))
+        scalar: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+        key: Any = jax.eval_shape(lambda: jax.random.key(0))
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated)
         batch = NamedSharding(mesh, rules.partition_spec((BATCH, None)))
         return cls(config, optimizer, TrainState(scalar, params, opt_state, key), batch)

@@ -3,7 +3,8 @@
 Feeds batches, logs, evaluates, checkpoints, resumes bit for bit, and on SIGTERM or Ctrl-C saves
 before it leaves.
 
->>> result = train(Job(config, TrainConfig(steps=200), profile, mesh, corpus, data), out=Path("runs/a"))
+>>> job = Job(config, TrainConfig(steps=200), profile, mesh, corpus, data)
+>>> result = train(job, out=Path("runs/a"))
 """
 
 import math
@@ -23,6 +24,7 @@ from tpu_stack.errors import UserError
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.sharding.constrain import sharding_scope
 from tpu_stack.sharding.profiles import Profile, require_batch_divides
+from tpu_stack.training.allocator import keep_freed_memory
 from tpu_stack.training.config import TrainConfig
 from tpu_stack.training.evaluate import Evaluation, Evaluator, place_batch
 from tpu_stack.training.layout import StateLayout
@@ -99,6 +101,8 @@ def train(
     layout = StateLayout.of(
         job.config, make_optimizer(job.train, job.config), job.profile, job.mesh
     )
+    if job.mesh.devices.flat[0].platform == "cpu":
+        keep_freed_memory()
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
         store = metrics = None

@@ -1,6 +1,6 @@
 """What a checkpoint says about its run, and continuing that run bit for bit.
 
->>> state = restore_state(config, train, data, corpus, layout, store, batches)  # moves `batches` forward
+>>> state = restore_state(config, train, data, corpus, layout, store, batches)
 """
 
 from dataclasses import asdict
