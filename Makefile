@@ -30,7 +30,7 @@ format: $(VENV)/dev
 	$(BIN)/ruff format .
 
 bench: $(VENV)/dev
-	$(BIN)/python experiments/bench_all.py
+	$(BIN)/python experiments/bench_all.py $(if $(DATA),--data $(DATA))
 
 $(VENV)/bin/python:
 	@if [ -z "$(PYTHON)" ]; then \

@@ -4,8 +4,8 @@ It exists so that tpu_stack's training speed and quality are compared with anoth
 same machine, in the same minutes. It follows the CPU configuration that nanoGPT's README gives for
 tinyshakespeare (4 layers, 4 heads, width 128, context 64, batch 12, dropout 0, 2,000 steps of
 AdamW, learning rate 1e-3 to 1e-4 on a cosine after 100 steps of warm-up, beta2 0.99, weight decay
-0.1 on matrices, clipping at 1.0), eager rather than compiled. Written for this project; it needs only
-torch (any Python torch supports, so 3.11 as well) and imports nothing of tpu_stack.
+0.1 on matrices, clipping at 1.0), eager rather than compiled. Written for this project; it needs
+only torch (any Python torch supports, so 3.11 as well) and imports nothing of tpu_stack.
 
     python experiments/peers/nanogpt_torch.py --data plays.txt --steps 2000 --json peer.json
 """

@@ -138,7 +138,8 @@ class Profile:
             raise UserError(f"cannot emulate on {n} devices; at least 1 is needed")
         if self.chips is None:
             even = round(n ** (1 / len(self.mesh)), 6)
-            ideal = {axis: even for axis in self.mesh}
+            ideal: dict[str, float] = {}
+            ideal.update((axis, even) for axis in self.mesh)
         else:
             shrink = log(n) / log(self.devices) if self.devices > 1 else 1.0
             ideal = {axis: size**shrink for axis, size in self.mesh.items()}
