@@ -10,6 +10,7 @@ iterator's position, and one checksum per tensor, which every restore verifies.
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -78,9 +79,13 @@ class CheckpointStore:
         try:
             self._manager.wait_until_finished()
         except Exception as failure:  # Orbax re-raises whatever its writer thread met
-            raise UserError(
-                f"checkpoint in {self.folder} not written: {_reason(failure)}"
-            ) from failure
+            raise self._not_written(failure) from failure
+
+    def _not_written(self, failure: Exception) -> UserError:
+        """Removes what a failed save left, and says why it failed."""
+        for partial in self.folder.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(partial, ignore_errors=True)
+        return UserError(f"checkpoint in {self.folder} not written: {_reason(failure)}")
 
     @property
     def steps(self) -> list[int]:
@@ -102,9 +107,7 @@ class CheckpointStore:
         try:
             self._manager.save(step, args=args, force=True)
         except Exception as failure:  # an earlier asynchronous write surfaces here
-            raise UserError(
-                f"checkpoint in {self.folder} not written: {_reason(failure)}"
-            ) from failure
+            raise self._not_written(failure) from failure
 
     def latest(self) -> int:
         """The newest complete step. Raises UserError when there is none."""

@@ -21,6 +21,7 @@ from tpu_stack.cli.console import print_table, save_json
 from tpu_stack.cli.placement import PlacementOptions, start_devices
 from tpu_stack.cli.text import TextOptions
 from tpu_stack.files import replacing_folder, write_text
+from tpu_stack.sharding.mesh import mesh_text
 from tpu_stack.training.config import TrainConfig
 from tpu_stack.units import bytes_text
 
@@ -120,7 +121,12 @@ def _report(options: Options, folder: Path) -> dict[str, Any]:
         report["generate"] = generate_verb.generate(request, stream=False)
     with _stage("compare 8t and 8i"):
         report["compare"] = compare_verb.compare_profiles(
-            compare_verb.Options(model="nano", train="8t:8", serve="8i:4")
+            compare_verb.Options(
+                model="nano",
+                train="8t:8",
+                serve="8i:4",
+                train_mesh=mesh_text(job.profile.mesh) if options.devices == 8 else None,
+            )
         )
     report["rungs"] = RUNGS
     return _without_temporary_paths(report, folder, options.out)

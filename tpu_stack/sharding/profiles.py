@@ -103,7 +103,8 @@ class Profile:
         sizes = parse_mesh(text, MESH_AXES[self.role])
         if self.chips is not None and prod(sizes.values()) != self.devices:
             raise UserError(
-                f"mesh {text!r} has {prod(sizes.values())} devices; {self.name} has {self.devices}"
+                f"mesh {text!r} has {prod(sizes.values())} devices,"
+                f" and {self.name} has {self.devices}"
             )
         return dataclasses.replace(self, mesh=sizes)
 

@@ -71,7 +71,8 @@ def check_divides(spec: TensorSpec, rules: Rules, mesh: Mapping[str, int]) -> No
             unit = f" (in units of {spec.granules[dim]})" if spec.granules[dim] > 1 else ""
             sizes = ", ".join(f"{name}={mesh.get(name, 1)}" for name in mesh_axes)
             raise UserError(
-                f"{spec.name}: axis {axis!r} has {limit} parts{unit}; {sizes} does not divide it;"
+                f"{spec.name}: axis {axis!r} has {limit} parts{unit},"
+                f" which {sizes} does not divide;"
                 f" nearest that works: {_nearest(mesh_axes, mesh, limit)}"
             )
 
