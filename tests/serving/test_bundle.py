@@ -24,9 +24,10 @@ from tpu_stack.quant.qtensor import QTensor
 from tpu_stack.serving import bundle as bundle_module
 from tpu_stack.serving import pack as pack_module
 from tpu_stack.serving.bundle import Bundle
-from tpu_stack.serving.layout import PackedLayout
+from tpu_stack.serving.layout import PackedLayout, bytes_per_device, packed_bytes_per_device
 from tpu_stack.serving.manifest import Manifest
-from tpu_stack.serving.pack import pack, packed_shapes
+from tpu_stack.serving.pack import pack
+from tpu_stack.sharding.profiles import get_profile
 
 FORMATS = ["float32", "bf16", "int8", "int4"]
 MESH = "data=2,tensor=2"
@@ -104,9 +105,10 @@ def test_loads_onto_any_mesh(trained, bundles, format, mesh):
 @pytest.mark.parametrize("format", FORMATS)
 def test_sizes_are_told_without_packing(trained, bundles, format):
     manifest = Manifest.read(bundles[format])
-    told = packed_shapes(trained.config, format)
-    assert manifest.nbytes == sum(size for _, _, size in told)
-    for spec, stored, size in told:
+    one_device = get_profile("8i", "serve").emulate(1)
+    assert manifest.nbytes == bytes_per_device(trained.config, format, one_device)
+    for spec in tensor_specs(trained.config):
+        stored, size = packed_bytes_per_device(spec, format, one_device)
         entry = manifest.tensors[spec.name]
         assert (entry.format, entry.shape) == (stored, spec.shape)
         assert sum(part.nbytes for part in entry.parts.values()) == size

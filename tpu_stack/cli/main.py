@@ -124,8 +124,25 @@ def main(argv: list[str]) -> int:
         _fail(f"{error.strerror or error}{where}", status=1)
 
 
+def _ignore_late_callbacks() -> None:
+    """Keeps storage threads from printing tracebacks of their own once a write has failed.
+
+    TensorStore calls back into the event loop that Orbax closed when its first write failed; Python
+    reports each call as unraisable. The failure itself is raised, and is the line the user reads.
+    """
+    previous = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            previous(unraisable)
+
+    sys.unraisablehook = hook
+
+
 def entry_point() -> NoReturn:
     """The console script. Ctrl-C at any moment is one line and status 130."""
+    _ignore_late_callbacks()
     try:
         status = main(sys.argv[1:])
         sys.stdout.flush()

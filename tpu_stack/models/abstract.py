@@ -49,6 +49,13 @@ def map_specs(config: ModelConfig, function) -> dict[str, Any]:
     return tree
 
 
+def tensor_of(tree: Any, name: str) -> Any:
+    """What stands in the parameter tree at the dotted path `name`."""
+    for key in name.split("."):
+        tree = tree[key]
+    return tree
+
+
 def parameter_count(config: ModelConfig) -> int:
     """Parameters in all, embeddings included."""
     return sum(spec.size for spec in tensor_specs(config))

@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 from tpu_stack.data.tokenizer import Tokenizer
 from tpu_stack.errors import UserError
 from tpu_stack.files import replacing_folder
-from tpu_stack.models.abstract import map_specs
+from tpu_stack.models.abstract import map_specs, tensor_of
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.quant.formats import get_format
 from tpu_stack.quant.packing import pack_values, unpack_values
@@ -163,18 +163,10 @@ class Bundle:
         on_cpu = mesh.devices.flat[0].platform == "cpu"
 
         def one(spec) -> Any:
-            target: Any = layout.abstract
-            for key in spec.name.split("."):
-                target = target[key]
+            target = tensor_of(layout.abstract, spec.name)
             tensor = self.read_tensor(spec.name)
             if isinstance(tensor, QTensor):
-                if on_cpu:
-                    tensor = QTensor(
-                        tensor.values.astype(np.int8),
-                        tensor.scales,
-                        tensor.format,
-                        tensor.contract_axis,
-                    )
+                tensor = tensor.widen() if on_cpu else tensor
                 return jax.tree.map(lambda x, like: _place(x, like.sharding), tensor, target)
             return _place(tensor, target.sharding)
 

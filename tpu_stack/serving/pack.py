@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from tpu_stack.checkpoint.store import CheckpointStore
 from tpu_stack.data.tokenizer import Tokenizer
-from tpu_stack.models.abstract import map_specs, tensor_specs
+from tpu_stack.models.abstract import map_specs, tensor_of, tensor_specs
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.quant.formats import get_format
 from tpu_stack.quant.policy import stored_format
@@ -75,9 +75,7 @@ def _quantized(
     config: ModelConfig, params: dict[str, Any], format: str, listener: Listener
 ) -> Iterator[tuple[str, Tensor]]:
     for spec in tensor_specs(config):
-        weight: Any = params
-        for key in spec.name.split("."):
-            weight = weight[key]
+        weight = tensor_of(params, spec.name)
         fmt = stored_format(spec, format)
         if fmt.quantized:
             assert spec.contract_axis is not None
@@ -87,13 +85,3 @@ def _quantized(
             tensor = np.asarray(jax.device_get(weight.astype(fmt.dtype)))
         listener(spec.name)
         yield spec.name, tensor
-
-
-def packed_shapes(config: ModelConfig, format: str) -> list[tuple[TensorSpec, str, int]]:
-    """(spec, stored format, packed bytes) of every tensor, without allocating any."""
-    rows = []
-    for spec in tensor_specs(config):
-        fmt = stored_format(spec, format)
-        contract = spec.shape[spec.contract_axis] if spec.contract_axis is not None else None
-        rows.append((spec, fmt.name, round(spec.size * fmt.bits_per_weight(contract) / 8)))
-    return rows

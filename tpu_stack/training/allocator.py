@@ -2,7 +2,8 @@
 
 XLA:CPU allocates its temporaries per step. glibc serves large ones by mmap and gives them back on
 free, so the next step faults the pages in again. With the thresholds raised, freed pages are
-reused; a step of a 0.8M-parameter model went from 57 to 49.5 ms (one pair of runs, experiments/LOG.md).
+reused; a step of a 0.8M-parameter model went from 57 to 49.5 ms (one pair of runs, in
+experiments/LOG.md).
 
 >>> keep_freed_memory()
 """
