@@ -79,11 +79,20 @@ def attend(
 def _attend(q_BTNH, k_BSKH, v_BSKH, mask: Mask, scale: float, softcap: float | None):
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
-    q_BTKGH = (q_BTNH * scale).astype(q_BTNH.dtype).reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+    if K == N:  # one batch axis instead of two
+        scores = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSKH, preferred_element_type=jnp.float32)
+        allowed = mask.dense()[:, None]
+    else:
+        q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+        scores = jnp.einsum(
+            "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
+        )
+        allowed = mask.dense()[:, None, None]
+    scores = scores * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    scores = jnp.where(mask.dense()[:, None, None], scores, _MASKED)
+    scores = jnp.where(allowed, scores, _MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(q_BTNH.dtype)
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH)
-    return out.reshape(B, T, N, H)
+    if K == N:
+        return jnp.einsum("BNTS,BSNH->BTNH", weights, v_BSKH)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH).reshape(B, T, N, H)

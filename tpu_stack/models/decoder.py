@@ -105,6 +105,7 @@ def _layer_contexts(
     present = set(config.layer_kinds)
     kinds = [kind for kind in ("global", "local") if kind in present]
     tables = [rope_tables(positions_BT, inverse_frequencies(config, kind)) for kind in kinds]
+    tables = jax.lax.optimization_barrier(tables)  # or each layer computes them again
     if cache is None:
         k_positions, k_segments = positions_BT, segments_BT
         if segments_BT is not None:  # positions restart at each document; order within a row counts

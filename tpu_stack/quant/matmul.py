@@ -90,8 +90,38 @@ def _dot(x: Array, w: Array, transpose: bool, out_dtype: Any = jnp.float32) -> A
     A plain weight asks for `out_dtype` itself: a float32 product cast afterwards would make the
     backward matmuls and the tensor-parallel sums float32 too, at twice the bytes.
     """
+    return _product(x, w, transpose, jnp.dtype(out_dtype))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(x: Array, w: Array, transpose: bool, out_dtype: Any) -> Array:
     dims = (((x.ndim - 1,), (1 if transpose else 0,)), ((), ()))
     return jax.lax.dot_general(x, w, dims, preferred_element_type=out_dtype)
+
+
+def _product_fwd(x, w, transpose, out_dtype):
+    return _product(x, w, transpose, out_dtype), (x, w)
+
+
+def _product_bwd(transpose, out_dtype, residuals, g):
+    """Both gradients as products of matrices, the weight's already the way round it is stored.
+
+    What autodiff derives for `x` [B, T, K] is a product [N, K] to be transposed, and XLA:CPU
+    copies an operand for that, computing whatever produced it again.
+    """
+    x, w = residuals
+    g_MN, x_MK = (y.reshape(-1, y.shape[-1]) for y in (g, x))
+    dx = _dot_dims(g_MN, w, (1, 0 if transpose else 1), x.dtype)
+    left, right = (g_MN, x_MK) if transpose else (x_MK, g_MN)
+    return dx.reshape(x.shape), _dot_dims(left, right, (0, 0), w.dtype)
+
+
+def _dot_dims(a: Array, b: Array, contract: tuple[int, int], dtype: Any) -> Array:
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=dtype)
+
+
+_product.defvjp(_product_fwd, _product_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
