@@ -46,7 +46,7 @@ def _train_config() -> TrainConfig:
         steps=220,
         batch_size=8,
         seq_len=128,
-        learning_rate=6e-3,
+        learning_rate=3e-3,
         warmup_steps=20,
         schedule="cosine",
         decay_steps=220,
@@ -65,7 +65,7 @@ class Options:
     """Folder of the report; replaced as a whole when the demo has succeeded."""
     train: TrainConfig = field(default_factory=_train_config)
     text: TextOptions = field(
-        default_factory=lambda: TextOptions(max_bytes=4_000_000, val_fraction=0.02)
+        default_factory=lambda: TextOptions(max_bytes=4_000_000, val_fraction=0.06)
     )
     devices: int = 8
     """Virtual CPU devices that both meshes are emulated on."""
