@@ -1,0 +1,89 @@
+"""Compiles a kernel for a TPU that is not there and reads its static cost (rung 3, compiled).
+
+A `bench.py` module offers `program(case)`, returning a function and its abstract arguments;
+each is compiled in a child process, because a bad kernel can abort the process. The figure is the
+VLIW bundles of the kernel's whole code, each loop body counted once; nothing is run or timed.
+
+>>> compile_case("tpu_stack.kernels.kv_attention.bench", "int8", "v6e")  # {"bundles": 812, ...}
+"""
+
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+TOPOLOGY = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
+_ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}
+
+
+def compile_case(module: str, case: str, chip: str) -> dict[str, Any]:
+    """Compiles `program(case)` of `module` for `chip`, a key of `TOPOLOGY`.
+
+    Returns: {"bundles": of all kernels, "kernels": {name: bundles}}, or {"error": one line}.
+
+    Raises: RuntimeError, naming the libtpu version, when the compiler's dump is not as expected.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        command = [sys.executable, "-m", "tpu_stack.kernels.compiled", module, case, chip]
+        env = os.environ | _ENVIRONMENT | {"LIBTPU_INIT_ARGS": flags}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or ["no message"]
+            told = [line for line in lines if "Error: " in line] or lines
+            return {"error": f"exit {done.returncode}: {told[-1][:400]}"}
+        kernels = read_bundles(Path(folder), json.loads(done.stdout.strip().splitlines()[-1]))
+        return {"bundles": sum(kernels.values()), "kernels": kernels}
+
+
+def read_bundles(folder: Path, names: list[str]) -> dict[str, int]:
+    """Static bundles of each kernel in `names` from the dump in `folder`.
+
+    Raises: RuntimeError, naming the libtpu version, when one is missing or not readable.
+    """
+    found = {}
+    for name in names:
+        files = list(folder.glob(f"*-{name}*schedule-analysis_final_bundles.txt"))
+        text = files[0].read_text() if files else ""
+        match = re.search(r"total scheduled bundles:\s*(\d+)", text)
+        if match is None:
+            raise RuntimeError(
+                f"libtpu {libtpu_version()} left no readable schedule of {name} among "
+                f"{len(list(folder.iterdir()))} dump files"
+            )
+        found[name] = int(match[1])
+    return found
+
+
+def libtpu_version() -> str:
+    """The installed libtpu's version, or "not installed"."""
+    try:
+        return importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def table(module: str, cases: list[str], chips: list[str], json_file: Path | None) -> None:
+    """Prints a row per case and chip, and writes them to `json_file` when there is one."""
+    print(f"libtpu {libtpu_version()}; rung 3 (compiled, not measured); bundles, each loop once")
+    rows = []
+    for case in cases:
+        for chip in chips:
+            rows.append({"case": case, "chip": chip, **compile_case(module, case, chip)})
+            told = rows[-1].get("error") or rows[-1]["bundles"]
+            print(f"{case:32} {chip:5} {told}", flush=True)
+    if json_file is not None:
+        report = {"libtpu": libtpu_version(), "rung": 3, "module": module, "rows": rows}
+        partial = json_file.with_name(json_file.name + ".partial")
+        partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        partial.replace(json_file)

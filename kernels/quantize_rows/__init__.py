@@ -1,0 +1,68 @@
+"""Activations to 8 bits, each row by its own largest magnitude, while the program runs.
+
+The product kernels take such rows beside their scales (`x_scales`), which is how the chips that
+multiply fp8 or int8 natively reach twice their bfloat16 rate. Needs only jax.
+
+>>> values, scales = quantize_rows(x, jnp.int8)  # x [M, K]; values int8 [M, K], scales [M, 1]
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from tpu_stack.kernels.quantize_rows.pallas_tpu import MAX_K, TOP, pallas_quantize_rows
+from tpu_stack.kernels.quantize_rows.reference import reference_quantize_rows
+from tpu_stack.kernels.quantized_matmul.plan import device_kind
+
+__all__ = ["MAX_K", "NATIVE_FP8", "quantize_rows", "reference_quantize_rows"]
+
+NATIVE_FP8 = ("TPU7x", "TPU8t", "TPU8i")
+"""Device kinds with an fp8 cast in hardware. On the others the fp8 dtypes are emulated."""
+
+
+def quantize_rows(
+    x: Float[Array, "M K"],
+    dtype: Any = jnp.float8_e4m3fn,
+    *,
+    native_cast: bool | None = None,
+    interpret: Any = None,
+) -> tuple[Array, Float[Array, "M 1"]]:
+    """Rows of `x` as `values * scales`, scales so that a row's largest magnitude is `dtype`'s.
+
+    The scale is max|row| * (1/top) in float32, with top 448, 57344 or 127, and at least 2**-126.
+    Values are the row times 1/scale in float32, rounded to nearest, ties to even. Subnormal
+    elements (below 2**-126) count as zero, as they do to a TPU. A row of zeros gives zeros and the
+    scale 1. A row that holds a NaN or an infinity gives zeros and the scale NaN, so that whatever
+    is computed from it is NaN, in int8 too.
+
+    Args:
+      x: [M, K] bfloat16 or float32; M >= 1, 1 <= K <= `MAX_K`.
+      dtype: float8_e4m3fn, float8_e5m2 or int8.
+      native_cast: round to fp8 with the chip's own cast (True) or, emulated, with integer
+        operations on the bits (False): the same values. v5e, v5p and v6e have no fp8; their
+        compiler's cast costs ten times the instructions. None takes the cast where the device kind
+        that is traced for is in `NATIVE_FP8`. int8 ignores it.
+      interpret: as in `quantized_matmul`.
+
+    Returns: values [M, K] of `dtype`, scales float32 [M, 1].
+
+    Raises: ValueError for other dtypes and shapes.
+    """
+    name = jnp.dtype(dtype).name
+    if name not in TOP:
+        raise ValueError(f"dtype is {name}; supported: {', '.join(TOP)}")
+    if x.dtype not in (jnp.bfloat16, jnp.float32):
+        raise ValueError(f"x is {x.dtype}; supported: bfloat16, float32")
+    if x.ndim != 2 or min(x.shape) < 1 or x.shape[1] > MAX_K:
+        raise ValueError(f"x is {x.shape}; it needs two axes, [M, K], with 1 <= K <= {MAX_K}")
+    if native_cast is None:
+        native_cast = device_kind() in NATIVE_FP8
+    call = partial(pallas_quantize_rows, dtype=name, native_cast=native_cast)
+    if interpret is not None:
+        return call(x, interpret=interpret)
+    return jax.lax.platform_dependent(
+        x, cpu=partial(call, interpret=True), tpu=partial(call, interpret=False)
+    )

@@ -1,0 +1,117 @@
+"""The Pallas TPU kernel: whole rows in VMEM, so that a row's maximum and its values are one pass.
+
+Where the chip has no fp8 the rounding is done on the float32 bits with integer operations, and the
+bytes are reinterpreted as fp8 outside the kernel: the same values as the cast, on every chip.
+"""
+
+import functools
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array
+
+TOP = {"float8_e4m3fn": 448.0, "float8_e5m2": 57344.0, "int8": 127.0}
+MAX_K = 65536
+"""A block is at least ROWS whole rows: 8 MiB of float32 at this K, the most that fits buffered."""
+ROWS = 32
+"""An 8-bit tile has 32 rows on every chip but 8t, which lowers but is not compiled here."""
+SMALLEST_NORMAL = 2.0**-126
+_MIB = 2**20
+_MANTISSA_BITS = {"float8_e4m3fn": 3, "float8_e5m2": 2}
+_EXPONENT_BIAS = {"float8_e4m3fn": 7, "float8_e5m2": 15}
+
+
+@functools.cache
+def read_tiles() -> dict[str, Any]:
+    """tiles.json: `libtpu`, the version it was tried with, and `block_elements`, rows times K."""
+    return json.loads((Path(__file__).parent / "tiles.json").read_text())
+
+
+def block_rows(m: int, k: int) -> int:
+    """Rows per block: all of them when they are few, else a multiple of ROWS."""
+    rows = max(ROWS, read_tiles()["block_elements"] // k // ROWS * ROWS)
+    return min(m, rows)
+
+
+def pallas_quantize_rows(
+    x: Array, *, dtype: str, native_cast: bool, interpret: Any
+) -> tuple[Array, Array]:
+    """Runs the kernel. Use `quantize_rows`, which validates."""
+    m, k = x.shape
+    rows = block_rows(m, k)
+    bits = dtype in _MANTISSA_BITS and not native_cast
+    stored = jnp.dtype("int8" if bits else dtype)
+    values, scales = pl.pallas_call(
+        partial(_kernel, dtype=dtype, bits=bits),
+        out_shape=(
+            jax.ShapeDtypeStruct((m, k), stored),
+            jax.ShapeDtypeStruct((m, 1), jnp.float32),
+        ),
+        grid=(pl.cdiv(m, rows),),
+        in_specs=[pl.BlockSpec((rows, k), lambda i: (i, 0))],
+        out_specs=(
+            pl.BlockSpec((rows, k), lambda i: (i, 0)),
+            pl.BlockSpec((rows, 1), lambda i: (i, 0)),
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",),
+            # Two buffers of input and output, and a float32 and an int32 copy in between.
+            vmem_limit_bytes=max(16 * _MIB, rows * k * 18 + 4 * _MIB),
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=4 * m * k, bytes_accessed=m * k * (x.dtype.itemsize + 1), transcendentals=0
+        ),
+        interpret=interpret,
+        name=f"quantize_rows_{dtype}{'_bits' if bits else ''}",
+    )(x)
+    return (jax.lax.bitcast_convert_type(values, dtype) if bits else values), scales
+
+
+def _kernel(x_ref, values_ref, scales_ref, *, dtype: str, bits: bool):
+    """One block of whole rows [rows, K]."""
+    x = x_ref[...].astype(jnp.float32)
+    # The largest magnitude is found on the bits, which order as the floats do, with infinity and
+    # NaN above all numbers: a float maximum may lose a NaN.
+    magnitude = jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
+    top_bits = jnp.max(magnitude, axis=1, keepdims=True)
+    usable = top_bits < 0x7F800000
+    regular = usable & (top_bits >= 0x00800000)
+    top = jax.lax.bitcast_convert_type(top_bits, jnp.float32)
+    scale = jnp.maximum(top * np.float32(1 / TOP[dtype]), SMALLEST_NORMAL)
+    scale = jnp.where(regular, scale, jnp.where(usable, 1.0, jnp.nan))
+    scales_ref[...] = scale
+    scaled = jnp.where(regular, x * (1.0 / scale), 0.0)
+    if bits:
+        values_ref[...] = _fp8_bits(scaled, dtype).astype(jnp.int8)
+    elif dtype == "int8":
+        values_ref[...] = jnp.round(scaled).astype(jnp.int8)
+    else:
+        values_ref[...] = scaled.astype(dtype)
+
+
+def _fp8_bits(x: Array, dtype: str) -> Array:
+    """The fp8 byte of each float32 of magnitude at most `TOP[dtype]`, as int32 in -128..127.
+
+    A normal result keeps the top bits of the mantissa after adding just under half of what is cut
+    (half, and one less, when the last kept bit is even). A subnormal result is a multiple of a
+    fixed unit, and adding 2**23 units makes the float adder do the rounding.
+    """
+    mantissa, bias = _MANTISSA_BITS[dtype], _EXPONENT_BIAS[dtype]
+    cut = 23 - mantissa
+    word = jax.lax.bitcast_convert_type(x, jnp.int32)
+    magnitude = word & 0x7FFFFFFF
+    odd = (magnitude >> cut) & 1
+    normal = ((magnitude + ((1 << (cut - 1)) - 1) + odd) >> cut) - ((127 - bias) << mantissa)
+    units = np.float32(2.0 ** (23 + 1 - bias - mantissa))
+    subnormal = jax.lax.bitcast_convert_type(jnp.abs(x) + units, jnp.int32) - int(
+        units.view(np.int32)
+    )
+    small = magnitude < ((128 - bias) << 23)
+    return jnp.where(small, subnormal, normal) | ((word >> 31) & -128)
