@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from tpu_stack.kernels.quantized_matmul.pallas_tpu import pallas_quantized_matmul
 from tpu_stack.kernels.quantized_matmul.plan import SCALE_MODES, Plan, make_plan
@@ -21,46 +21,68 @@ __all__ = ["SCALE_MODES", "Plan", "make_plan", "quantized_matmul", "reference_qu
 
 
 def quantized_matmul(
-    x: Float[Array, "M K"],
-    values: Int[Array, "K N"],
+    x: Array,
+    values: Array,
     scales: Array,
     *,
+    tensor_scale: Float[Array, "1 1 1"] | None = None,
+    x_scales: Float[Array, "M 1"] | None = None,
+    offset: float = 0.0,
     transpose: bool = False,
+    rows: int | None = None,
     scale_mode: str | None = None,
     out_dtype: Any = None,
     tiles: tuple[int, int, int] | None = None,
     interpret: Any = None,
 ) -> Float[Array, "M N"]:
-    """`x @ (values * scales)`, or `x @ (values * scales).T` when `transpose`.
+    """`x_scales * (x @ W)` with W = `(values + offset) * scales * tensor_scale`, [K, N].
 
     Args:
-      x: [M, K] bfloat16 or float32, any M, K >= 1.
-      values: int8 or int4 [K, N]; [N, K] when `transpose`.
-      scales: bfloat16 or float32. Rank 3, [G, 1, columns]: the rows of `values` fall into G groups
-        of equal size, each column with a scale per group (G = 1: per column). Rank 2, [rows, 1]:
-        one scale per row of `values`.
-      transpose: contract with the columns of `values`.
+      x: [M, K] bfloat16 or float32, or quantized by row: float8_e4m3fn or int8. Any M, K >= 1.
+      values: [K, N] int8, int4, int2, float8_e4m3fn, float8_e5m2 or float4_e2m1fn; or int32
+        [8 * ceil(K / 256), N], words of 32 signs: row k is bit (k % 256) // 8 of word row
+        8 * (k // 256) + k % 8, 1 for +1 and 0 for -1.
+      scales: bfloat16, float32, float8_e8m0fnu or float8_e4m3fn. Rank 3, [G, 1, N]: the rows of
+        `values` fall into G groups of equal size, each column with a scale per group (G = 1: per
+        column). Rank 2, [K, 1]: one scale per row of `values`.
+      tensor_scale: one float32 beside the scales (NVFP4).
+      x_scales: float32, one per row of x.
+      offset: 0.5 for half-offset int2, where code q means q + 1/2.
+      transpose: `x @ W.T`, x [M, N] and the result [M, K]: what a gradient needs.
+      rows: K of a 1-bit weight when `transpose`; None: all that the words hold.
       scale_mode: where scales are applied. "after": on the result; "input": on x, outside the
         kernel; "before": on the widened weight; "after_group": on the product of each group.
         None takes the cheapest that is right for these shapes.
-      out_dtype: bfloat16 or float32; x's dtype when None.
+      out_dtype: bfloat16 or float32; when None x's dtype, bfloat16 for quantized x.
       tiles: (block of M, of the contraction, of the output columns); None reads `tiles.json`.
       interpret: True or a `pltpu.InterpretParams` to interpret, False to compile for TPU, None to
         decide when lowered: compiled for TPU, interpreted on CPU.
+
+    int8 activations with integer weights are multiplied as integers, exactly, in int32.
 
     Returns: [M, N].
 
     Raises: ValueError for shapes that do not fit, unsupported dtypes, groups or scale modes.
     """
-    plan = make_plan(x, values, scales, transpose, scale_mode, out_dtype, tiles)
-    if plan.scale_mode == "input":
-        x = (x * scales.astype(jnp.float32).reshape(1, -1)).astype(x.dtype)
-    if interpret is not None:
-        return pallas_quantized_matmul(x, values, scales, plan, interpret)
-    return jax.lax.platform_dependent(
-        x,
-        values,
-        scales,
-        cpu=partial(pallas_quantized_matmul, plan=plan, interpret=True),
-        tpu=partial(pallas_quantized_matmul, plan=plan, interpret=False),
+    plan = make_plan(
+        *(x, values, scales, transpose, scale_mode, out_dtype, tiles),
+        tensor_scale=tensor_scale,
+        x_scales=x_scales,
+        offset=offset,
+        rows=rows,
     )
+    run = partial(pallas_quantized_matmul, plan=plan)
+    operands = (x, values, scales, _row_scales(plan, tensor_scale, x_scales))
+    if interpret is not None:
+        return run(*operands, interpret=interpret)
+    return jax.lax.platform_dependent(
+        *operands, cpu=partial(run, interpret=True), tpu=partial(run, interpret=False)
+    )
+
+
+def _row_scales(plan: Plan, tensor_scale: Array | None, x_scales: Array | None) -> Array | None:
+    """One float32 factor per row of the result, [M, 1]; None when there is nothing to apply."""
+    if not plan.row_scaled:
+        return None
+    factor = jnp.ones((plan.m, 1), jnp.float32) if x_scales is None else x_scales
+    return factor if tensor_scale is None else factor * tensor_scale.reshape(1, 1)

@@ -1,14 +1,21 @@
 """Everything static about one call, worked out and validated before the kernel is built."""
 
-import functools
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+
+from tpu_stack.kernels.quantized_matmul.operands import (
+    casts_float4,
+    choose_operands,
+    device_kind,
+    support,
+)
+from tpu_stack.kernels.quantized_matmul.tiles import read_tiles, tuned
+from tpu_stack.kernels.quantized_matmul.widen import WORD_ROWS, Storage, storage_of
+
+__all__ = ["SCALE_MODES", "Plan", "make_plan", "read_tiles"]
 
 SCALE_MODES = ("after", "input", "before", "after_group")
 LANES = 128
@@ -19,7 +26,10 @@ SUBLANES = 8
 """Pallas's rule for the second-minor axis: a block of scales has a multiple of this many groups."""
 MXU_WIDTH = 128
 """Groups narrower than this waste the MXU when each has a product of its own."""
-DECODE_M = 64
+MAX_INT8_K = 2**31 // 2**14 - 1
+"""A longer sum of products of int8 may leave int32."""
+X_DTYPES = ("bfloat16", "float32", "float8_e4m3fn", "int8")
+SCALE_DTYPES = ("bfloat16", "float32", "float8_e8m0fnu", "float8_e4m3fn")
 
 
 @dataclass(frozen=True)
@@ -29,9 +39,12 @@ class Plan:
     Attributes:
       m, k, n: rows of x, contraction, output columns.
       transpose: the weight is [n, k] rather than [k, n].
-      weight_dtype: "int8" or "int4".
+      storage: how the weight lies in memory.
+      operands: dtype names of x and of the weight as the MXU multiplies them.
+      support: "native" or "emulated", and why.
       group: rows of the weight that share a scale (all of them when per column); 0 per row.
       scale_mode: one of SCALE_MODES.
+      row_scaled: the result's rows have a float32 factor each (x_scales, tensor_scale).
       bm, bk, bn: block sizes. Multiples of the hardware tile; may exceed the array.
       out_dtype: dtype name of the result.
     """
@@ -40,9 +53,12 @@ class Plan:
     k: int
     n: int
     transpose: bool
-    weight_dtype: str
+    storage: Storage
+    operands: tuple[str, str]
+    support: str
     group: int
     scale_mode: str
+    row_scaled: bool
     bm: int
     bk: int
     bn: int
@@ -59,7 +75,23 @@ class Plan:
 
     @property
     def weight_block(self) -> tuple[int, int]:
-        return (self.bn, self.bk) if self.transpose else (self.bk, self.bn)
+        """The block as stored: rows of words for 1-bit weights."""
+        rows, columns = (self.bn, self.bk) if self.transpose else (self.bk, self.bn)
+        return rows // self.storage.rows, columns
+
+    @property
+    def unit(self) -> float:
+        """What 1 means in the widened weight."""
+        return self.storage.unit(self.operands[1])
+
+    @property
+    def accumulator(self) -> str:
+        """dtype name of the running sum."""
+        return "int32" if self.integer and self.scale_mode == "after" else "float32"
+
+    @property
+    def integer(self) -> bool:
+        return self.operands[1] == "int8"
 
 
 def make_plan(
@@ -70,40 +102,87 @@ def make_plan(
     scale_mode: str | None = None,
     out_dtype: Any = None,
     tiles: tuple[int, int, int] | None = None,
+    *,
+    tensor_scale: Any = None,
+    x_scales: Any = None,
+    offset: float = 0.0,
+    rows: int | None = None,
+    kind: str | None = None,
 ) -> Plan:
-    """Validates one call and chooses its blocks; arguments as in `quantized_matmul`."""
+    """Validates one call and chooses its types and blocks; arguments as in `quantized_matmul`.
+
+    kind: the device kind to plan for; None: the one that is traced for.
+    """
+    kind = kind or device_kind()
     if x.ndim != 2 or values.ndim != 2:
         raise ValueError(f"x and values need two axes, got {x.shape} and {values.shape}")
-    k, n = values.shape[::-1] if transpose else values.shape
+    storage = storage_of(values.dtype, offset, casts_float4(kind))
+    out = _check_dtypes(x, scales, tensor_scale, x_scales, out_dtype)
+    shape = _logical_shape(x, values, scales, storage, transpose, rows)
+    k, n = shape[::-1] if transpose else shape
     if x.shape[1] != k or min(x.shape[0], k, n) < 1:
         raise ValueError(f"x {x.shape} does not fit values {values.shape}, transpose={transpose}")
-    out = jnp.dtype(out_dtype or x.dtype)
+    group = _group(shape, scales.shape)
+    entry = tuned(kind, _format(values.dtype, offset), x.shape[0])
+    mode = _scale_mode(shape[0], group, transpose, scale_mode, entry["narrow_groups"])
+    operands = choose_operands(x.dtype, storage, mode, kind)
+    if operands[1] == "int8" and k > MAX_INT8_K:
+        raise ValueError(f"int8 activations: K = {k} may overflow int32; at most {MAX_INT8_K}")
+    blocks = _blocks(x, k, n, group, mode, transpose, storage, tiles, entry)
+    return Plan(
+        *(x.shape[0], k, n, transpose, storage, operands),
+        support(kind, x.dtype, storage, operands),
+        *(group, mode, x_scales is not None or tensor_scale is not None),
+        *blocks,
+        out.name,
+    )
+
+
+def _format(dtype: Any, offset: float) -> str:
+    """The name in tiles.json of values of this dtype."""
+    name = jnp.dtype(dtype).name
+    return {"int2": "int2" if offset else "ternary", "int32": "int1"}.get(name, name)
+
+
+def _check_dtypes(x: Any, scales: Any, tensor_scale: Any, x_scales: Any, out_dtype: Any) -> Any:
+    narrow = jnp.dtype(x.dtype).name in ("float8_e4m3fn", "int8")
+    if x_scales is not None and x_scales.shape != (x.shape[0], 1):
+        raise ValueError(f"x_scales is {x_scales.shape}; x {x.shape} needs {(x.shape[0], 1)}")
+    if tensor_scale is not None and tensor_scale.size != 1:
+        raise ValueError(f"tensor_scale is {tensor_scale.shape}; it must be one number")
+    out = jnp.dtype(out_dtype or (jnp.bfloat16 if narrow else x.dtype))
     for what, dtype, allowed in (
-        ("x", x.dtype, ("bfloat16", "float32")),
-        ("values", values.dtype, ("int8", "int4")),
-        ("scales", scales.dtype, ("bfloat16", "float32")),
+        ("x", x.dtype, X_DTYPES),
+        ("scales", scales.dtype, SCALE_DTYPES),
         ("out_dtype", out, ("bfloat16", "float32")),
+        ("x_scales", getattr(x_scales, "dtype", jnp.float32), ("float32",)),
+        ("tensor_scale", getattr(tensor_scale, "dtype", jnp.float32), ("float32",)),
     ):
         if jnp.dtype(dtype).name not in allowed:
             raise ValueError(f"{what} is {jnp.dtype(dtype).name}; supported: {', '.join(allowed)}")
-    group = _group(values.shape, scales.shape)
-    weight = jnp.dtype(values.dtype).name
-    tuned = _tuned(weight, x.shape[0])
-    mode = _scale_mode(values.shape[0], group, transpose, scale_mode, tuned["narrow_groups"])
-    step_k, step_n = _steps(group, mode, transpose)
-    bm, bk, bn = tiles or _tiles(tuned, jnp.dtype(x.dtype).itemsize, step_k, step_n)
-    m = x.shape[0]
-    bm = m if m < ROWS else min(bm, _round_up(m, ROWS))
-    bk, bn = min(bk, _round_up(k, step_k)), min(bn, _round_up(n, step_n))
-    if (bm % ROWS and bm != m) or bk % step_k or bn % step_n:
+    return out
+
+
+def _logical_shape(
+    x: Any, values: Any, scales: Any, storage: Storage, transpose: bool, rows: int | None
+) -> tuple[int, int]:
+    """[rows, columns] of the weight, which for 1-bit words is not the array's shape."""
+    stored, columns = values.shape
+    if storage.name != "signs":
+        return stored, columns
+    if not transpose:
+        rows = x.shape[1]
+    elif rows is None:
+        rows = scales.shape[0] if scales.ndim == 2 else stored * storage.rows
+    if stored != SUBLANES * -(-rows // WORD_ROWS):
         raise ValueError(
-            f"tiles ({bm}, {bk}, {bn}) are not multiples of {(ROWS, step_k, step_n)}, which "
-            f"groups of {group} need"
+            f"{stored} rows of int32 words do not hold {rows} rows of signs, which take "
+            f"{SUBLANES * -(-rows // WORD_ROWS)}"
         )
-    return Plan(m, k, n, transpose, weight, group, mode, bm, bk, bn, out.name)
+    return rows, columns
 
 
-def _group(values: tuple[int, ...], scales: tuple[int, ...]) -> int:
+def _group(values: tuple[int, int], scales: tuple[int, ...]) -> int:
     rows, columns = values
     if scales == (rows, 1):
         return 0
@@ -134,38 +213,51 @@ def _scale_mode(rows: int, group: int, transpose: bool, asked: str | None, narro
     return asked or right[0]
 
 
-def _steps(group: int, mode: str, transpose: bool) -> tuple[int, int]:
-    """What bk and bn must be multiples of: whole lanes, and whole tiles of scales."""
-    if mode not in ("before", "after_group"):
-        return LANES, LANES
-    rows = math.lcm(LANES, SUBLANES * group)
+def _blocks(
+    x: Any,
+    k: int,
+    n: int,
+    group: int,
+    mode: str,
+    transpose: bool,
+    storage: Storage,
+    tiles: tuple[int, int, int] | None,
+    entry: dict[str, Any],
+) -> tuple[int, int, int]:
+    """(bm, bk, bn): the tuned or given ones, cut to the arrays, in whole tiles of every operand."""
+    step_k, step_n = _steps(group, mode, transpose, storage)
+    wanted = tiles or _tuned_blocks(entry, jnp.dtype(x.dtype).itemsize, k, step_k, step_n)
+    m = x.shape[0]
+    bm = m if m < ROWS else min(wanted[0], _round_up(m, ROWS))
+    bk, bn = min(wanted[1], _round_up(k, step_k)), min(wanted[2], _round_up(n, step_n))
+    if (bm % ROWS and bm != m) or bk % step_k or bn % step_n:
+        raise ValueError(
+            f"tiles ({bm}, {bk}, {bn}) are not multiples of {(ROWS, step_k, step_n)}, which "
+            f"groups of {group} need"
+        )
+    return bm, bk, bn
+
+
+def _steps(group: int, mode: str, transpose: bool, storage: Storage) -> tuple[int, int]:
+    """What bk and bn must be multiples of: whole lanes, and whole tiles of weights and scales."""
+    rows = storage.step
+    if mode in ("before", "after_group"):
+        rows = math.lcm(rows, SUBLANES * group)
     return (LANES, rows) if transpose else (rows, LANES)
+
+
+def _tuned_blocks(
+    entry: dict[str, Any], x_bytes: int, k: int, step_k: int, step_n: int
+) -> tuple[int, int, int]:
+    """The tuned blocks; bk is the largest that divides K, if one is at least half the tuned one."""
+    bk = entry["bk"] * 2 // max(x_bytes, 2)  # a float32 block is twice the VMEM
+    bk = max(step_k, bk // step_k * step_k)
+    for divisor in range(bk, max(bk // 2, 1) - 1, -step_k):
+        if k % divisor == 0:
+            bk = divisor
+            break
+    return entry["bm"], bk, max(step_n, entry["bn"] // step_n * step_n)
 
 
 def _round_up(value: int, multiple: int) -> int:
     return math.ceil(value / multiple) * multiple
-
-
-@functools.cache
-def read_tiles() -> dict[str, Any]:
-    """tiles.json: `libtpu`, the version they were found with, and `tiles` by device kind."""
-    return json.loads((Path(__file__).parent / "tiles.json").read_text())
-
-
-def _tuned(weight: str, m: int) -> dict[str, Any]:
-    """This device kind's entry in tiles.json, or that of "default" when it has none of its own."""
-    table = read_tiles()["tiles"]
-    entry = table.get(device_kind(), table["default"])
-    return entry[weight]["decode" if m <= DECODE_M else "prefill"]
-
-
-def _tiles(tuned: dict[str, Any], x_bytes: int, step_k: int, step_n: int) -> tuple[int, int, int]:
-    bk = tuned["bk"] * 2 // x_bytes  # a float32 block is twice the VMEM
-    bk = max(step_k, bk // step_k * step_k)
-    return tuned["bm"], bk, max(step_n, tuned["bn"] // step_n * step_n)
-
-
-def device_kind() -> str:
-    """The device kind that is traced for: the abstract mesh's, else the default device's."""
-    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return abstract.device_kind if abstract is not None else jax.devices()[0].device_kind

@@ -136,9 +136,9 @@ def test_the_plan_says_what_runs():
         ({"scales": (2, 8)}, "neither as"),
         ({"mode": "after"}, "scale_mode 'after' is not possible here .*before, after_group"),
         ({"tiles": (16, 128, 128)}, r"not multiples of \(16, 256, 128\)"),
-        ({"dtype": jnp.float16}, "x is float16; supported: bfloat16, float32"),
+        ({"dtype": jnp.float16}, "x is float16; supported: bfloat16, float32, float8"),
         ({"out": jnp.int8}, "out_dtype is int8; supported"),
-        ({"values": jnp.int32}, "values is int32; supported: int8, int4"),
+        ({"values": jnp.int16}, "values is int16; supported: int8, int4, int2, float8_e4m3fn"),
     ],
 )
 def test_refusals_give_the_reason(change, message):

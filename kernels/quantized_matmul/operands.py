@@ -1,0 +1,88 @@
+"""Which types meet in the MXU, by chip, and whether the chip multiplies them itself.
+
+The facts are jax's, `TpuInfo.is_matmul_supported`. Types that a chip does not multiply are widened
+to bfloat16, in which every stored weight is exact; a path that the chip has no unit for is called
+emulated.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+
+from tpu_stack.kernels.quantized_matmul.widen import Storage
+
+_VERSIONS = {
+    "TPU v4": pltpu.ChipVersion.TPU_V4,
+    "TPU v5 lite": pltpu.ChipVersion.TPU_V5E,
+    "TPU v5e": pltpu.ChipVersion.TPU_V5E,
+    "TPU v5": pltpu.ChipVersion.TPU_V5P,
+    "TPU v5p": pltpu.ChipVersion.TPU_V5P,
+    "TPU v6 lite": pltpu.ChipVersion.TPU_V6E,
+    "TPU v6e": pltpu.ChipVersion.TPU_V6E,
+    "TPU7x": pltpu.ChipVersion.TPU_7X,
+    "TPU8i": pltpu.ChipVersion.TPU_8I,
+    "TPU8t": pltpu.ChipVersion.TPU_8T,
+}
+_CASTS_FLOAT4 = ("TPU7x", "TPU8i", "TPU8t")
+"""Where Mosaic widens e2m1. Elsewhere "Unsupported cast"; TPU 8 is taken to do what 7x does."""
+
+
+def device_kind() -> str:
+    """The device kind that is traced for: the abstract mesh's, else the default device's."""
+    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return abstract.device_kind if abstract is not None else jax.devices()[0].device_kind
+
+
+def casts_float4(kind: str) -> bool:
+    """Whether a kernel for this device kind can widen float4_e2m1fn with a cast."""
+    return kind in _CASTS_FLOAT4
+
+
+def is_native(kind: str, left: Any, right: Any) -> bool:
+    """Whether the MXU of this device kind multiplies these dtypes itself; False for no TPU."""
+    version = _VERSIONS.get(kind)
+    if version is None:
+        return False
+    info = pltpu.get_tpu_info_for_chip(version, 1)
+    return bool(info.is_matmul_supported(jnp.dtype(left), jnp.dtype(right)))
+
+
+def choose_operands(x_dtype: Any, storage: Storage, mode: str, kind: str) -> tuple[str, str]:
+    """Dtype names of x and of the weight in the product.
+
+    Scales applied before the product ("before", "input") make bfloat16 of either side. int8 on int8
+    is exact in int32 on every chip, so it stays int8 where it is emulated too.
+    """
+    x = jnp.dtype(x_dtype).name
+    if x == "float32":
+        return x, x
+    scaled_first = mode in ("before", "input")
+    if x == "int8":
+        integers = not scaled_first and storage.exact_in(jnp.int8)
+        return (x, x) if integers else ("bfloat16", "bfloat16")
+    if scaled_first:
+        return "bfloat16", "bfloat16"
+    narrow = [storage.dtype] if storage.name in ("integer", "float8") else []
+    for name in [*narrow, "float8_e4m3fn"]:
+        if name != "int8" and storage.exact_in(name) and is_native(kind, x, name):
+            return x, name
+    return "bfloat16", "bfloat16"
+
+
+def support(kind: str, x_dtype: Any, storage: Storage, operands: tuple[str, str]) -> str:
+    """One line: "native" or "emulated", and why."""
+    left, right = operands
+    stored = "1-bit words" if storage.name == "signs" else storage.dtype
+    product = f"{left} x {right}"
+    if kind not in _VERSIONS:
+        return f"emulated: no matmul facts for {kind!r}; {stored} is widened, {product} multiplied"
+    if not is_native(kind, left, right):
+        return f"emulated: {kind} has no {product} unit"
+    x = jnp.dtype(x_dtype).name
+    if x != left:
+        return f"emulated: {x} activations are widened, {kind} multiplies {product}"
+    if right == storage.dtype:
+        return f"native: {kind} multiplies {product}"
+    return f"native: {kind} multiplies {product}; {stored} is widened in VMEM"
