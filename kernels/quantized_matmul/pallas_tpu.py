@@ -141,7 +141,7 @@ def _kernel(x_ref, w_ref, *refs, plan: Plan):
         if plan.unit != 1:
             y = y * plan.unit
         if plan.scale_mode == "after":
-            y = y * s_ref[...].astype(jnp.float32)
+            y = y * factors[0][...].astype(jnp.float32)
         if plan.row_scaled:
             y = y * factors[-1][...]
         o_ref[...] = y.astype(o_ref.dtype)

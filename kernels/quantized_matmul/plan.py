@@ -170,10 +170,8 @@ def _logical_shape(
     stored, columns = values.shape
     if storage.name != "signs":
         return stored, columns
-    if not transpose:
-        rows = x.shape[1]
-    elif rows is None:
-        rows = scales.shape[0] if scales.ndim == 2 else stored * storage.rows
+    held: int = scales.shape[0] if scales.ndim == 2 else stored * storage.rows
+    rows = (rows or int(held)) if transpose else int(x.shape[1])
     if stored != SUBLANES * -(-rows // WORD_ROWS):
         raise ValueError(
             f"{stored} rows of int32 words do not hold {rows} rows of signs, which take "
