@@ -39,9 +39,9 @@ def compile_case(module: str, case: str, chip: str) -> dict[str, Any]:
         env = os.environ | _ENVIRONMENT | {"LIBTPU_INIT_ARGS": flags}
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
         if done.returncode:
-            lines = done.stderr.strip().splitlines() or ["no message"]
-            told = [line for line in lines if "Error: " in line] or lines
-            return {"error": f"exit {done.returncode}: {told[-1][:400]}"}
+            lines = [line.strip() for line in done.stderr.strip().splitlines()] or ["no message"]
+            first = max((i for i, line in enumerate(lines) if "Error: " in line), default=-1)
+            return {"error": f"exit {done.returncode}: {' '.join(lines[first:])[:400]}"}
         kernels = read_bundles(Path(folder), json.loads(done.stdout.strip().splitlines()[-1]))
         return {"bundles": sum(kernels.values()), "kernels": kernels}
 

@@ -22,6 +22,8 @@ MAX_K = 65536
 """A block is at least ROWS whole rows: 8 MiB of float32 at this K, the most that fits buffered."""
 ROWS = 32
 """An 8-bit tile has 32 rows on every chip but 8t, which lowers but is not compiled here."""
+CHUNK = 8192
+"""Columns worked on at once: the float32 copies of longer rows would not fit beside the buffers."""
 SMALLEST_NORMAL = 2.0**-126
 _MIB = 2**20
 _MANTISSA_BITS = {"float8_e4m3fn": 3, "float8_e5m2": 2}
@@ -62,8 +64,8 @@ def pallas_quantize_rows(
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",),
-            # Two buffers of input and output, and a float32 and an int32 copy in between.
-            vmem_limit_bytes=max(16 * _MIB, rows * k * 18 + 4 * _MIB),
+            # Two buffers of input and output, and what is in between for one chunk of columns.
+            vmem_limit_bytes=max(16 * _MIB, rows * (10 * k + 24 * min(k, CHUNK)) + 4 * _MIB),
         ),
         cost_estimate=pl.CostEstimate(
             flops=4 * m * k, bytes_accessed=m * k * (x.dtype.itemsize + 1), transcendentals=0
@@ -75,25 +77,43 @@ def pallas_quantize_rows(
 
 
 def _kernel(x_ref, values_ref, scales_ref, *, dtype: str, bits: bool):
-    """One block of whole rows [rows, K]."""
-    x = x_ref[...].astype(jnp.float32)
-    # The largest magnitude is found on the bits, which order as the floats do, with infinity and
-    # NaN above all numbers: a float maximum may lose a NaN.
-    magnitude = jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
-    top_bits = jnp.max(magnitude, axis=1, keepdims=True)
+    """One block of whole rows [rows, K]: their largest magnitude, then their values."""
+
+    def largest(columns: Any, so_far: Array) -> Array:
+        # Found on the bits, which order as the floats do, with infinity and NaN above all
+        # numbers: a float maximum may lose a NaN.
+        x = x_ref[:, columns].astype(jnp.float32)
+        magnitude = jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
+        return jnp.maximum(so_far, jnp.max(magnitude, axis=1, keepdims=True))
+
+    top_bits = _over_columns(x_ref.shape, largest, jnp.zeros(scales_ref.shape, jnp.int32))
     usable = top_bits < 0x7F800000
     regular = usable & (top_bits >= 0x00800000)
     top = jax.lax.bitcast_convert_type(top_bits, jnp.float32)
     scale = jnp.maximum(top * np.float32(1 / TOP[dtype]), SMALLEST_NORMAL)
-    scale = jnp.where(regular, scale, jnp.where(usable, 1.0, jnp.nan))
-    scales_ref[...] = scale
-    scaled = jnp.where(regular, x * (1.0 / scale), 0.0)
-    if bits:
-        values_ref[...] = _fp8_bits(scaled, dtype).astype(jnp.int8)
-    elif dtype == "int8":
-        values_ref[...] = jnp.round(scaled).astype(jnp.int8)
-    else:
-        values_ref[...] = scaled.astype(dtype)
+    inverse = 1.0 / scale
+    scales_ref[...] = jnp.where(regular, scale, jnp.where(usable, 1.0, jnp.nan))
+
+    def store(columns: Any, _: Array) -> Array:
+        scaled = jnp.where(regular, x_ref[:, columns].astype(jnp.float32) * inverse, 0.0)
+        if bits:
+            values_ref[:, columns] = _fp8_bits(scaled, dtype).astype(jnp.int8)
+        elif dtype == "int8":
+            values_ref[:, columns] = jnp.round(scaled).astype(jnp.int8)
+        else:
+            values_ref[:, columns] = scaled.astype(dtype)
+        return _
+
+    _over_columns(x_ref.shape, store, top_bits)
+
+
+def _over_columns(shape: tuple[int, int], body: Any, carry: Array) -> Array:
+    """`carry = body(columns, carry)` over the columns, at most CHUNK at once."""
+    full, rest = divmod(shape[1], CHUNK)
+    if full:
+        chunk = lambda i, c: body(pl.ds(pl.multiple_of(i * CHUNK, CHUNK), CHUNK), c)  # noqa: E731
+        carry = jax.lax.fori_loop(0, full, chunk, carry)
+    return body(slice(full * CHUNK, None), carry) if rest else carry
 
 
 def _fp8_bits(x: Array, dtype: str) -> Array:

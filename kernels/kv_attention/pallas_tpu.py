@@ -1,0 +1,184 @@
+"""The Pallas TPU kernel: online softmax over blocks of pages fetched through the page table.
+
+Grid (sequence, block of key heads, block of pages), pages innermost. The pages of a block are
+operands of their own, all of them the same array: each has an index map that looks its page up in
+a prefetched list, so that the pipeline fetches the next block's pages while this one computes.
+Steps past a sequence's end name the page that is already there, so nothing is fetched for them,
+and compute nothing; tokens before the window have no steps at all.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
+
+from tpu_stack.kernels.kv_attention.plan import Plan
+
+_MASKED = -1e30
+_MIB = 2**20
+
+
+def pallas_kv_attention(
+    q: Array,
+    k_pages: Array,
+    v_pages: Array,
+    page_table: Array,
+    lengths: Array,
+    *scales: Array,
+    plan: Plan,
+    interpret: Any,
+) -> Float[Array, "B N H"]:
+    """Runs the kernel that `plan` describes. Use `kv_attention`, which makes the plan."""
+    kv_heads, count, page, head_dim = k_pages.shape
+    q_BKGH = q.reshape(plan.batch, kv_heads, plan.group, head_dim)
+    whole = pl.BlockSpec(
+        (1, plan.heads, plan.group, head_dim), lambda b, h, j, *prefetched: (b, h, 0, 0)
+    )
+
+    def page_specs(block: tuple[int, int]) -> list[pl.BlockSpec]:
+        shape = (plan.heads, 1, *block)
+
+        def index_map(i: int) -> Any:
+            return lambda b, h, j, fetch_ref, _: (h, fetch_ref[b, j * plan.pages + i], 0, 0)
+
+        return [pl.BlockSpec(shape, index_map(i)) for i in range(plan.pages)]
+
+    specs = [whole, *page_specs((page, head_dim)), *page_specs((page, head_dim))]
+    for _ in scales:
+        specs += page_specs((1, page))
+    operands = [a for array in (k_pages, v_pages, *scales) for a in [array] * plan.pages]
+    out = pl.pallas_call(
+        partial(_kernel, plan=plan),
+        out_shape=jax.ShapeDtypeStruct(q_BKGH.shape, q.dtype),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=plan.grid,
+            in_specs=specs,
+            out_specs=whole,
+            scratch_shapes=[
+                pltpu.VMEM((plan.heads, plan.group, 1), jnp.float32),
+                pltpu.VMEM((plan.heads, plan.group, 1), jnp.float32),
+                pltpu.VMEM((plan.heads, plan.group, head_dim), jnp.float32),
+            ],
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=_vmem_limit(plan, k_pages.dtype.itemsize, q.dtype.itemsize),
+        ),
+        cost_estimate=_cost(plan, k_pages.dtype.itemsize),
+        interpret=interpret,
+        name=f"kv_attention_{k_pages.dtype.name}",
+    )(_pages_to_fetch(page_table, lengths, count, plan), lengths, q_BKGH, *operands)
+    return out.reshape(q.shape)
+
+
+def _first_block(length: Array, plan: Plan) -> Array | int:
+    """The block that holds the first token in sight."""
+    if plan.window is None:
+        return 0
+    return jnp.maximum(length - plan.window, 0) // plan.tokens
+
+
+def _pages_to_fetch(page_table: Array, lengths: Array, count: int, plan: Plan) -> Array:
+    """int32 [B, steps * pages]: the page of each operand at each step. Worked out here, because
+    scalar arithmetic in the index maps of all operands would cost as much as the attention.
+
+    No entry of the table past the length is used: there the last page within it stays.
+    """
+    length = jnp.clip(lengths, 0, plan.table * plan.page)[:, None]
+    last = jnp.maximum(pl.cdiv(length, plan.page) - 1, 0)
+    entry = _first_block(length, plan) * plan.pages + jnp.arange(plan.grid[2] * plan.pages)
+    fetch = jnp.take_along_axis(page_table, jnp.minimum(entry, last), axis=1)
+    # A sequence without tokens may have any number in its first entry.
+    return jnp.clip(fetch, 0, count - 1)
+
+
+def _vmem_limit(plan: Plan, page_bytes: int, q_bytes: int) -> int:
+    """Two buffers of every page, and keys and values widened."""
+    elements = 2 * plan.heads * plan.tokens * max(plan.head_dim, 128)
+    return max(16 * _MIB, elements * (2 * page_bytes + 2 * q_bytes) + 8 * _MIB)
+
+
+def _cost(plan: Plan, page_bytes: int) -> pl.CostEstimate:
+    """For full sequences: what the compiler schedules around is known only when it runs."""
+    seen = plan.batch * plan.grid[2] * plan.tokens
+    return pl.CostEstimate(
+        flops=4 * seen * plan.q_heads * plan.head_dim,
+        bytes_accessed=2 * seen * plan.kv_heads * plan.head_dim * page_bytes,
+        transcendentals=seen * plan.q_heads,
+    )
+
+
+def _kernel(fetch_ref, lengths_ref, q_ref, *refs, plan: Plan):
+    """One block of pages for a block of heads: running maximum, sum and weighted values."""
+    n = plan.pages
+    pages, (o_ref, m_ref, l_ref, acc_ref) = refs[:-4], refs[-4:]
+    k_refs, v_refs, k_scales, v_scales = (pages[i * n : (i + 1) * n] for i in range(4))
+    j = pl.program_id(2)
+    length = jnp.clip(lengths_ref[pl.program_id(0)], 0, plan.table * plan.page)
+    first_token = (_first_block(length, plan) + j) * plan.tokens
+
+    @pl.when(j == 0)
+    def _():
+        m_ref[...] = jnp.full_like(m_ref, _MASKED)
+        l_ref[...] = jnp.zeros_like(l_ref)
+        acc_ref[...] = jnp.zeros_like(acc_ref)
+
+    @pl.when(first_token < length)
+    def _():
+        ks, vs = (_joined_scales(refs) for refs in (k_scales, v_scales))
+        for head in range(plan.heads):
+            q = q_ref[0, head]
+            k = _joined(k_refs, head, q.dtype)
+            s = _dot(q, k, ((1,), (1,))) * plan.scale
+            if plan.scaled:
+                s = s * ks[head : head + 1]
+            if plan.softcap is not None:
+                s = plan.softcap * jnp.tanh(s / plan.softcap)
+            seen = _in_sight(s.shape, 1, first_token, length, plan)
+            s = jnp.where(seen, s, _MASKED)
+            m_old = m_ref[head]
+            m_new = jnp.maximum(m_old, jnp.max(s, axis=1, keepdims=True))
+            p = jnp.exp(s - m_new)
+            keep = jnp.exp(m_old - m_new)
+            m_ref[head] = m_new
+            l_ref[head] = l_ref[head] * keep + jnp.sum(p, axis=1, keepdims=True)
+            if plan.scaled:
+                p = jnp.where(seen, p * vs[head : head + 1], 0.0)
+            # Pages are reused: what lies beyond the length may be another's NaN, and 0 * NaN.
+            v = _joined(v_refs, head, q.dtype)
+            v = jnp.where(_in_sight(v.shape, 0, first_token, length, plan), v, jnp.zeros_like(v))
+            acc_ref[head] = acc_ref[head] * keep + _dot(p.astype(q.dtype), v, ((1,), (0,)))
+
+    @pl.when(j == plan.grid[2] - 1)
+    def _():
+        total = l_ref[...]
+        o_ref[0] = (acc_ref[...] / jnp.where(total == 0, 1.0, total)).astype(o_ref.dtype)
+
+
+def _joined(refs: Any, head: int, dtype: Any) -> Array:
+    """One head of a block's pages as one array [tokens, H], widened page by page."""
+    return jnp.concatenate([ref[head, 0].astype(dtype) for ref in refs])
+
+
+def _joined_scales(refs: Any) -> Any:
+    """The block's scales [heads, tokens]; refs is empty when there are none."""
+    return jnp.concatenate([ref[:, 0, 0] for ref in refs], axis=1) if refs else None
+
+
+def _in_sight(shape: tuple[int, ...], axis: int, first_token: Array, length: Array, plan: Plan):
+    """Mask of `shape`: whether the token along `axis` is within the length and the window."""
+    token = first_token + jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+    seen = token < length
+    return seen if plan.window is None else seen & (token >= length - plan.window)
+
+
+def _dot(a: Array, b: Array, contracted: tuple[tuple[int], tuple[int]]) -> Array:
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        a, b, (contracted, ((), ())), precision, preferred_element_type=jnp.float32
+    )

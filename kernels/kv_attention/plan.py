@@ -1,0 +1,168 @@
+"""What is static about one call of `kv_attention`, validated and chosen before the kernel is built.
+
+>>> plan = make_plan(q, k_pages, v_pages, page_table, lengths, k_scales, v_scales)
+"""
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+Q_DTYPES = ("bfloat16", "float32")
+PAGE_DTYPES = ("bfloat16", "float8_e4m3fn", "int8")
+PAGE_STEP = 16
+"""Rows of a bfloat16 tile: pages of a multiple of this many tokens join without being moved."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One call of the kernel.
+
+    Attributes:
+      batch, q_heads, kv_heads, head_dim: B, N, K, H.
+      page: tokens per page.
+      table: pages a sequence may have, the page table's second axis.
+      pages: pages per grid step; each is an operand of its own, fetched through the table.
+      heads: key heads per grid step; divides kv_heads.
+      window: tokens seen back from the last, itself included; None for all.
+      softcap: scores become softcap * tanh(score / softcap); None for none.
+      scale: of the scores.
+      scaled: whether the pages come with scales per token.
+    """
+
+    batch: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    page: int
+    table: int
+    pages: int
+    heads: int
+    window: int | None
+    softcap: float | None
+    scale: float
+    scaled: bool
+
+    @property
+    def group(self) -> int:
+        """Query heads that read one key head."""
+        return self.q_heads // self.kv_heads
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per grid step."""
+        return self.pages * self.page
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """(sequences, blocks of key heads, blocks of pages). A window bounds the last."""
+        blocks = -(-self.table // self.pages)
+        if self.window is not None:
+            blocks = min(blocks, (self.window + self.tokens - 2) // self.tokens + 1)
+        return (self.batch, self.kv_heads // self.heads, blocks)
+
+
+def make_plan(
+    q: Any,
+    k_pages: Any,
+    v_pages: Any,
+    page_table: Any,
+    lengths: Any,
+    k_scales: Any = None,
+    v_scales: Any = None,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    tiles: tuple[int, int] | None = None,
+) -> Plan:
+    """Validates one call and chooses its blocks; arguments as in `kv_attention`."""
+    if q.ndim != 3 or k_pages.ndim != 4 or page_table.ndim != 2:
+        raise ValueError(
+            f"q {q.shape}, k_pages {k_pages.shape} and page_table {page_table.shape} need 3, 4 "
+            "and 2 axes: [B, N, H], [K, P, page, H], [B, pages of a sequence]"
+        )
+    batch, q_heads, head_dim = q.shape
+    kv_heads, count, page, _ = k_pages.shape
+    _check_dtypes(q, k_pages, v_pages, page_table, lengths)
+    for what, array, shape in (
+        ("k_pages", k_pages, (kv_heads, count, page, head_dim)),
+        ("v_pages", v_pages, k_pages.shape),
+        ("page_table", page_table, (batch, page_table.shape[1])),
+        ("lengths", lengths, (batch,)),
+    ):
+        if array.shape != shape or min(shape) < 1:
+            raise ValueError(f"{what} is {array.shape}, which does not fit q {q.shape}: {shape}")
+    if q_heads % kv_heads:
+        raise ValueError(f"{q_heads} query heads are no multiple of {kv_heads} key heads")
+    if page % PAGE_STEP:
+        raise ValueError(f"pages of {page} tokens; supported: multiples of {PAGE_STEP}")
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}; it counts the last token, so 1 at least")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap is {softcap}; it needs to be positive")
+    scaled = _check_scales(k_pages, k_scales, v_scales)
+    pages, heads = tiles or _tiles(page, kv_heads, head_dim, jnp.dtype(k_pages.dtype).itemsize)
+    pages = min(pages, page_table.shape[1])
+    if pages < 1 or heads < 1 or kv_heads % heads:
+        raise ValueError(f"tiles ({pages}, {heads}): {heads} does not divide {kv_heads} key heads")
+    return Plan(
+        batch=batch,
+        q_heads=q_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        page=page,
+        table=page_table.shape[1],
+        pages=pages,
+        heads=heads,
+        window=window,
+        softcap=softcap,
+        scale=head_dim**-0.5 if scale is None else scale,
+        scaled=scaled,
+    )
+
+
+def _check_dtypes(q: Any, k_pages: Any, v_pages: Any, page_table: Any, lengths: Any) -> None:
+    for what, array, allowed in (
+        ("q", q, Q_DTYPES),
+        ("k_pages", k_pages, PAGE_DTYPES),
+        ("v_pages", v_pages, (jnp.dtype(k_pages.dtype).name,)),
+        ("page_table", page_table, ("int32",)),
+        ("lengths", lengths, ("int32",)),
+    ):
+        if jnp.dtype(array.dtype).name not in allowed:
+            raise ValueError(f"{what} is {array.dtype}; supported: {', '.join(allowed)}")
+
+
+def _check_scales(k_pages: Any, k_scales: Any, v_scales: Any) -> bool:
+    if (k_scales is None) != (v_scales is None):
+        raise ValueError("k_scales and v_scales come together or not at all")
+    if k_scales is None:
+        if k_pages.dtype == jnp.int8:
+            raise ValueError("int8 pages need k_scales and v_scales")
+        return False
+    kv_heads, count, page, _ = k_pages.shape
+    for what, array in (("k_scales", k_scales), ("v_scales", v_scales)):
+        if array.shape != (kv_heads, count, 1, page) or array.dtype != jnp.float32:
+            raise ValueError(
+                f"{what} is {array.dtype}{array.shape}; supported: float32 "
+                f"[K, P, 1, page] = {(kv_heads, count, 1, page)}"
+            )
+    return True
+
+
+@functools.cache
+def read_tiles() -> dict[str, Any]:
+    """tiles.json: `libtpu`, `tokens` per grid step, `max_pages` and `block_bytes` of keys."""
+    return json.loads((Path(__file__).parent / "tiles.json").read_text(encoding="utf-8"))
+
+
+def _tiles(page: int, kv_heads: int, head_dim: int, itemsize: int) -> tuple[int, int]:
+    """Pages up to the wanted tokens, then as many key heads as the block's bytes allow."""
+    wanted = read_tiles()
+    pages = min(wanted["max_pages"], max(1, wanted["tokens"] // page))
+    most = max(1, wanted["block_bytes"] // (pages * page * head_dim * itemsize))
+    return pages, max(d for d in range(1, kv_heads + 1) if kv_heads % d == 0 and d <= most)
