@@ -1,8 +1,8 @@
 """The `tpu-stack` command: finds the verb's module, parses its options, turns errors into one line.
 
 Each verb is a module of this folder with a frozen dataclass `Options` (its docstring is the help
-text and ends in an example) and a function `run(options)`. Modules are imported only when called,
-so `tpu-stack --help` needs no JAX.
+text and ends in an example) and a function `run(options)`; or a package with `ACTIONS`, each such a
+module. Modules are imported only when called, so `tpu-stack --help` needs no JAX.
 
 >>> main(["chips", "8i"])
 """
@@ -19,6 +19,7 @@ import traceback
 from typing import Any, NoReturn
 
 from tpu_stack.errors import UserError
+from tpu_stack.interrupts import catch_ctrl_c
 
 VERBS = {
     "demo": "the main job, end to end: train, pack, generate, evaluate, compare",
@@ -30,18 +31,26 @@ VERBS = {
     "compare": "one model, the training and the serving profile side by side",
     "profiles": "sharding profiles, and how they lay out a model",
     "chips": "what is known of each TPU chip, with sources",
+    "kernels": "kernels without a TPU: verify, explain, profile, tune",
 }
 
 _UNKNOWN = re.compile(r"Unrecognized options: (\S+?)(?:,|$)")
 _BORDER = "│|╭╮╰╯"  # the sides of tyro's boxes, in UTF-8 and in ASCII terminals
 
 
-def _usage() -> str:
-    width = max(map(len, VERBS))
-    rows = "\n".join(f"  {verb:<{width}}  {text}" for verb, text in VERBS.items())
-    return (
-        f"usage: tpu-stack VERB [options]\n\nverbs:\n{rows}\n\n`tpu-stack VERB --help` says more."
-    )
+def _usage(what: str = "verb", before: str = "", words: dict[str, str] = VERBS) -> str:
+    width = max(map(len, words))
+    rows = "\n".join(f"  {word:<{width}}  {text}" for word, text in words.items())
+    call = f"tpu-stack {before}{what.upper()}"
+    return f"usage: {call} [options]\n\n{what}s:\n{rows}\n\n`{call} --help` says more."
+
+
+def _check_word(what: str, word: str, words: dict[str, str]) -> None:
+    """Ends the program with the nearest of `words` when `word` is none of them."""
+    if word not in words:
+        near = difflib.get_close_matches(word, words, n=1)
+        hint = f"; perhaps you meant {near[0]}" if near else f"; one of: {', '.join(words)}"
+        _fail(f"unknown {what} {word!r}{hint}")
 
 
 def _fail(message: str, status: int = 2) -> NoReturn:
@@ -106,12 +115,16 @@ def main(argv: list[str]) -> int:
 
         print(f"tpu-stack {__version__}")
         return 0
-    if verb not in VERBS:
-        near = difflib.get_close_matches(verb, VERBS, n=1)
-        hint = f"; perhaps you meant {near[0]}" if near else f"; one of: {', '.join(VERBS)}"
-        _fail(f"unknown verb {verb!r}{hint}")
+    _check_word("verb", verb, VERBS)
     _prepare_backend()
     module = importlib.import_module(f"tpu_stack.cli.{verb}")
+    if hasattr(module, "ACTIONS"):
+        if not rest or rest[0] in ("-h", "--help", "help"):
+            print(_usage("action", f"{verb} ", module.ACTIONS))
+            return 0
+        _check_word(f"{verb} action", rest[0], module.ACTIONS)
+        module = importlib.import_module(f"tpu_stack.cli.{verb}.{rest[0]}")
+        verb, rest = f"{verb} {rest[0]}", rest[1:]
     try:
         options = parse(verb, module.Options, rest)
         return module.run(options) or 0
@@ -142,6 +155,7 @@ def _ignore_late_callbacks() -> None:
 
 def entry_point() -> NoReturn:
     """The console script. Ctrl-C at any moment is one line and status 130."""
+    catch_ctrl_c()
     _ignore_late_callbacks()
     try:
         status = main(sys.argv[1:])

@@ -9,15 +9,19 @@ import threading
 from types import FrameType, TracebackType
 from typing import Self
 
+from tpu_stack import interrupts
+
 
 class StopRequest:
-    """`signal` is the number of the signal received, or None. A second Ctrl-C interrupts at once.
+    """`signal` is the number of the signal received, before it began or since, or None.
+
+    A second Ctrl-C interrupts at once.
 
     Outside the main thread, where Python takes no handlers, it never becomes set.
     """
 
     def __init__(self) -> None:
-        self.signal: int | None = None
+        self.signal: int | None = int(signal.SIGINT) if interrupts.requested() else None
         self._previous: dict[int, object] = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
