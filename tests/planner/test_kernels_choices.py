@@ -1,0 +1,190 @@
+"""Dispatch, tuning and the published matrix: choices made from facts and static counts."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+
+from tpu_stack.errors import UserError
+from tpu_stack.hardware import get_chip
+from tpu_stack.kernels.quantized_matmul import tiles as kernel_tiles
+from tpu_stack.planner.kernels import table, tune
+from tpu_stack.planner.kernels.bundles import Region, Schedule
+from tpu_stack.planner.kernels.cases import get_case, registry
+from tpu_stack.planner.kernels.compile import Compiled
+from tpu_stack.planner.kernels.explain import explain
+from tpu_stack.planner.kernels.targets import compile_target, libtpu_version
+
+PREFILL, DECODE = (2048, 4096, 14336), (16, 4096, 14336)
+
+
+@pytest.mark.parametrize(
+    ("format", "chip", "multiplied"),
+    [
+        ("int4_channel", "8i", ("float8_e4m3fn", "int4")),
+        ("int4_channel", "8t", ("float8_e4m3fn", "int4")),
+        ("int8", "v5e", ("int8", "int8")),
+        ("int8", "v6e", ("int8", "int8")),
+        ("fp8_e4m3", "7x", ("float8_e4m3fn", "float8_e4m3fn")),
+        ("fp8_e4m3", "v6e", ("bfloat16", "bfloat16")),
+    ],
+)
+def test_where_the_product_binds_the_fastest_operands_run(format, chip, multiplied):
+    found = explain(format, chip, PREFILL)
+    assert found.computed_as == multiplied
+    assert get_chip(chip).matmul_is_native(*multiplied)
+    assert found.support.startswith("native")
+
+
+@pytest.mark.parametrize("chip", ["v6e", "7x"])
+@pytest.mark.parametrize("format", ["int8", "int4", "int1"])
+def test_where_reading_binds_activations_stay_exact(format, chip):
+    found = explain(format, chip, DECODE)
+    assert found.activation == "bf16"
+    assert found.chosen_by.startswith("no narrower activation")
+    assert any("moving the operands binds (projected)" in reason for reason in found.reasons)
+
+
+def test_an_activation_may_be_asked_for():
+    found = explain("int8", "8i", DECODE, activation="int8")
+    assert found.chosen_by == "asked for"
+    assert found.support.startswith("emulated")
+    json.dumps(found.as_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        (("int3", "8i", DECODE), "unknown weight format 'int3'; did you mean"),
+        (("int4", "8x", DECODE), "unknown chip '8x'; did you mean"),
+        (("int4", "v4", DECODE), "not compiled or lowered for v4"),
+        (("bf16", "8i", DECODE), "bf16 is not quantized"),
+        (("int4", "8i", DECODE, "fp16"), "unknown activation 'fp16'; did you mean 'bf16'"),
+        (("int4", "8i", (16, 100, 128)), "K=100 is not a multiple of int4's group 32"),
+    ],
+)
+def test_what_cannot_be_explained_is_refused(asked, says):
+    with pytest.raises(UserError, match=says):
+        explain(*asked)
+
+
+@pytest.mark.parametrize("format", ["int8", "int4", "nvfp4", "int1"])
+@pytest.mark.parametrize("shape", [DECODE, (2048, 4096, 4096), (5, 640, 200)])
+def test_settings_are_distinct_and_fit(format, shape):
+    case, target = get_case("quantized_matmul", format, "bf16"), compile_target("v5p")
+    found = tune.settings(case, target, shape)
+    assert len({(s.tiles, s.scale_mode) for s in found}) == len(found) >= 1
+    assert all(2 * s.block_bytes < target.vmem_bytes for s in found)
+    for setting in found[:3]:
+        options = {"tiles": setting.tiles, "scale_mode": setting.scale_mode}
+        case.out_shape(shape, **options)  # the kernel takes it
+
+
+def schedule(loop: int, steps: int) -> Schedule:
+    return Schedule("k", loop + 10, Region(loop, {}), Region(10, {}), {}, (1, steps), 0, 1 << 20)
+
+
+def test_the_search_takes_the_least_cycles(monkeypatch):
+    case = get_case("quantized_matmul", "int4", "bf16")
+
+    def compile_jobs(jobs, done, **_):
+        found = []
+        for job in jobs:
+            done(job)
+            bk, bn = job.options["tiles"][1:]
+            if (bk, bn) == (4096, 512):
+                found.append(Compiled(error="refused: too much"))
+            else:
+                steps = (4096 // bk) * (14336 // bn)
+                found.append(Compiled([schedule(bk * bn // (2000 if bk == 512 else 1000), steps)]))
+        return found
+
+    monkeypatch.setattr(tune, "compile_jobs", compile_jobs)
+    notes = []
+    found = tune.search(case, "v6e", DECODE, done=notes.append)
+    assert len(notes) == len(found)
+    best, worst = found[0], found[-1]
+    assert best.tiles[1] == 512
+    assert worst.cycles is None
+    assert worst.error == "refused: too much"
+    assert sum(c.current for c in found) == 1
+    costs = [c.cycles for c in found if c.cycles is not None]
+    assert costs == sorted(costs)
+    assert best.cycles == max(best.hbm_cycles, best.issued) + best.first_load
+    # Bundles bind at 1000 values a bundle: 4096 * 14336 / 1000 is over the HBM cycles of 4.5 bits.
+    assert tune.search(case, "v6e", DECODE, limit=1)[0].current
+
+
+def test_winners_are_what_the_kernel_reads(tmp_path, monkeypatch):
+    path = tmp_path / "tiles.json"
+    shutil.copy(tune.TILES_FILE, path)
+    before = json.loads(path.read_text())
+    monkeypatch.setattr(tune, "libtpu_version", lambda: before["libtpu"])
+    winner = tune.Candidate((16, 1024, 512), "after_group", 1)
+    won = [
+        (get_case("quantized_matmul", format, "bf16"), "v6e", DECODE, winner)
+        for format in ("int4", "ternary", "int2", "int1", "nvfp4")
+    ]
+    tune.write_winners(won, path)
+    table_now = json.loads(path.read_text())
+    for name in ("int4", "ternary", "int2", "int1", "float4_e2m1fn"):
+        entry = table_now["tiles"]["TPU v6 lite"][name]["decode"]
+        assert entry == {"bm": 64, "bk": 1024, "bn": 512, "narrow_groups": "after_group"}
+    monkeypatch.setattr(kernel_tiles, "read_tiles", lambda: table_now)
+    assert kernel_tiles.tuned("TPU v6 lite", "ternary", 16)["bk"] == 1024
+    assert table_now["tiles"]["default"] == before["tiles"]["default"]
+    assert [p.name for p in tmp_path.iterdir()] == ["tiles.json"]
+
+
+def test_winners_of_another_compiler_are_not_mixed_in(tmp_path, monkeypatch):
+    path = tmp_path / "tiles.json"
+    shutil.copy(tune.TILES_FILE, path)
+    before = path.read_text()
+    monkeypatch.setattr(tune, "libtpu_version", lambda: "9.9.9")
+    winner = tune.Candidate((16, 1024, 512), "before", 1)
+    with pytest.raises(UserError, match=r"tuned with libtpu .* this is 9\.9\.9"):
+        tune.write_winners([(registry()[0], "v6e", DECODE, winner)], path)
+    assert path.read_text() == before
+
+
+def test_an_op_without_tiles_is_refused():
+    other = dataclasses.replace(registry()[0], op="kv_attention", tunable=())
+    with pytest.raises(UserError, match="kv_attention has no tiles to tune"):
+        tune.settings(other, compile_target("v6e"), DECODE)
+
+
+RESULT = {
+    "op": "quantized_matmul", "format": "int4", "activation": "bf16",
+    "interpret": {"error": 1.3e-3, "ok": True},
+    "lowered": {"8t": {"ok": True}, "8i": {"ok": False, "error": "no"}, "7x": {"ok": True}},
+    "compiled": {
+        "v6e": {"ok": True, "fraction": 0.987, "bound": "HBM", "bundles": 1295,
+                "support": "emulated"},
+        "7x": {"ok": False, "error": "aborted", "support": "native"},
+        "v5e": {"ok": None, "not_run": "libtpu not installed"},
+    },
+    "failed": ["quantized_matmul int4 bf16: compiled for 7x: aborted"],
+}  # fmt: skip
+
+
+def test_the_matrix_is_written_between_its_markers(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text(f"Before.\n\n{table.BEGIN}\nstale\n{table.END}\n\nAfter.\n")
+    table.write_readme([RESULT], path)
+    text = path.read_text()
+    assert text.startswith("Before.\n")
+    assert text.endswith("After.\n")
+    assert "stale" not in text
+    row = next(line for line in text.splitlines() if line.startswith("| quantized_matmul |"))
+    assert [cell.strip() for cell in row.split("|")[1:-1]] == [
+        "quantized_matmul", "int4", "bf16", "1.3e-03", "yes", "no", "yes",
+        "not run", "not run", "0.99 HBM, 1295 (e)", "refused (n)",
+    ]  # fmt: skip
+    assert "- quantized_matmul int4 bf16: compiled for 7x: aborted" in text
+    assert libtpu_version() in text
+    table.write_readme([RESULT], path)
+    assert path.read_text() == text
+    path.write_text("no markers")
+    with pytest.raises(UserError, match="has not the markers"):
+        table.write_readme([RESULT], path)

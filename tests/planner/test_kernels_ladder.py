@@ -1,0 +1,172 @@
+"""The ladder over the registry: what must pass does, and planted faults do not."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tpu_stack.errors import UserError
+from tpu_stack.hardware import CHIPS
+from tpu_stack.planner.kernels import cases, verify
+from tpu_stack.planner.kernels.cases import array_bytes, find_cases, get_case, parse_shape, registry
+from tpu_stack.planner.kernels.compile import Compiled, Job
+from tpu_stack.planner.kernels.targets import COMPILE_TARGETS, compile_target
+from tpu_stack.quant import FORMATS
+
+SMALL = (3, 256, 130)
+
+
+@pytest.fixture(scope="module")
+def int8():
+    return dataclasses.replace(get_case("quantized_matmul", "int8", "bf16"), small=SMALL)
+
+
+def test_every_quantized_format_is_a_case():
+    found = {case.format for case in find_cases("quantized_matmul", activation="bf16")}
+    assert found == {name for name, fmt in FORMATS.items() if fmt.quantized}
+    assert len({case.name for case in registry()}) == len(registry())
+
+
+def test_abstract_operands_are_those_that_are_made():
+    def shapes(operands):
+        return jax.tree.map(lambda a: (a.shape, jnp.dtype(a.dtype)), operands)
+
+    for format, activation in (
+        ("int8", "int8"),
+        ("nvfp4", "fp8"),
+        ("int2", "bf16"),
+        ("int1", "bf16"),
+    ):
+        case = get_case("quantized_matmul", format, activation)
+        assert shapes(case.operands(SMALL, 0)) == shapes(case.abstract(SMALL)), case.name
+
+
+def test_bytes_count_packed_values():
+    case = get_case("quantized_matmul", "int4", "bf16")
+    m, k, n = case.large
+    scales = k // 32 * n * 2
+    assert case.nbytes(case.large) == 2 * m * k + k * n // 2 + scales + 2 * m * n
+    assert array_bytes(jax.ShapeDtypeStruct((3, 3), jnp.int2)) == 3
+
+
+def test_unknown_names_get_the_nearest():
+    with pytest.raises(UserError, match="unknown op 'quantised_matmul'; did you mean 'quantized_m"):
+        find_cases("quantised_matmul")
+    with pytest.raises(UserError, match="unknown format 'int5'; did you mean"):
+        find_cases(format="int5")
+    with pytest.raises(UserError, match="unknown activation 'fp16'; did you mean 'bf16'"):
+        find_cases(activation="fp16")
+
+
+@pytest.mark.parametrize("text", ["16,4096", "16,4096,x", "16,0,8", "", "16;2;3"])
+def test_a_shape_that_is_none_is_refused(text):
+    case = get_case("quantized_matmul", "int8", "bf16")
+    with pytest.raises(UserError):
+        case.check_shape(parse_shape(text))
+
+
+def test_a_misaligned_shape_says_why():
+    case = get_case("quantized_matmul", "int4", "bf16")
+    with pytest.raises(UserError, match="K=100 is not a multiple of int4's group 32"):
+        case.check_shape((4, 100, 100))
+
+
+@pytest.mark.parametrize(
+    ("format", "activation"), [("int8", "int8"), ("int4", "bf16"), ("int1", "fp8")]
+)
+def test_the_kernel_holds_in_the_interpreter(format, activation):
+    case = get_case("quantized_matmul", format, activation)
+    found = verify.interpret(case, SMALL)
+    assert found["ok"], found
+    assert 0 < found["error"] <= case.limit
+
+
+def test_a_wrong_kernel_does_not_hold(int8):
+    def off_by(factor):
+        return dataclasses.replace(int8, call=lambda a, **options: int8.call(a, **options) * factor)
+
+    assert not verify.interpret(off_by(1.01), SMALL)["ok"]
+    assert verify.interpret(off_by(np.nan), SMALL)["error"] == float("inf")
+
+
+def test_a_kernel_that_reads_unset_memory_does_not_hold(int8):
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
+    def kernel(x_ref, o_ref, scratch_ref):
+        o_ref[...] = x_ref[...] + scratch_ref[...]
+
+    def call(operands, interpret, **options):
+        m, n = SMALL[0], SMALL[2]
+        return pl.pallas_call(
+            kernel,
+            out_shape=jax.ShapeDtypeStruct((m, n), jnp.float32),
+            scratch_shapes=[pltpu.VMEM((m, n), jnp.float32)],
+            interpret=interpret,
+        )(jnp.zeros((m, n), jnp.float32))
+
+    found = verify.interpret(dataclasses.replace(int8, call=call), SMALL)
+    assert found["error"] == float("inf")
+    assert not found["ok"]
+
+
+def test_what_the_interpreter_raises_is_the_finding(int8):
+    def call(operands, **options):
+        raise RuntimeError("a race\nwas found")
+
+    found = verify.interpret(dataclasses.replace(int8, call=call), SMALL)
+    assert found["failure"] == "RuntimeError: a race was found"
+    assert not found["ok"]
+
+
+def test_the_ladder_lists_what_did_not_hold(int8, monkeypatch):
+    results = {"v6e": Compiled(error="aborted, signal 6: bad"), "7x": Compiled(not_run="no libtpu")}
+    monkeypatch.setattr(
+        verify, "compile_jobs", lambda jobs, **_: [results[job.chip] for job in jobs]
+    )
+    bad = dataclasses.replace(int8, limit=1e-30, large=(16, 256, 128))
+    notes = []
+    [found] = verify.verify_cases([bad], ["v6e", "7x", "8i"], done=notes.append)
+    assert notes == [f"{bad.name}: {what}" for what in ("interpret", "lowered 8i", "lowered 7x")]
+    assert found["lowered"] == {"8i": {"ok": True}, "7x": {"ok": True}}
+    interpreted, compiled = found["failed"]
+    assert "interpret: error" in interpreted
+    assert compiled == f"{bad.name}: compiled for v6e: aborted, signal 6: bad"
+
+
+def test_a_large_shape_is_compiled_and_a_small_one_interpreted(int8):
+    assert verify._interpreted_shape(int8, (16, 4096, 14336)) == int8.small
+    assert verify._interpreted_shape(int8, (16, 256, 128)) == (16, 256, 128)
+
+
+@pytest.mark.parametrize(("chip", "devices"), [("v5p", 1), ("7x", 2), ("v6e", 1)])
+def test_cycles_are_of_one_device(chip, devices):
+    # v5p is one device of two TensorCores, which share a kernel's grid; 7x is two devices.
+    target = compile_target(chip)
+    per_device = CHIPS[chip].require("hbm_bytes_per_s") / devices
+    assert target.hbm_cycles(1e9) / target.clock_hz == pytest.approx(1e9 / per_device)
+
+
+def test_the_fraction_is_of_the_longer_roof(int8):
+    from tpu_stack.planner.kernels.bundles import Region, Schedule
+
+    empty = Region(0, {})
+    shape = (16, 4096, 14336)
+    hbm = COMPILE_TARGETS["v6e"].hbm_cycles(int8.nbytes(shape))
+
+    def row(bundles):
+        schedule = Schedule("k", bundles, empty, Region(bundles, {}), {}, (1,), 0, 0)
+        return verify.on_chip(Job(int8, "v6e", shape), Compiled([schedule]))
+
+    assert row(100)["fraction"] == 1.0
+    assert row(100)["bound"] == "HBM"
+    twice = row(round(2 * hbm))
+    assert twice["fraction"] == pytest.approx(0.5, rel=1e-4)
+    assert twice["bound"] == "bundles"
+    assert twice["support"] == "emulated"  # v6e multiplies int8 by int8, not bfloat16 by int8
+
+
+def test_the_registry_is_made_once():
+    assert cases.registry() is registry()

@@ -1,0 +1,100 @@
+"""`tpu-stack kernels tune`: tiles and scale modes, searched by the compiler's bundles."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tpu_stack.cli.console import print_table, progress, save_json
+from tpu_stack.units import bytes_text
+
+
+@dataclass(frozen=True)
+class Options:
+    """Search the quantized_matmul kernel's tiles and scale modes for a chip that is not here, by
+    HBM cycles, issued bundles and VMEM fit. Winners enter tiles.json only with --write.
+
+    Example: tpu-stack kernels tune --chip v6e --format int4 --shape 16,4096,14336
+    """
+
+    chip: str
+    """v5e, v5p, v6e or 7x."""
+    format: str | None = None
+    """Weight format, such as int4; the default is every one that takes the activation."""
+    activation: str = "bf16"
+    """Type of x: bf16, fp8 or int8."""
+    shape: str = "16,4096,14336"
+    """M,K,N; M up to 64 tunes decode, above it prefill."""
+    limit: int | None = None
+    """Compile at most this many candidates of each format."""
+    top: int = 8
+    """Rows to print of each format."""
+    cache: Path | None = None
+    """Folder of compile results (default ~/.cache/tpu-stack/kernels)."""
+    write: bool = False
+    """Keep each winner that beats the present tiles in kernels/quantized_matmul/tiles.json."""
+    json: Path | None = None
+    """Also write every candidate to this file."""
+
+
+def run(options: Options) -> None:
+    """Prints the candidates of each format, cheapest first."""
+    from tpu_stack.errors import UserError
+    from tpu_stack.planner.kernels import tune
+    from tpu_stack.planner.kernels.cases import find_cases, parse_shape
+    from tpu_stack.planner.kernels.targets import compile_target, has_compiler, libtpu_version
+
+    target, shape = compile_target(options.chip), parse_shape(options.shape)
+    if options.limit is not None and options.limit < 1:
+        raise UserError(f"--limit is {options.limit}; it must be at least 1")
+    if not has_compiler():
+        raise UserError("tuning needs the TPU compiler; install the extra [aot] (libtpu)")
+    cases = find_cases("quantized_matmul", options.format, options.activation)
+    counts = [
+        len(tune.settings(case, target, case.check_shape(shape))[: options.limit]) for case in cases
+    ]
+    found, winners = [], []
+    with progress() as bar:
+        task = bar.add_task("tune", total=sum(counts), note="")
+        for case in cases:
+            candidates = tune.search(
+                case, options.chip, shape, cache=options.cache, limit=options.limit,
+                done=lambda note, name=case.name: bar.update(
+                    task, advance=1, note=f"{name} {note}"
+                ),
+            )  # fmt: skip
+            found.append((case, candidates))
+    for case, candidates in found:
+        _print(f"{case.name} for {options.chip}, {options.shape}", candidates, options.top)
+        current = next(c for c in candidates if c.current)
+        best = candidates[0]
+        if best.cycles is not None and (current.cycles is None or best.cycles < current.cycles):
+            winners.append((case, options.chip, shape, best))
+    if options.write and winners:
+        tune.write_winners(winners)
+        print(f"wrote {len(winners)} to {tune.TILES_FILE}")
+    save_json(
+        options.json,
+        {
+            "chip": options.chip, "shape": list(shape), "libtpu": libtpu_version(), "rung": 3,
+            "formats": {c.name: [one.as_json() for one in cs] for c, cs in found},
+        },
+    )  # fmt: skip
+
+
+def _print(title: str, candidates: list[Any], top: int) -> None:
+    rows = []
+    for number, c in enumerate(candidates):
+        if number >= top and not c.current:
+            continue
+        tiles = ", ".join(map(str, c.tiles)) + (" (now)" if c.current else "")
+        if c.cycles is None:
+            rows.append([tiles, c.scale_mode, "-", "-", "-", "-", "-", "-", "-", c.error])
+            continue
+        bound = "HBM" if c.issued <= c.hbm_cycles else "bundles"
+        rows.append(
+            [tiles, c.scale_mode, c.cycles, c.hbm_cycles, c.issued, c.loop, c.steps, c.first_load,
+             bytes_text(c.vmem_bytes), bound]
+        )  # fmt: skip
+    columns = ["blocks M, K, N", "scales", "cycles", "HBM cycles", "issued", "loop body", "steps",
+               "first load", "VMEM", "bound"]  # fmt: skip
+    print_table(f"{title}: {len(candidates)} candidates, by static cycles", columns, rows)

@@ -1,0 +1,22 @@
+"""Kernels proven without a TPU: the ladder, the static profiler, the tuner and the dispatcher.
+
+>>> from tpu_stack.planner.kernels import find_cases, verify_cases
+>>> verify_cases(find_cases(format="int4"), chips=["v6e"])[0]["failed"]
+[]
+"""
+
+from tpu_stack.planner.kernels.cases import Case, find_cases, parse_shape, registry
+from tpu_stack.planner.kernels.compile import Compiled, Job, compile_case, compile_jobs
+from tpu_stack.planner.kernels.verify import verify_cases
+
+__all__ = [
+    "Case",
+    "Compiled",
+    "Job",
+    "compile_case",
+    "compile_jobs",
+    "find_cases",
+    "parse_shape",
+    "registry",
+    "verify_cases",
+]

@@ -1,0 +1,146 @@
+"""The kernels under proof: one `Case` per op, weight format and activation type.
+
+The ladder, the profiler, the tuner and the published matrix all walk this registry, so a kernel
+that is registered here is proven everywhere or shown not to be.
+
+>>> [case.name for case in find_cases(format="int4", activation="bf16")]
+['quantized_matmul int4 bf16']
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tpu_stack.errors import UserError
+from tpu_stack.planner.kernels.targets import nearest
+
+Operands = dict[str, Any]
+"""Arguments of one call by name: arrays, or `jax.ShapeDtypeStruct`s when abstract."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel at one format and activation type.
+
+    Invariants: `operands` and `abstract` give the same names, shapes and dtypes for a shape; `call`
+    and `reference` take those names; `reference` returns float64.
+
+    Attributes:
+      op, format, activation: what names the case.
+      axes: what the numbers of a shape mean, as in ("M", "K", "N").
+      small: shape for the interpreter; every axis has a ragged edge.
+      large: shape that is compiled and laid beside the roofline.
+      operands: (shape, seed) -> concrete operands, the same for the same seed.
+      abstract: shape -> abstract operands.
+      call: (operands, **options) -> result; options are `interpret` and those of `tunable`.
+      reference: operands -> the result in float64, from the operands as stored.
+      flops: shape -> operations of the mathematics.
+      pair: the operand types of its matrix product, as chip facts name them; None without one.
+      limit: largest relative Frobenius error against `reference`, and `limit_reason` why.
+      tunable: options of `call` that a tuner may set.
+    """
+
+    op: str
+    format: str
+    activation: str
+    axes: tuple[str, ...]
+    small: tuple[int, ...]
+    large: tuple[int, ...]
+    operands: Callable[[tuple[int, ...], int], Operands]
+    abstract: Callable[[tuple[int, ...]], Operands]
+    call: Callable[..., Any]
+    reference: Callable[[Operands], np.ndarray]
+    flops: Callable[[tuple[int, ...]], float]
+    pair: tuple[str, str] | None
+    limit: float
+    limit_reason: str
+    tunable: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.op} {self.format} {self.activation}"
+
+    def check_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns `shape`; raises UserError when it does not fit the op's axes or the kernel."""
+        if len(shape) != len(self.axes) or min(shape) < 1:
+            raise UserError(
+                f"{self.op} takes a shape {','.join(self.axes)} of positive numbers, "
+                f"got {','.join(map(str, shape))}"
+            )
+        try:
+            self.out_shape(shape)
+        except ValueError as error:
+            raise UserError(f"{self.name} at {','.join(map(str, shape))}: {error}") from error
+        return shape
+
+    def out_shape(self, shape: tuple[int, ...], **options: Any) -> Any:
+        """The abstract result. Raises ValueError, the kernel's own, where it refuses the call."""
+        operands = self.abstract(shape)
+        return jax.eval_shape(lambda a: self.call(a, interpret=True, **options), operands)
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes that HBM must carry once: every operand and the result, sub-byte types packed."""
+        arrays = jax.tree.leaves((self.abstract(shape), self.out_shape(shape)))
+        return sum(map(array_bytes, arrays))
+
+
+def array_bytes(array: Any) -> int:
+    """Packed bytes of an array or its abstract stand-in."""
+    dtype = jnp.dtype(array.dtype)
+    kind = jnp.finfo if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo
+    return -(-math.prod(array.shape) * int(kind(dtype).bits) // 8)
+
+
+def _families() -> dict[str, Any]:
+    """Op -> the module with its `cases()` and `make_case(format, activation)`."""
+    from tpu_stack.planner.kernels import matmul_cases
+
+    return {"quantized_matmul": matmul_cases}
+
+
+@functools.cache
+def registry() -> tuple[Case, ...]:
+    """Every case, in the order of the published matrix."""
+    return tuple(case for family in _families().values() for case in family.cases())
+
+
+def get_case(op: str, format: str, activation: str) -> Case:
+    """One case by its exact names, without making the others."""
+    return _families()[op].make_case(format, activation)
+
+
+def find_cases(
+    op: str | None = None, format: str | None = None, activation: str | None = None
+) -> list[Case]:
+    """The cases that fit; None fits all. Raises UserError with the nearest name for no match."""
+    found = list(registry())
+    for field, asked in (("op", op), ("format", format), ("activation", activation)):
+        if asked is None:
+            continue
+        known = list(dict.fromkeys(getattr(case, field) for case in registry()))
+        if asked not in known:
+            raise nearest(field, asked, known)
+        found = [case for case in found if getattr(case, field) == asked]
+    if not found:
+        raise UserError(
+            f"no kernel takes op {op or 'any'}, format {format or 'any'}, "
+            f"activation {activation or 'any'} together; `tpu-stack kernels verify` lists them"
+        )
+    return found
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """ "16,4096,14336" as numbers. Raises UserError for anything else."""
+    try:
+        shape = tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise UserError(f"--shape {text!r} is not numbers with commas, as 16,4096,14336") from error
+    if not shape or min(shape) < 1:
+        raise UserError(f"--shape {text!r} has a number that is not positive")
+    return shape

@@ -1,0 +1,202 @@
+"""Compiling cases ahead of time for chips that are not here, and lowering them for those that have
+no compiler. Results are kept on disk by content, so that asking again costs no compile.
+
+An abort, a refusal or a compile that takes too long is a result, not a crash.
+
+>>> compile_case(get_case("quantized_matmul", "int4", "bf16"), "v6e").schedules[0].bundles
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from tpu_stack.files import write_json
+from tpu_stack.planner.kernels.bundles import Schedule
+from tpu_stack.planner.kernels.cases import Case
+from tpu_stack.planner.kernels.compiler_process import answers
+from tpu_stack.planner.kernels.targets import (
+    LOWER_TARGETS,
+    compile_target,
+    has_compiler,
+    libtpu_version,
+)
+
+READER = 2
+"""Raised when what is read from the dumps changes, so that cached results are not mixed."""
+TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """One compile: a case for a chip at a shape, with options of `case.tunable`."""
+
+    case: Case
+    chip: str
+    shape: tuple[int, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What came of one job. Exactly one of `schedules`, `error` and `not_run` is set.
+
+    Attributes:
+      schedules: one per Pallas kernel of the program.
+      xla_cycles: XLA's estimate for what it compiled around the kernels, None when nothing.
+      error: why there is none, in one line.
+      not_run: why it was not tried.
+    """
+
+    schedules: list[Schedule] = field(default_factory=list)
+    xla_cycles: int | None = None
+    error: str | None = None
+    not_run: str | None = None
+
+    @property
+    def cycles(self) -> int:
+        """Bundles issued in one call plus XLA's estimated cycles around them."""
+        return sum(schedule.executed for schedule in self.schedules) + (self.xla_cycles or 0)
+
+    @property
+    def bundles(self) -> int:
+        """Static bundles of the kernels, each loop body once."""
+        return sum(schedule.bundles for schedule in self.schedules)
+
+    @property
+    def vmem_bytes(self) -> int:
+        return max((schedule.vmem_bytes for schedule in self.schedules), default=0)
+
+
+def default_cache() -> Path:
+    """Where compile results are kept unless told otherwise."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "tpu-stack" / "kernels"
+
+
+def lower_text(case: Case, shape: tuple[int, ...], device_kind: str, **options: Any) -> str:
+    """The StableHLO of a case, its kernel as Mosaic IR, for an abstract device (rung 2).
+
+    Raises: whatever Pallas raises for a kernel that is not legal there.
+    """
+    device = AbstractDevice(device_kind=device_kind, num_cores=1, platform="tpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+        traced = jax.jit(lambda a: case.call(a, interpret=False, **options)).trace(
+            case.abstract(shape)
+        )
+        return traced.lower(lowering_platforms=("tpu",)).as_text()
+
+
+def lower_case(case: Case, chip: str, shape: tuple[int, ...] | None = None) -> str | None:
+    """Lowers a case for a chip of `LOWER_TARGETS`; None when it did, else why not, in one line."""
+    try:
+        text = lower_text(case, shape or case.large, LOWER_TARGETS[chip])
+    except Exception as error:  # any refusal is the result that the ladder reports
+        return one_line(error)
+    return None if "tpu_custom_call" in text else "lowered without a Pallas kernel"
+
+
+def compile_case(
+    case: Case,
+    chip: str,
+    shape: tuple[int, ...] | None = None,
+    *,
+    cache: Path | None = None,
+    timeout_s: float = TIMEOUT_S,
+    **options: Any,
+) -> Compiled:
+    """`compile_jobs` for one case; its `large` shape when `shape` is None."""
+    job = Job(case, chip, shape or case.large, options)
+    return compile_jobs([job], cache=cache, timeout_s=timeout_s)[0]
+
+
+def compile_jobs(
+    jobs: Sequence[Job],
+    *,
+    cache: Path | None = None,
+    timeout_s: float = TIMEOUT_S,
+    done: Callable[[Job], None] = lambda job: None,
+) -> list[Compiled]:
+    """Compiles each job for its chip and reads the schedules; from the cache where they are there.
+
+    Args:
+      cache: folder of results; `default_cache()` when None.
+      timeout_s: a compile that takes longer is ended, and that is its result.
+      done: called with each job when its result is known.
+
+    Returns: one result per job, in order.
+
+    Raises: UserError for a chip that the compiler does not know.
+    """
+    results: dict[int, Compiled] = {}
+    requests: list[dict[str, Any]] = []
+    files: dict[int, Path] = {}
+    for index, job in enumerate(jobs):
+        device_kind = compile_target(job.chip).device_kind
+        if not has_compiler():
+            results[index] = Compiled(not_run="libtpu not installed")
+        else:
+            try:
+                text = lower_text(job.case, job.shape, device_kind, **job.options)
+            except Exception as error:  # refused before the compiler saw it
+                results[index] = Compiled(error=f"not lowered: {one_line(error)}")
+            else:
+                files[index] = (cache or default_cache()) / f"{_key(text, job.chip)}.json"
+                kept = _read(files[index])
+                if kept is None:
+                    requests.append(_request(index, job))
+                else:
+                    results[index] = kept
+        if index in results:
+            done(job)
+    for answer in answers(requests, timeout_s):
+        result = Compiled(answer.schedules, answer.xla_cycles, answer.error)
+        results[answer.index] = result
+        if answer.lasting:
+            write_json(files[answer.index], _as_json(result))
+        done(jobs[answer.index])
+    return [results[index] for index in range(len(jobs))]
+
+
+def _request(index: int, job: Job) -> dict[str, Any]:
+    return {
+        "index": index,
+        "op": job.case.op,
+        "format": job.case.format,
+        "activation": job.case.activation,
+        "chip": job.chip,
+        "shape": job.shape,
+        "options": job.options,
+    }
+
+
+def one_line(error: Exception) -> str:
+    """An exception as its type and the first 300 characters of its message."""
+    text = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {text}"
+
+
+def _key(text: str, chip: str) -> str:
+    parts = (text, chip, libtpu_version(), jax.__version__, str(READER))
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:40]
+
+
+def _as_json(result: Compiled) -> dict[str, Any]:
+    schedules = [schedule.as_json() for schedule in result.schedules]
+    return {"schedules": schedules, "xla_cycles": result.xla_cycles, "error": result.error}
+
+
+def _read(path: Path) -> Compiled | None:
+    """A cached result; None when there is none or the file is not one."""
+    try:
+        data = json.loads(path.read_text())
+        schedules = [Schedule.from_json(item) for item in data["schedules"]]
+        return Compiled(schedules, data["xla_cycles"], data["error"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

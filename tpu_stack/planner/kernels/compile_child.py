@@ -1,0 +1,65 @@
+"""The child process that holds the TPU compiler: compiles a list of requests, a line of JSON each.
+
+A process of its own because a bad kernel can abort the compiler, and the whole process with it.
+The parent (`compiler_process`) sees which request had no line, and starts another for the rest.
+
+    python -m tpu_stack.planner.kernels.compile_child FOLDER   # holding requests.json
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from tpu_stack.planner.kernels.cases import get_case
+from tpu_stack.planner.kernels.targets import compile_target
+
+
+def compile_here(request: dict[str, Any]) -> dict[str, Any]:
+    """Compiles for one device of the chip; the kernel sees its device kind through the mesh.
+
+    Returns: {"estimated_cycles": sum of XLA's estimates for its own fusions, None without any}.
+    """
+    target = compile_target(request["chip"])
+    case = get_case(request["op"], request["format"], request["activation"])
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=target.topology)
+    mesh = Mesh(topology.devices[:1], ("x",))
+    whole = NamedSharding(mesh, PartitionSpec())
+    operands = {
+        name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=whole)
+        for name, array in case.abstract(tuple(request["shape"])).items()
+    }
+    options = request["options"]
+    if "tiles" in options:
+        options["tiles"] = tuple(options["tiles"])
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        function = jax.jit(lambda a: case.call(a, interpret=False, **options))
+        text = function.lower(operands).compile().as_text() or ""
+    cycles = [int(found) for found in re.findall(r'"estimated_cycles":"(\d+)"', text)]
+    return {"estimated_cycles": sum(cycles) if cycles else None}
+
+
+def main(folder: Path) -> None:
+    """Compiles each request, moves its dump files to dump/INDEX, and prints its line."""
+    dump = folder / "dump"
+    for request in json.loads((folder / "requests.json").read_text()):
+        try:
+            answer = compile_here(request)
+        except Exception as error:  # the compiler's refusal is the answer
+            text = " ".join(str(error).split())[:300]
+            answer = {"error": f"refused: {type(error).__name__}: {text}"}
+        own = dump / str(request["index"])
+        own.mkdir()
+        for path in dump.iterdir():
+            if path.is_file():
+                path.rename(own / path.name)
+        print(json.dumps({"index": request["index"]} | answer), flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

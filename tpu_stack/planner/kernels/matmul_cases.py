@@ -1,0 +1,133 @@
+"""Cases of `kernels.quantized_matmul`: every quantized format, every activation it takes.
+
+>>> next(cases()).name
+'quantized_matmul int8 bf16'
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tpu_stack.errors import UserError
+from tpu_stack.kernels.quantized_matmul import quantized_matmul, reference_quantized_matmul
+from tpu_stack.planner.kernels.cases import Case, Operands
+from tpu_stack.quant import FORMATS, QTensor, abstract_qtensor, get_format, quantize
+
+ACTIVATIONS = {"bf16": "bfloat16", "fp8": "float8_e4m3fn", "int8": "int8"}
+"""Word on the command line -> dtype of x. Those of 8 bits come with a float32 scale per row."""
+
+SMALL = (5, 640, 200)
+LARGE = (16, 4096, 14336)
+
+
+def cases() -> Iterator[Case]:
+    """Format by activation; pairs that the kernel refuses are left out (`refusal` says why)."""
+    for fmt in FORMATS.values():
+        for activation in ACTIVATIONS if fmt.quantized else ():
+            if refusal(fmt.name, activation) is None:
+                yield make_case(fmt.name, activation)
+
+
+def refusal(format: str, activation: str) -> str | None:
+    """The kernel's own reason for not taking a pair, or None when it takes it."""
+    try:
+        make_case(format, activation).out_shape(SMALL)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def product_type(format: str) -> str:
+    """The narrowest type of the chip facts that holds the format's grid values exactly."""
+    fmt = get_format(format)
+    if fmt.storage == "int32":
+        return "int2"
+    return "int4" if fmt.offset else fmt.storage
+
+
+def make_case(format: str, activation: str) -> Case:
+    """The case of one pair, whether or not the kernel takes it."""
+    limit, reason = _limit(format, activation)
+    return Case(
+        op="quantized_matmul",
+        format=format,
+        activation=activation,
+        axes=("M", "K", "N"),
+        small=SMALL,
+        large=LARGE,
+        operands=partial(_operands, format, activation),
+        abstract=partial(_abstract, format, activation),
+        call=partial(_call, format),
+        reference=partial(_reference, format),
+        flops=lambda shape: 2.0 * shape[0] * shape[1] * shape[2],
+        pair=(ACTIVATIONS[activation], product_type(format)),
+        limit=limit,
+        limit_reason=reason,
+        tunable=("tiles", "scale_mode"),
+    )
+
+
+def _limit(format: str, activation: str) -> tuple[float, str]:
+    """Products of few-bit numbers are exact in float32; bfloat16 operands round the scaled weight.
+
+    2**-9 relative, uniformly spread, is 1.7e-3 in the Frobenius norm; 3e-3 leaves the accumulator
+    room. Integers times a scale per row and column are exact but for float32's own rounding.
+    """
+    if activation == "int8" and format == "int8":
+        return 1e-6, "int32 accumulation is exact; two float32 scales round"
+    return 3e-3, "the scaled weight is rounded to bfloat16 once: 1.7e-3, and the accumulator"
+
+
+def _operands(format: str, activation: str, shape: tuple[int, ...], seed: int) -> Operands:
+    m, k, n = shape
+    rng = np.random.default_rng(seed)
+    x = jnp.asarray(rng.standard_normal((m, k)), jnp.float32)
+    weight = quantize(rng.standard_normal((k, n)).astype(np.float32), format, name="weight")
+    operands: Operands = {}
+    if activation == "bf16":
+        operands["x"] = x.astype(jnp.bfloat16)
+    else:
+        dtype = jnp.dtype(ACTIVATIONS[activation])
+        largest = 127.0 if activation == "int8" else 448.0
+        scales = jnp.abs(x).max(1, keepdims=True) / largest
+        scaled = x / scales
+        operands["x"] = (jnp.round(scaled) if activation == "int8" else scaled).astype(dtype)
+        operands["x_scales"] = scales
+    return operands | _leaves(weight)
+
+
+def _abstract(format: str, activation: str, shape: tuple[int, ...]) -> Operands:
+    m, k, n = shape
+    operands: Operands = {"x": jax.ShapeDtypeStruct((m, k), jnp.dtype(ACTIVATIONS[activation]))}
+    if activation != "bf16":
+        operands["x_scales"] = jax.ShapeDtypeStruct((m, 1), jnp.float32)
+    try:
+        return operands | _leaves(abstract_qtensor((k, n), format))
+    except UserError as error:
+        raise ValueError(str(error)) from error
+
+
+def _leaves(weight: QTensor) -> Operands:
+    found = {"values": weight.values, "scales": weight.scales}
+    if weight.tensor_scale is not None:
+        found["tensor_scale"] = weight.tensor_scale
+    return found
+
+
+def _call(format: str, operands: Operands, **options: Any) -> Any:
+    arrays = dict(operands)
+    x, values, scales = (arrays.pop(name) for name in ("x", "values", "scales"))
+    offset = get_format(format).offset
+    out = jnp.float32 if options.pop("exact", False) else jnp.bfloat16
+    return quantized_matmul(x, values, scales, offset=offset, out_dtype=out, **arrays, **options)
+
+
+def _reference(format: str, operands: Operands) -> np.ndarray:
+    arrays = dict(operands)
+    x, values, scales = (arrays.pop(name) for name in ("x", "values", "scales"))
+    offset = get_format(format).offset
+    return reference_quantized_matmul(x, values, scales, offset=offset, **arrays)

@@ -1,0 +1,254 @@
+"""Choosing tiles and scale mode without hardware: compile the candidates and count.
+
+The cost of a call is the longer of its HBM cycles and the bundles it issues, plus the load of the
+first block, which nothing overlaps with. Candidates whose double-buffered blocks would not fit VMEM
+are not compiled. A real chip may order near ties otherwise; nothing here is measured.
+
+>>> search(make_case("int4", "bf16"), "v6e", (16, 4096, 14336))[0].tiles
+(16, 2048, 1024)
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from tpu_stack.errors import UserError
+from tpu_stack.files import write_text
+from tpu_stack.hardware import get_chip
+from tpu_stack.kernels import quantized_matmul as package
+from tpu_stack.kernels.quantized_matmul import SCALE_MODES, make_plan
+from tpu_stack.kernels.quantized_matmul.tiles import DECODE_M, read_tiles
+from tpu_stack.planner.kernels.cases import Case, array_bytes
+from tpu_stack.planner.kernels.compile import Compiled, Job, compile_jobs
+from tpu_stack.planner.kernels.targets import CompileTarget, compile_target, libtpu_version
+from tpu_stack.quant import get_format
+
+TILES_FILE = Path(package.__file__).parent / "tiles.json"
+ROW_BLOCKS = {"decode": (64,), "prefill": (256, 512, 1024)}
+DEPTHS = (512, 1024, 2048, 4096)
+WIDTHS = (512, 1024, 2048)
+VMEM_SHARE = 0.9
+"""Of VMEM that a candidate's blocks may take; the compiler needs the rest."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One setting of the kernel and what the compiler says it costs.
+
+    Attributes:
+      tiles: blocks of M, K and N, as the plan cut them to the shape.
+      scale_mode: where scales are applied.
+      cycles: the cost as the module states it; None when it did not compile.
+      issued, loop, steps: bundles of the call, of the loop body, and grid steps.
+      hbm_cycles, first_load: of the whole call, and of the first step's blocks.
+      vmem_bytes: highest VMEM address in use.
+      error: why it has no cost.
+      current: whether this is what the kernel would choose now.
+    """
+
+    tiles: tuple[int, int, int]
+    scale_mode: str
+    cycles: int | None
+    issued: int = 0
+    loop: int = 0
+    steps: int = 1
+    hbm_cycles: int = 0
+    first_load: int = 0
+    vmem_bytes: int = 0
+    error: str | None = None
+    current: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Setting:
+    tiles: tuple[int, int, int]
+    scale_mode: str
+    block_bytes: float
+
+
+def search(
+    case: Case,
+    chip: str,
+    shape: tuple[int, ...],
+    *,
+    cache: Path | None = None,
+    done: Callable[[str], None] = lambda note: None,
+    limit: int | None = None,
+) -> list[Candidate]:
+    """Compiles the candidates, cheapest first; those that did not compile come last.
+
+    Args:
+      case: of quantized_matmul.
+      limit: at most this many candidates, the current one among them.
+
+    Raises: UserError where the compiler is absent or does not know the chip, or the op cannot be
+      tuned.
+    """
+    target = compile_target(chip)
+    found = settings(case, target, shape)[:limit]
+    jobs = [
+        Job(case, chip, shape, {"tiles": list(s.tiles), "scale_mode": s.scale_mode}) for s in found
+    ]
+    compiled = compile_jobs(
+        jobs,
+        cache=cache,
+        done=lambda job: done(f"{job.options['tiles']} {job.options['scale_mode']}"),
+    )
+    if any(result.not_run for result in compiled):
+        raise UserError(f"tuning needs the TPU compiler: {compiled[0].not_run}")
+    candidates = [
+        _candidate(case, target, shape, setting, result, current=number == 0)
+        for number, (setting, result) in enumerate(zip(found, compiled, strict=True))
+    ]
+    return sorted(candidates, key=lambda c: (c.cycles is None, c.cycles, math.prod(c.tiles)))
+
+
+def settings(case: Case, target: CompileTarget, shape: tuple[int, ...]) -> list[_Setting]:
+    """The distinct settings that the kernel takes and that fit VMEM; the current one first."""
+    if "tiles" not in case.tunable:
+        raise UserError(f"{case.op} has no tiles to tune; quantized_matmul has")
+    kind = target.device_kind
+    current = _plan(case, shape, kind)
+    asked = [((current.bm, current.bk, current.bn), current.scale_mode)]
+    asked += [
+        ((bm, bk, bn), mode)
+        for mode in SCALE_MODES
+        for bm in ROW_BLOCKS[regime(shape[0])]
+        for bk in DEPTHS
+        for bn in WIDTHS
+    ]
+    found: dict[tuple, _Setting] = {}
+    for tiles, mode in asked:
+        try:
+            plan = _plan(case, shape, kind, tiles=tiles, scale_mode=mode)
+        except ValueError:
+            continue  # not a setting of the kernel at this shape
+        cut = (plan.bm, plan.bk, plan.bn)
+        nbytes = _block_bytes(case, shape, cut)
+        widened = 4 * plan.bk * plan.bn + 8 * plan.bm * plan.bn
+        if (cut, mode) not in found and 2 * nbytes + widened <= VMEM_SHARE * target.vmem_bytes:
+            found[cut, mode] = _Setting(cut, mode, nbytes)
+    return list(found.values())
+
+
+def regime(m: int) -> str:
+    """The regime of tiles.json that M rows belong to."""
+    return "decode" if m <= DECODE_M else "prefill"
+
+
+def _plan(case: Case, shape: tuple[int, ...], kind: str, **options: Any) -> Any:
+    arrays = dict(case.abstract(shape))
+    x, values, scales = (arrays.pop(name) for name in ("x", "values", "scales"))
+    offset = get_format(case.format).offset
+    return make_plan(x, values, scales, offset=offset, kind=kind, **arrays, **options)
+
+
+def _block_bytes(case: Case, shape: tuple[int, ...], tiles: tuple[int, int, int]) -> float:
+    """Bytes that one grid step loads and stores: each array's share of its axes."""
+    m, k, n = shape
+    bm, bk, bn = (min(block, size) for block, size in zip(tiles, shape, strict=True))
+    arrays = case.abstract(shape)
+    weight = sum(array_bytes(a) for name, a in arrays.items() if name in ("values", "scales"))
+    x = array_bytes(arrays["x"]) * (bm / m) * (bk / k)
+    out = sum(map(array_bytes, jax.tree.leaves(case.out_shape(shape))))
+    return weight * (bk / k) * (bn / n) + x + out * (bm / m) * (bn / n)
+
+
+def _candidate(
+    case: Case,
+    target: CompileTarget,
+    shape: tuple[int, ...],
+    setting: _Setting,
+    result: Compiled,
+    current: bool,
+) -> Candidate:
+    if result.error:
+        return Candidate(
+            setting.tiles, setting.scale_mode, None, error=result.error, current=current
+        )
+    traffic = target.hbm_cycles(_traffic(case, shape, setting))
+    first = target.hbm_cycles(setting.block_bytes)
+    kernel = max(result.schedules, key=lambda schedule: schedule.executed)
+    return Candidate(
+        tiles=setting.tiles,
+        scale_mode=setting.scale_mode,
+        cycles=round(max(traffic, result.cycles) + first),
+        issued=result.cycles,
+        loop=kernel.loop.bundles,
+        steps=kernel.steps,
+        hbm_cycles=round(traffic),
+        first_load=round(first),
+        vmem_bytes=result.vmem_bytes,
+        current=current,
+    )
+
+
+def _traffic(case: Case, shape: tuple[int, ...], setting: _Setting) -> float:
+    """Bytes moved: the weight once per block of M, x once per block of N unless it all fits one."""
+    m, k, n = shape
+    bm, bk, bn = setting.tiles
+    arrays = case.abstract(shape)
+    weight = sum(array_bytes(a) for name, a in arrays.items() if name in ("values", "scales"))
+    again = math.ceil(n / bn) if math.ceil(k / bk) > 1 else 1
+    out = sum(map(array_bytes, jax.tree.leaves(case.out_shape(shape))))
+    return weight * math.ceil(m / bm) + array_bytes(arrays["x"]) * again + out
+
+
+def tiles_name(case: Case) -> str:
+    """What tiles.json calls the case's weight: its stored type, but three are told apart."""
+    fmt = get_format(case.format)
+    special = {"int2": "int2" if fmt.offset else "ternary", "int32": "int1"}
+    return special.get(fmt.storage, fmt.storage)
+
+
+def entry_of(case: Case, winner: Candidate, shape: tuple[int, ...]) -> dict[str, Any]:
+    """The winner as tiles.json writes it. `bm` is the block that was asked for, not cut to M."""
+    bm = winner.tiles[0] if regime(shape[0]) == "prefill" else ROW_BLOCKS["decode"][0]
+    entry: dict[str, Any] = {"bm": bm, "bk": winner.tiles[1], "bn": winner.tiles[2]}
+    if winner.scale_mode in ("before", "after_group"):
+        entry["narrow_groups"] = winner.scale_mode
+    return entry
+
+
+def write_winners(
+    found: Iterable[tuple[Case, str, tuple[int, ...], Candidate]], path: Path = TILES_FILE
+) -> None:
+    """Puts winners into tiles.json, beside the others, with this libtpu's version.
+
+    Raises: UserError when the file was tuned with another version: its other entries would then be
+      passed off as this one's. Remove them, or install that version.
+    """
+    table = json.loads(path.read_text())
+    if table["libtpu"] != libtpu_version():
+        raise UserError(
+            f"{path.name} was tuned with libtpu {table['libtpu']}, and this is "
+            f"{libtpu_version()}: tune with that version, or empty the file first"
+        )
+    for case, chip, shape, winner in found:
+        kind = get_chip(chip).device_kinds[0]
+        formats = table["tiles"].setdefault(kind, {})
+        formats.setdefault(tiles_name(case), {})[regime(shape[0])] = entry_of(case, winner, shape)
+    write_text(path, tiles_text(table))
+    read_tiles.cache_clear()
+
+
+def tiles_text(table: dict[str, Any]) -> str:
+    """tiles.json as it is kept: indented, with one line per regime."""
+    lines = ["{", f'  "libtpu": {json.dumps(table["libtpu"])},', '  "tiles": {']
+    kinds = []
+    for kind, formats in table["tiles"].items():
+        blocks = []
+        for name, regimes in formats.items():
+            rows = [f"        {json.dumps(k)}: {json.dumps(v)}" for k, v in regimes.items()]
+            blocks.append(f"      {json.dumps(name)}: {{\n" + ",\n".join(rows) + "\n      }")
+        kinds.append(f"    {json.dumps(kind)}: {{\n" + ",\n".join(blocks) + "\n    }")
+    return "\n".join([*lines, ",\n".join(kinds), "  }", "}"]) + "\n"

@@ -1,0 +1,207 @@
+"""One case up the verification ladder, rung by rung, and which rungs must hold.
+
+Rung 1 interprets the kernel with memory that starts as NaN and a race detector, and compares it
+with float64; rung 2 lowers it for TPU 8 and 7x; rung 3 compiles it for every chip that the
+installed compiler knows and lays its bundles beside the chip's roofline.
+
+>>> verify_cases([case], chips=("v6e", "8i"))[0]["compiled"]["v6e"]["fraction"]
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental.pallas import tpu as pltpu
+
+from tpu_stack.hardware import get_chip
+from tpu_stack.planner.kernels.cases import Case
+from tpu_stack.planner.kernels.compile import (
+    Compiled,
+    Job,
+    compile_jobs,
+    lower_case,
+    one_line,
+)
+from tpu_stack.planner.kernels.targets import (
+    CHIPS,
+    COMPILE_TARGETS,
+    LOWER_TARGETS,
+    libtpu_version,
+)
+
+SEED = 0
+MAX_INTERPRETED = 2**20
+"""The interpreter takes minutes for more elements than this; larger shapes are only compiled."""
+
+
+def rungs(chips: Iterable[str] = CHIPS) -> list[tuple[str, str]]:
+    """The rungs that `verify_cases` climbs for these chips, as (rung, chip)."""
+    chips = list(chips)
+    return [
+        ("interpret", "cpu"),
+        *(("lowered", chip) for chip in LOWER_TARGETS if chip in chips),
+        *(("compiled", chip) for chip in COMPILE_TARGETS if chip in chips),
+    ]
+
+
+def verify_cases(
+    cases: Sequence[Case],
+    chips: Iterable[str] = CHIPS,
+    *,
+    shape: tuple[int, ...] | None = None,
+    cache: Path | None = None,
+    done: Callable[[str], None] = lambda note: None,
+) -> list[dict[str, Any]]:
+    """Climbs the ladder with each case.
+
+    Args:
+      chips: of `CHIPS`.
+      shape: compiled and lowered instead of `case.large`; interpreted too when it is small enough.
+      cache: as in `compile_jobs`.
+      done: called with a note after each of `rungs(chips)` of each case.
+
+    Returns: per case, JSON-ready: its name and shapes, "interpret", "lowered" and "compiled" by
+      chip, and "failed": the rungs that must hold and did not, each in a line.
+    """
+    chips = list(chips)
+    results = []
+    for case in cases:
+        results.append(_first_rungs(case, chips, shape, done))
+    jobs = [
+        Job(case, chip, shape or case.large)
+        for case in cases
+        for rung, chip in rungs(chips)
+        if rung == "compiled"
+    ]
+    found = compile_jobs(
+        jobs, cache=cache, done=lambda job: done(f"{job.case.name}: compiled {job.chip}")
+    )
+    by_name = {result["case"]: result for result in results}
+    for job, compiled in zip(jobs, found, strict=True):
+        by_name[job.case.name]["compiled"][job.chip] = on_chip(job, compiled)
+    return [result | {"failed": list(failures(result))} for result in results]
+
+
+def _first_rungs(
+    case: Case, chips: list[str], shape: tuple[int, ...] | None, done: Callable[[str], None]
+) -> dict[str, Any]:
+    large = shape or case.large
+    result: dict[str, Any] = {
+        "case": case.name,
+        "op": case.op,
+        "format": case.format,
+        "activation": case.activation,
+        "axes": list(case.axes),
+        "shape": list(large),
+        "interpret": interpret(case, _interpreted_shape(case, shape)),
+        "lowered": {},
+        "compiled": {},
+    }
+    done(f"{case.name}: interpret")
+    for rung, chip in rungs(chips):
+        if rung == "lowered":
+            error = lower_case(case, chip, large)
+            result[rung][chip] = {"ok": error is None} | ({"error": error} if error else {})
+            done(f"{case.name}: lowered {chip}")
+    return result
+
+
+def _interpreted_shape(case: Case, shape: tuple[int, ...] | None) -> tuple[int, ...]:
+    if shape is None:
+        return case.small
+    elements = max(array.size for array in case.abstract(shape).values())
+    return shape if elements <= MAX_INTERPRETED else case.small
+
+
+def interpret(case: Case, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Rung 1: the kernel interpreted with race and uninitialised-memory detection, in numbers.
+
+    Returns: shape, relative Frobenius "error" against float64, "limit", "ok"; or "failure", the
+      line of what the interpreter raised: a race, or a read out of bounds.
+    """
+    params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    found: dict[str, Any] = {"shape": list(shape), "limit": case.limit, "why": case.limit_reason}
+    try:
+        operands = case.operands(shape, SEED)
+        run = jax.jit(lambda a: case.call(a, interpret=params, exact=True))
+        got = jax.tree.map(lambda y: np.asarray(y).astype(np.float64), run(operands))
+        want = case.reference(operands)
+    except Exception as error:  # whatever it raises is the finding
+        return found | {"ok": False, "failure": one_line(error)}
+    error = relative_error(got, want)
+    return found | {"error": error, "ok": bool(error <= case.limit)}
+
+
+def relative_error(got: np.ndarray, want: np.ndarray) -> float:
+    """||got - want|| / ||want||, Frobenius; infinite when any element of `got` is not finite."""
+    if not np.isfinite(got).all():
+        return float("inf")
+    norm = float(np.linalg.norm(want))
+    return float(np.linalg.norm(got - want)) / (norm or 1.0)
+
+
+def on_chip(job: Job, compiled: Compiled) -> dict[str, Any]:
+    """A compile result beside the chip's roofline.
+
+    "fraction" is ideal / max(HBM cycles, issued bundles), where ideal is the larger of HBM cycles
+    (every operand and the result moved once) and MXU cycles at the operand pair's peak rate: 1
+    means that the kernel's own instructions add nothing. A projection from static counts: nothing
+    is measured, and each DMA is taken to overlap with compute.
+    """
+    case, chip = job.case, job.chip
+    if compiled.not_run:
+        return {"ok": None, "not_run": compiled.not_run}
+    if compiled.error:
+        return {"ok": False, "error": compiled.error} | support(case, chip)
+    target = COMPILE_TARGETS[chip]
+    hbm = target.hbm_cycles(case.nbytes(job.shape))
+    mxu = target.mxu_cycles(case.flops(job.shape), case.pair) if case.pair else 0.0
+    ideal = max(hbm, mxu)
+    return {
+        "ok": True,
+        "bundles": compiled.bundles,
+        "steps": max((s.steps for s in compiled.schedules), default=1),
+        "issued_bundles": sum(s.executed for s in compiled.schedules),
+        "xla_cycles": compiled.xla_cycles,
+        "hbm_cycles": round(hbm),
+        "hbm_us": hbm / target.clock_hz * 1e6,
+        "mxu_cycles": round(mxu),
+        "bound": "HBM" if compiled.cycles <= hbm else "bundles",
+        "fraction": ideal / max(hbm, compiled.cycles),
+        "vmem_bytes": compiled.vmem_bytes,
+        "vmem_share": compiled.vmem_bytes / target.vmem_bytes,
+        "inner_loops": sum(s.inner_loops for s in compiled.schedules),
+    } | support(case, chip)
+
+
+def support(case: Case, chip: str) -> dict[str, Any]:
+    """Whether the chip multiplies the case's operand types as they are, by its facts."""
+    if case.pair is None:
+        return {"support": None, "computed_as": None}
+    rate = get_chip(chip).peak_flops_per_s(*case.pair)
+    return {"support": rate.support, "computed_as": list(rate.computed_as)}
+
+
+def failures(result: dict[str, Any]) -> Iterable[str]:
+    """A line for every rung that was run and did not hold."""
+    found = result["interpret"]
+    if not found["ok"]:
+        why = found.get("failure") or f"error {found['error']:.2e} is over {found['limit']:.0e}"
+        yield f"{result['case']}: interpret: {why}"
+    for rung in ("lowered", "compiled"):
+        for chip, row in result[rung].items():
+            if row["ok"] is False:
+                yield f"{result['case']}: {rung} for {chip}: {row['error']}"
+
+
+def report(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """The ladder's JSON: results with what they were made with."""
+    return {
+        "libtpu": libtpu_version(),
+        "jax": jax.__version__,
+        "rungs": "1 interpret, 2 lowered, 3 compiled; nothing was measured",
+        "results": results,
+        "failed": [line for result in results for line in result["failed"]],
+    }
