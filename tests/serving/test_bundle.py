@@ -7,29 +7,32 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import blake3
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors import safe_open
+import safetensors
 from serving_model import STEP, serving
 
 from tpu_stack.errors import UserError
 from tpu_stack.models.abstract import tensor_specs
 from tpu_stack.quant import quantize
+from tpu_stack.quant.formats import FORMATS as EVERY_FORMAT
 from tpu_stack.quant.formats import get_format
 from tpu_stack.quant.packing import pack_values
 from tpu_stack.quant.policy import stored_format
 from tpu_stack.quant.qtensor import QTensor
 from tpu_stack.serving import bundle as bundle_module
 from tpu_stack.serving import pack as pack_module
-from tpu_stack.serving.bundle import Bundle
+from tpu_stack.serving.bundle import PARTS, Bundle
 from tpu_stack.serving.layout import PackedLayout, bytes_per_device, packed_bytes_per_device
 from tpu_stack.serving.manifest import Manifest
 from tpu_stack.serving.pack import pack
 from tpu_stack.sharding.profiles import get_profile
 
-FORMATS = ["float32", "bf16", "int8", "int4"]
+FORMATS = [name for name in EVERY_FORMAT if "_g" not in name]
+"""Every format, in its smallest group."""
 MESH = "data=2,tensor=2"
 
 
@@ -38,7 +41,8 @@ def bundles(trained, tmp_path_factory) -> dict[str, Path]:
     """The checkpoint packed to every format."""
     folder = tmp_path_factory.mktemp("bundles")
     for format in FORMATS:
-        pack(trained.run, format, *serving(MESH), folder / format)
+        # Words of one-bit values hold 256 rows, more than half of any of these.
+        pack(trained.run, format, *serving("data=4" if format == "int1" else MESH), folder / format)
     return {format: folder / format for format in FORMATS}
 
 
@@ -66,16 +70,15 @@ def expected(trained, spec, format: str):
 
 
 def assert_same(found, wanted) -> None:
-    """Equal bit for bit; int4 values may come as bytes."""
+    """Equal bit for bit; sub-byte values may come widened to bytes."""
     assert isinstance(found, QTensor) == isinstance(wanted, QTensor)
     if isinstance(found, QTensor):
-        assert (found.format, found.contract_axis) == (wanted.format, wanted.contract_axis)
-        np.testing.assert_array_equal(
-            np.asarray(found.values).astype(np.int8), np.asarray(wanted.values).astype(np.int8)
-        )
-        found, wanted = found.scales, wanted.scales
-    assert found.dtype == wanted.dtype
-    np.testing.assert_array_equal(np.asarray(found), np.asarray(wanted))
+        found.check()
+        wanted = wanted.widen() if found.widened else wanted
+        assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert (one.dtype, one.shape) == (other.dtype, other.shape)
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -87,7 +90,7 @@ def test_every_tensor_is_what_quantize_gives(trained, bundles, format):
 
 
 @pytest.mark.parametrize("mesh", ["data=1", "data=2,tensor=2", "tensor=4"])
-@pytest.mark.parametrize("format", ["bf16", "int4"])
+@pytest.mark.parametrize("format", ["bf16", "int4", "nvfp4"])
 def test_loads_onto_any_mesh(trained, bundles, format, mesh):
     profile, devices = serving(mesh)
     params = Bundle.open(bundles[format]).load(profile, devices)
@@ -95,11 +98,11 @@ def test_loads_onto_any_mesh(trained, bundles, format, mesh):
     for spec in tensor_specs(trained.config):
         found = leaf(params, spec.name)
         assert_same(found, expected(trained, spec, format))
-        for array, like in zip(
-            jax.tree.leaves(found), jax.tree.leaves(leaf(layout.abstract, spec.name)), strict=True
-        ):
-            assert array.sharding == like.sharding
-    assert jax.tree.structure(params) == jax.tree.structure(layout.abstract)
+        like = leaf(layout.abstract, spec.name)
+        for part in PARTS if isinstance(found, QTensor) else ():
+            array = getattr(found, part)  # widening folds a tensor's scale into the others
+            assert array is None or array.sharding == getattr(like, part).sharding
+        assert isinstance(found, QTensor) or found.sharding == like.sharding
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -114,25 +117,33 @@ def test_sizes_are_told_without_packing(trained, bundles, format):
         assert sum(part.nbytes for part in entry.parts.values()) == size
 
 
+SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "int8": "I8", "uint8": "U8", "int32": "I32"}
+SAFETENSORS |= {
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "float8_e8m0fnu": "F8_E8M0",
+}
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_safetensors_library_reads_the_weights(trained, bundles, format):
-    """Others' tools see the same arrays; int4 as bytes that hold two values each."""
+    """Others' tools see the same arrays; sub-byte values as bytes that hold several each."""
     (file,) = bundles[format].glob("*.safetensors")
-    with safe_open(str(file), framework="flax") as weights:
-        names = set(weights.keys())
-        for spec in tensor_specs(trained.config):
-            wanted = expected(trained, spec, format)
-            if isinstance(wanted, QTensor):
-                values = pack_values(np.asarray(wanted.values), get_format(wanted.format))
-                np.testing.assert_array_equal(weights.get_tensor(f"{spec.name}.values"), values)
-                np.testing.assert_array_equal(
-                    weights.get_tensor(f"{spec.name}.scales"), wanted.scales
-                )
-                names -= {f"{spec.name}.scales"}
-            else:
-                np.testing.assert_array_equal(weights.get_tensor(f"{spec.name}.values"), wanted)
-            names -= {f"{spec.name}.values"}
-    assert not names
+    found = dict(safetensors.deserialize(file.read_bytes()))
+    for spec in tensor_specs(trained.config):
+        wanted = expected(trained, spec, format)
+        if isinstance(wanted, QTensor):
+            arrays = {part: getattr(wanted, part) for part in PARTS}
+            arrays["values"] = pack_values(np.asarray(wanted.values), get_format(wanted.format))
+        else:
+            arrays = {"values": wanted}
+        for part, array in arrays.items():
+            if array is not None:
+                tensor = found.pop(f"{spec.name}.{part}")
+                assert tensor["dtype"] == SAFETENSORS[str(array.dtype)]
+                assert tuple(tensor["shape"]) == array.shape
+                assert tensor["data"] == np.asarray(array).tobytes()
+    assert not found
 
 
 def test_a_bundle_stands_alone(trained, bundles):
@@ -196,6 +207,47 @@ def test_pack_refusals(trained, tmp_path):
     with pytest.raises(UserError, match=r"blocks\.attention\.wk: axis 'kv_heads' has 4 parts"):
         pack(trained.run, "int8", *serving("tensor=8"), out)
     assert not out.exists()
+
+
+def test_a_rotated_bundle(trained, tmp_path):
+    profile, mesh = serving(MESH)
+    pack(trained.run, "mxfp4", profile, mesh, tmp_path / "bundle", rotation=32)
+    bundle = Bundle.open(tmp_path / "bundle")
+    assert bundle.manifest.rotation == 32
+    loaded = bundle.load(profile, mesh)
+    for spec in tensor_specs(trained.config):
+        found = bundle.read_tensor(spec.name)
+        if not isinstance(found, QTensor) or found.format != "mxfp4":
+            continue
+        assert found.rotation == 32
+        wanted = quantize(leaf(trained.params, spec.name), "mxfp4", rotation=32)
+        assert_same(found, wanted)
+        np.testing.assert_array_equal(leaf(loaded, spec.name).dequantize(), wanted.dequantize())
+    with pytest.raises(UserError, match="rotation is for the 4-bit formats, not int2"):
+        pack(trained.run, "int2", profile, mesh, tmp_path / "other", rotation=32)
+    with pytest.raises(UserError, match=r"128 rows .* over 4 devices in blocks of 64, as a rot"):
+        pack(trained.run, "int4", *serving("tensor=4"), tmp_path / "other", rotation=64)
+    assert not (tmp_path / "other").exists()
+
+
+def test_version_1_bundles_load(trained, copy):
+    """Version 1 had no rotations; its int4 bytes are those of today."""
+    path = copy / "manifest.json"
+    body = json.loads(path.read_text(encoding="utf-8"))
+    del body["digest"], body["rotation"]
+    for entry in body["tensors"].values():
+        del entry["rotation"]
+    body["format_version"] = 1
+    digest = blake3.blake3(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(dict(body, digest=digest)), encoding="utf-8")
+    bundle = Bundle.open(copy)
+    for spec in tensor_specs(trained.config):
+        assert_same(bundle.read_tensor(spec.name), expected(trained, spec, "int4"))
+
+
+def test_words_that_do_not_divide_are_named(trained):
+    with pytest.raises(UserError, match=r"128 rows along .* over 4 devices in blocks of 256"):
+        PackedLayout.of(trained.config, "int1", *serving("tensor=4"))
 
 
 def test_groups_that_do_not_divide_are_named(trained):
@@ -320,9 +372,13 @@ def test_every_byte_of_the_manifest_counts(copy):
 def test_a_newer_version_and_a_missing_tensor(copy):
     path = copy / "manifest.json"
     body = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(dict(body, format_version=2)), encoding="utf-8")
-    with pytest.raises(UserError, match="format version 2; this is version 1"):
+    path.write_text(json.dumps(dict(body, format_version=3)), encoding="utf-8")
+    with pytest.raises(UserError, match="format version 3; this program reads 1 to 2; a newer"):
         Bundle.open(copy)
+    for odd in (0, None, "two"):
+        path.write_text(json.dumps(dict(body, format_version=odd)), encoding="utf-8")
+        with pytest.raises(UserError, match=f"format version {odd}; this program reads 1 to 2$"):
+            Bundle.open(copy)
     path.write_text(json.dumps(body), encoding="utf-8")
     bundle = Bundle.open(copy)
     del bundle.manifest.tensors["embed"]

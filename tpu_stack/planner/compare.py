@@ -123,7 +123,7 @@ def _costs(request: Request, rows: list[TensorRow]) -> dict[str, ProgramCost]:
     training = {"batch": work.batch_size, "seq_len": work.seq_len}
     serving = {"batch": work.serve_batch, "context": work.context}
     compute = serve.precision.compute
-    stored = get_format(request.format).storage
+    stored = get_format(request.format).operand
     serve_memory = traffic.serve_memory(config, serve, rows, **serving)
     return {
         "train_step": ProgramCost(
@@ -179,7 +179,7 @@ def _tensor_json(row: TensorRow, request: Request) -> dict[str, Any]:
     product = None
     if row.spec.contract_axis is not None and not traffic.lookup_only(request.config, row):
         chip, compute = request.serve.chip_facts, request.serve.precision.compute
-        rate = chip.peak_flops_per_s(compute, fmt.storage)
+        rate = chip.peak_flops_per_s(compute, fmt.operand)
         product = {"support": rate.support, "computed_as": list(rate.computed_as)}
     return {
         "name": row.spec.name,

@@ -81,7 +81,7 @@ def with_groups(config: ModelConfig, format: str) -> tuple[TensorSpec, ...]:
     """
     found = []
     for spec in tensor_specs(config):
-        group = stored_format(spec, format).group
+        group = stored_format(spec, format).granule
         if group is not None and spec.contract_axis is not None:
             granules = list(spec.granules)
             granules[spec.contract_axis] = lcm(granules[spec.contract_axis], group)

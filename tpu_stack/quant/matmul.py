@@ -7,17 +7,19 @@ gradients reach `x` only. Which implementation runs is decided in `select.py`.
 >>> logits = matmul(h, table, transpose=True, out_dtype=jnp.float32)  # table [V, D]
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from tpu_stack.errors import UserError
 from tpu_stack.kernels.quantized_matmul import quantized_matmul
+from tpu_stack.quant.formats import WORD_ROWS
 from tpu_stack.quant.qtensor import QTensor
+from tpu_stack.quant.rotation import rotate
 from tpu_stack.quant.select import BLOCK_ROWS, Choice, choose
 
 
@@ -50,7 +52,9 @@ def matmul(
     if not isinstance(w, QTensor):
         return _dot(x, w.astype(x.dtype), transpose, out_dtype)
     with jax.named_scope(f"quant.{choice.implementation}.{w.format}"):
-        return _quantized(x, w, transpose, out_dtype, choice)
+        if not w.rotation:
+            return _quantized(x, w, transpose, out_dtype, choice)
+        return _rotated(x, w, transpose, out_dtype, choice)
 
 
 def take(w: Array | QTensor, ids: Int[Array, "*B"], dtype: Any = None) -> Float[Array, "*B D"]:
@@ -61,12 +65,27 @@ def take(w: Array | QTensor, ids: Int[Array, "*B"], dtype: Any = None) -> Float[
     """
     if not isinstance(w, QTensor):
         return jnp.take(w, ids, axis=0, mode="fill").astype(dtype or w.dtype)
-    values = jnp.take(w.values, ids, axis=0, mode="fill").astype(jnp.float32)
-    if w.contract_axis == -1:
-        scales = jnp.take(w.scales, ids, axis=0, mode="fill")
+    if w.rotation:
+        raise UserError("take: rows of a rotated weight are mixed with their neighbours")
+    rows = w.shape[0]
+    ids = jnp.where(ids < 0, ids + rows, ids)
+    scales = w.full_scales()
+    if w.contract_axis == -2:
+        scales, group = scales[:, 0], ids // w.group
     else:
-        scales = jnp.take(w.scales[:, 0], ids // w.group, axis=0, mode="fill")
-    return (values * scales.astype(jnp.float32)).astype(dtype or jnp.bfloat16)
+        group = ids
+    picked = _rows_of(w, ids) * jnp.take(scales, group, axis=0, mode="clip")
+    inside = ((ids >= 0) & (ids < rows))[..., None]
+    return jnp.where(inside, picked, jnp.nan).astype(dtype or jnp.bfloat16)
+
+
+def _rows_of(w: QTensor, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+    """Grid values of the rows `ids`, float32; any row's for ids outside."""
+    if not w.packed_bits:
+        return jnp.take(w.values, ids, axis=0, mode="clip").astype(jnp.float32) + w.offset
+    words = jnp.take(w.values, 8 * (ids // WORD_ROWS) + ids % 8, axis=0, mode="clip")
+    bit = ids % WORD_ROWS // 8
+    return 2.0 * ((words >> bit[..., None]) & 1).astype(jnp.float32) - 1.0
 
 
 def _check_shapes(x: Any, w: Any, transpose: bool) -> None:
@@ -124,6 +143,15 @@ def _dot_dims(a: Array, b: Array, contract: tuple[int, int], dtype: Any) -> Arra
 _product.defvjp(_product_fwd, _product_bwd)
 
 
+def _rotated(x: Array, w: QTensor, transpose: bool, out_dtype: Any, choice: Choice) -> Array:
+    """The product with a rotated weight: rotating x, or the result, undoes the rotation of K."""
+    plain = replace(w, rotation=0)
+    if not transpose:
+        return _quantized(rotate(x, w.rotation, -1), plain, transpose, out_dtype, choice)
+    y = _quantized(x, plain, transpose, jnp.dtype(jnp.float32), choice)
+    return rotate(y, w.rotation, -1).astype(out_dtype)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _quantized(x: Array, w: QTensor, transpose: bool, out_dtype: Any, choice: Choice) -> Array:
     run = {"xla": _xla, "xla_blocked": _xla_blocked, "pallas": _pallas}[choice.implementation]
@@ -149,13 +177,7 @@ def _quantized_bwd(transpose, out_dtype, choice, residuals, g):
     w, like_x = residuals
     family = "pallas" if choice.implementation == "pallas" else "xla"
     dx = matmul(g.astype(like_x.dtype), w, transpose=not transpose, implementation=family)
-    frozen = QTensor(
-        np.zeros(w.values.shape, jax.dtypes.float0),
-        jnp.zeros_like(w.scales),
-        w.format,
-        w.contract_axis,
-    )
-    return dx, frozen
+    return dx, None
 
 
 _quantized.defvjp(_quantized_fwd, _quantized_bwd)
@@ -163,7 +185,7 @@ _quantized.defvjp(_quantized_fwd, _quantized_bwd)
 
 def _output_scales(w: QTensor) -> Array:
     """Per-channel scales as one row, [1, N] for weights and [1, V] for tables, float32."""
-    return w.scales.astype(jnp.float32).reshape(1, -1)
+    return w.full_scales().reshape(1, -1)
 
 
 def _xla(x: Array, w: QTensor, transpose: bool, out_dtype: Any, mode: str) -> Array:
@@ -171,7 +193,7 @@ def _xla(x: Array, w: QTensor, transpose: bool, out_dtype: Any, mode: str) -> Ar
         return _dot(x, w.dequantize(x.dtype), transpose).astype(out_dtype)
     if mode == "input":
         x = (x * _output_scales(w)[0]).astype(x.dtype)
-    y = _dot(x, w.values.astype(x.dtype), transpose)
+    y = _dot(x, w.grid(x.dtype), transpose)
     return (y * _output_scales(w)[0] if mode == "after" else y).astype(out_dtype)
 
 
@@ -184,20 +206,21 @@ def _xla_blocked(x: Array, w: QTensor, transpose: bool, out_dtype: Any, mode: st
     x_MK = x.reshape(-1, k).astype(jnp.float32)
     blocks = w.shape[0] // BLOCK_ROWS
     m, n = x_MK.shape[0], w.shape[0 if transpose else 1]
+    all_scales = w.full_scales()
 
     def rows(array: Array, i: Array, count: int) -> Array:
         return jax.lax.dynamic_slice_in_dim(array, i * count, count, 0).astype(jnp.float32)
 
     def along_k(i: Array, y_MN: Array) -> Array:
-        block = rows(w.values, i, BLOCK_ROWS)
+        block = rows(w.values, i, BLOCK_ROWS) + w.offset
         if mode == "before":
-            scales = rows(w.scales, i, BLOCK_ROWS // w.group)
+            scales = rows(all_scales, i, BLOCK_ROWS // w.group)
             block = (block.reshape(-1, w.group, n) * scales).reshape(BLOCK_ROWS, n)
         x_block = jax.lax.dynamic_slice_in_dim(x_MK, i * BLOCK_ROWS, BLOCK_ROWS, 1)
         return y_MN + _dot(x_block, block, False)
 
     def along_n(i: Array, y_MN: Array) -> Array:
-        y_block = _dot(x_MK, rows(w.values, i, BLOCK_ROWS), True)
+        y_block = _dot(x_MK, rows(w.values, i, BLOCK_ROWS) + w.offset, True)
         return jax.lax.dynamic_update_slice_in_dim(y_MN, y_block, i * BLOCK_ROWS, 1)
 
     body = along_n if transpose else along_k
@@ -212,7 +235,15 @@ def _pallas(x: Array, w: QTensor, transpose: bool, out_dtype: Any, mode: str) ->
     x_MK = x.reshape(-1, k)
     try:
         y_MN = quantized_matmul(
-            x_MK, w.values, w.scales, transpose=transpose, scale_mode=mode, out_dtype=out_dtype
+            x_MK,
+            w.values,
+            w.scales,
+            tensor_scale=w.tensor_scale,
+            offset=w.offset,
+            transpose=transpose,
+            rows=w.shape[0] if w.packed_bits and transpose else None,
+            scale_mode=mode,
+            out_dtype=out_dtype,
         )
     except (ValueError, TypeError) as error:
         raise UserError(f"the pallas matmul cannot run this: {error}") from error

@@ -1,68 +1,82 @@
 """Quantized values as bytes on disk, with numpy only.
 
-Layout 1: int8 is stored as it is. int4 is stored two to a byte along K, the second-minor axis:
-row 2k in the low nibble and row 2k+1 in the high one, two's complement; an odd K gets a zero
-nibble. This is the order of `pltpu.bitcast` on TPU.
+Layout 2. 8-bit values and the words of one-bit values are stored as they are. Smaller ones share
+bytes along K, the second-minor axis, lowest bits first: for 4 bits, row 2k in the low nibble and
+row 2k+1 in the high one; for 2 bits, rows 4k..4k+3. Integers are two's complement, floats their bit
+pattern; a last byte is filled up with zero bits. This is the order of `pltpu.bitcast` on TPU.
+Layout 1 was the same for int8 and int4, and had no others.
 
->>> packed = pack_int4(values)  # int4 [..., K, N] -> uint8 [..., (K+1)//2, N]
+>>> packed = pack_values(values, get_format("int4"))  # [..., K, N] -> uint8 [..., (K+1)//2, N]
 """
 
-import ml_dtypes
 import numpy as np
 
 from tpu_stack.errors import UserError
 from tpu_stack.quant.formats import Format
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 
 
-def pack_int4(values: np.ndarray) -> np.ndarray:
-    """Packs int4 values [..., K, N] (int4 or any integer dtype) to uint8 [..., ceil(K/2), N].
-
-    Raises: UserError when a value lies outside [-8, 7] or the array has under two axes.
-    """
-    wide = np.asarray(values).astype(np.int8)
-    if wide.ndim < 2:
-        raise UserError(f"pack_int4 needs [..., K, N], got {list(wide.shape)}")
-    if values.dtype != ml_dtypes.int4:
-        exact = np.asarray(values)
-        if exact.size and (exact.min() < -8 or exact.max() > 7):
-            raise UserError(f"pack_int4: values span {exact.min()}..{exact.max()}, not -8..7")
-    if wide.shape[-2] % 2:
-        wide = np.concatenate([wide, np.zeros_like(wide[..., :1, :])], axis=-2)
-    nibbles = wide.view(np.uint8) & 0xF
-    return nibbles[..., 0::2, :] | (nibbles[..., 1::2, :] << 4)
+def pack_rows(codes: np.ndarray, bits: int) -> np.ndarray:
+    """uint8 codes under 2**bits [..., K, N] as bytes [..., ceil(K * bits / 8), N]; bits 2 or 4."""
+    per_byte = 8 // bits
+    *lead, rows, columns = codes.shape
+    missing = -rows % per_byte
+    if missing:
+        zeros = np.zeros((*lead, missing, columns), np.uint8)
+        codes = np.concatenate([codes, zeros], axis=-2)
+    packed = codes[..., 0::per_byte, :].copy()
+    for place in range(1, per_byte):
+        packed |= codes[..., place::per_byte, :] << np.uint8(bits * place)
+    return packed
 
 
-def unpack_int4(packed: np.ndarray, rows: int) -> np.ndarray:
-    """The inverse of `pack_int4`: uint8 [..., ceil(K/2), N] to int4 [..., K, N], K = `rows`.
-
-    Raises: UserError when `packed` does not hold `rows` rows.
-    """
-    if packed.dtype != np.uint8 or packed.ndim < 2 or packed.shape[-2] != (rows + 1) // 2:
-        raise UserError(
-            f"unpack_int4: {packed.dtype} {list(packed.shape)} does not hold {rows} int4 rows"
-        )
-    *lead, half, columns = packed.shape
-    low = (packed << 4).view(np.int8) >> 4  # arithmetic shifts extend the sign
-    high = packed.view(np.int8) >> 4
-    wide = np.stack([low, high], axis=-2).reshape(*lead, 2 * half, columns)
-    return wide[..., :rows, :].astype(ml_dtypes.int4)
+def unpack_rows(packed: np.ndarray, bits: int, rows: int) -> np.ndarray:
+    """The inverse of `pack_rows`: uint8 codes [..., K, N], K = `rows`."""
+    per_byte = 8 // bits
+    *lead, stored, columns = packed.shape
+    codes = np.empty((*lead, stored, per_byte, columns), np.uint8)
+    for place in range(per_byte):
+        codes[..., place, :] = (packed >> np.uint8(bits * place)) & np.uint8(2**bits - 1)
+    return codes.reshape(*lead, stored * per_byte, columns)[..., :rows, :]
 
 
 def pack_values(values: np.ndarray, fmt: Format) -> np.ndarray:
-    """`values` of a QTensor of format `fmt` as the array written to disk."""
-    if fmt.storage == "int4":
-        return pack_int4(values)
-    if fmt.storage == "int8":
-        return np.ascontiguousarray(values, dtype=np.int8)
-    raise UserError(f"format {fmt.name} has no packed layout in version {LAYOUT_VERSION}")
+    """`values` of a QTensor of format `fmt` as the array written to disk.
+
+    Raises: UserError for values of another dtype (widened ones), fewer than two axes, or a format
+      that is not quantized.
+    """
+    if not fmt.quantized:
+        raise UserError(f"format {fmt.name} has no packed layout in version {LAYOUT_VERSION}")
+    if values.dtype != fmt.dtype or values.ndim < 2:
+        raise UserError(
+            f"{fmt.name} packs {fmt.dtype} [..., K, N], not {values.dtype} {list(values.shape)}"
+        )
+    if fmt.bits not in (2, 4):
+        return np.ascontiguousarray(values)
+    mask = np.uint8(2**fmt.bits - 1)
+    if fmt.kind == "float":
+        return pack_rows(np.ascontiguousarray(values).view(np.uint8) & mask, fmt.bits)
+    return pack_rows(values.astype(np.int8).view(np.uint8) & mask, fmt.bits)
 
 
 def unpack_values(packed: np.ndarray, fmt: Format, rows: int) -> np.ndarray:
-    """The inverse of `pack_values`; `rows` is K, the second-minor size before packing."""
-    if fmt.storage == "int4":
-        return unpack_int4(packed, rows)
-    if fmt.storage == "int8" and packed.dtype == np.int8 and packed.shape[-2] == rows:
+    """The inverse of `pack_values`; `rows` is K, the weight's second-minor size.
+
+    Raises: UserError when `packed` does not hold `rows` rows.
+    """
+    shares = fmt.bits in (2, 4)
+    dtype = np.dtype(np.uint8) if shares else fmt.dtype
+    stored = fmt.column_bytes(rows) if shares else fmt.rows_stored(rows)
+    if not fmt.quantized or packed.dtype != dtype or packed.ndim < 2 or packed.shape[-2] != stored:
+        raise UserError(
+            f"{fmt.name}: {packed.dtype} {list(packed.shape)} does not hold {rows} rows"
+        )
+    if not shares:
         return packed
-    raise UserError(f"{fmt.name}: {packed.dtype} {list(packed.shape)} does not hold {rows} rows")
+    codes = unpack_rows(packed, fmt.bits, rows)
+    if fmt.kind == "float":
+        return np.ascontiguousarray(codes).view(fmt.dtype)
+    signed = (codes << np.uint8(8 - fmt.bits)).view(np.int8) >> np.int8(8 - fmt.bits)
+    return signed.astype(fmt.dtype)

@@ -105,8 +105,8 @@ def choose(
     if requested == "xla_blocked" and not _blockable(w, transpose, mode):
         raise UserError(
             f"xla_blocked needs scales that are not along the rows it walks, and a row count "
-            f"divisible by {BLOCK_ROWS}; got {w.format} {list(w.shape)}, transpose={transpose}; "
-            "use 'xla'"
+            f"divisible by {BLOCK_ROWS} of values that are not packed bits; got {w.format} "
+            f"{list(w.shape)}, transpose={transpose}; use 'xla'"
         )
     return Choice(requested, mode, reason, requested=True)
 
@@ -128,7 +128,7 @@ def _default(w: QTensor, transpose: bool, mode: str, rows: int) -> Choice:
 
 
 def _blockable(w: QTensor, transpose: bool, mode: str) -> bool:
-    walks_rows = mode != "input" and transpose == (w.contract_axis == -1)
+    walks_rows = mode != "input" and transpose == (w.contract_axis == -1) and not w.packed_bits
     return walks_rows and w.shape[-2] % BLOCK_ROWS == 0 and BLOCK_ROWS % min(w.group, 64) == 0
 
 

@@ -6,6 +6,7 @@ each device multiplies its own shards, and a sharded contraction is summed with 
 >>> y = sharded_matmul(x, w, mesh, P("data", "tensor"), P("tensor", None))
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jaxtyping import Array, Float
 
 from tpu_stack.errors import UserError
+from tpu_stack.quant.formats import WORD_ROWS
 from tpu_stack.quant.matmul import matmul
 from tpu_stack.quant.qtensor import QTensor
 
@@ -94,17 +96,30 @@ def weight_specs(w: Array | QTensor, spec: PartitionSpec, mesh: Mesh | AbstractM
     parts = _padded(spec, w.ndim)
     *lead, rows, columns = parts
     if w.contract_axis == -1:
-        return QTensor(PartitionSpec(*parts), PartitionSpec(*lead, rows, None), w.format, -1)
-    groups = w.scales.shape[-3]
-    if groups == 1:
-        return QTensor(PartitionSpec(*parts), PartitionSpec(*lead, None, None, columns), w.format)
-    shards = _shards(rows, mesh)
-    if groups % shards:
+        scales = PartitionSpec(*lead, rows, None)
+    else:
+        _check_groups(w, rows, mesh)
+        split = rows if w.scales.shape[-3] > 1 else None
+        scales = PartitionSpec(*lead, split, None, columns)
+    level = None if w.tensor_scale is None else PartitionSpec(*lead, None, None, None)
+    return replace(w, values=PartitionSpec(*parts), scales=scales, tensor_scale=level)
+
+
+def _check_groups(w: QTensor, rows: Any, mesh: Mesh | AbstractMesh) -> None:
+    """Raises UserError when `rows`, the split of K, cuts a group, a word or a rotated block."""
+    shards, groups = _shards(rows, mesh), w.scales.shape[-3]
+    if groups > 1 and groups % shards:
         raise UserError(
             f"{w.format} weight {list(w.shape)}: {groups} groups of {w.group} along K cannot be "
             f"split over {shards} devices ({rows})"
         )
-    return QTensor(PartitionSpec(*parts), PartitionSpec(*lead, rows, None, columns), w.format)
+    words = WORD_ROWS if w.packed_bits else 1
+    for unit, what in ((words, "words of one-bit values"), (w.rotation or 1, "rotated blocks")):
+        if shards > 1 and w.shape[-2] % (unit * shards):
+            raise UserError(
+                f"{w.format} weight {list(w.shape)}: {what} are {unit} rows of K, which cannot be "
+                f"split over {shards} devices ({rows})"
+            )
 
 
 def _padded(spec: PartitionSpec, ndim: int) -> tuple[Any, ...]:

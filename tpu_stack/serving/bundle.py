@@ -10,7 +10,7 @@ at a time and verified before they reach a device, so a damaged one is named.
 import json
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ from tpu_stack.sharding.profiles import Profile
 FILE_BYTES = 4 * 2**30
 """A weights file is closed when it has reached this size."""
 
+PARTS = ("values", "scales", "tensor_scale")
+
 Tensor = np.ndarray | QTensor
 
 
@@ -48,16 +50,18 @@ def write_bundle(
     tokenizer: Tokenizer,
     source: dict[str, Any],
     tensors: Iterable[tuple[str, Tensor]],
+    rotation: int = 0,
 ) -> Manifest:
     """Writes a bundle to `out`, whole or not at all; its files are made read-only.
 
-    `tensors` are (name, host array or QTensor of host arrays), consumed one at a time.
+    `tensors` are (name, host array or QTensor of host arrays), consumed one at a time; `rotation`
+    is what `pack` was asked for.
     """
     if out.exists():
         raise UserError(f"{out} exists; a bundle is never overwritten, choose another --out")
     with replacing_folder(out) as partial:
         entries = dict(_write_weights(partial, tensors))
-        manifest = Manifest(config, format, source, tokenizer.digest(), entries)
+        manifest = Manifest(config, format, source, tokenizer.digest(), entries, rotation)
         (partial / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
         (partial / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         for file in partial.iterdir():
@@ -69,18 +73,22 @@ def _write_weights(
     folder: Path, tensors: Iterable[tuple[str, Tensor]]
 ) -> Iterator[tuple[str, TensorEntry]]:
     pending: dict[str, np.ndarray] = {}
-    described: dict[str, tuple[tuple[int, ...], str, int | None]] = {}
+    described: dict[str, TensorEntry] = {}
     number = 0
     for name, tensor in tensors:
         if isinstance(tensor, QTensor):
             packed = pack_values(np.asarray(tensor.values), get_format(tensor.format))
             pending[f"{name}.values"] = packed
             pending[f"{name}.scales"] = np.asarray(tensor.scales)
-            described[name] = (tensor.shape, tensor.format, tensor.contract_axis)
+            if tensor.tensor_scale is not None:
+                pending[f"{name}.tensor_scale"] = np.asarray(tensor.tensor_scale)
+            described[name] = TensorEntry(
+                tensor.shape, tensor.format, tensor.contract_axis, {}, tensor.rotation
+            )
         else:
             pending[f"{name}.values"] = np.asarray(tensor)
             format = "float32" if tensor.dtype == np.float32 else "bf16"
-            described[name] = (tensor.shape, format, None)
+            described[name] = TensorEntry(tuple(tensor.shape), format, None, {})
         if sum(array.nbytes for array in pending.values()) >= FILE_BYTES:
             number += 1
             yield from _write_file(folder, number, pending, described)
@@ -93,7 +101,7 @@ def _write_file(
     folder: Path,
     number: int,
     arrays: dict[str, np.ndarray],
-    described: dict[str, tuple[tuple[int, ...], str, int | None]],
+    described: dict[str, TensorEntry],
 ) -> Iterator[tuple[str, TensorEntry]]:
     file = f"weights-{number:05d}.safetensors"
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
@@ -111,10 +119,9 @@ def _write_file(
             file, header_bytes + begin, end - begin, str(array.dtype), array.shape, checksum
         )
 
-    for name, (shape, format, contract_axis) in described.items():
-        kinds = [kind for kind in ("values", "scales") if f"{name}.{kind}" in arrays]
-        parts = {kind: part(f"{name}.{kind}") for kind in kinds}
-        yield name, TensorEntry(tuple(shape), format, contract_axis, parts)
+    for name, entry in described.items():
+        kinds = [kind for kind in PARTS if f"{name}.{kind}" in arrays]
+        yield name, replace(entry, parts={kind: part(f"{name}.{kind}") for kind in kinds})
 
 
 def _safetensors_header(path: Path) -> tuple[int, dict[str, Any]]:
@@ -156,10 +163,12 @@ class Bundle:
     def load(self, profile: Profile, mesh: Mesh) -> dict[str, Any]:
         """The verified parameter tree, sharded by `profile` on `mesh`, one tensor at a time.
 
-        On CPU int4 values are widened to a byte each, which XLA:CPU reads five times faster; the
-        numbers are the same. Raises UserError naming a damaged or missing tensor.
+        On CPU sub-byte values are widened to a byte each, which XLA:CPU reads five times faster;
+        the numbers are the same. Raises UserError naming a damaged or missing tensor.
         """
-        layout = PackedLayout.of(self.config, self.manifest.format, profile, mesh)
+        layout = PackedLayout.of(
+            self.config, self.manifest.format, profile, mesh, self.manifest.rotation
+        )
         on_cpu = mesh.devices.flat[0].platform == "cpu"
 
         def one(spec) -> Any:
@@ -167,7 +176,13 @@ class Bundle:
             tensor = self.read_tensor(spec.name)
             if isinstance(tensor, QTensor):
                 tensor = tensor.widen() if on_cpu else tensor
-                return jax.tree.map(lambda x, like: _place(x, like.sharding), tensor, target)
+                leaves = {part: getattr(tensor, part) for part in PARTS}
+                placed = {
+                    part: _place(array, getattr(target, part).sharding)
+                    for part, array in leaves.items()
+                    if array is not None
+                }
+                return replace(tensor, **placed)
             return _place(tensor, target.sharding)
 
         return map_specs(self.config, one)
@@ -183,7 +198,14 @@ class Bundle:
             return arrays["values"]
         values = unpack_values(arrays["values"], fmt, entry.shape[-2])
         assert entry.contract_axis is not None
-        return QTensor(values, arrays["scales"], entry.format, entry.contract_axis)
+        return QTensor(
+            values,
+            arrays["scales"],
+            entry.format,
+            entry.contract_axis,
+            arrays.get("tensor_scale"),
+            entry.rotation,
+        )
 
     def _read_part(self, name: str, part: Part) -> np.ndarray:
         path = self.path / part.file

@@ -4,7 +4,7 @@
 >>> layout.abstract["blocks"]["mlp"]["w_up"].values.sharding
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -14,8 +14,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tpu_stack.errors import UserError
 from tpu_stack.models.abstract import map_specs, tensor_specs
 from tpu_stack.models.config import ModelConfig
-from tpu_stack.quant.policy import stored_format
-from tpu_stack.quant.qtensor import QTensor, abstract_qtensor
+from tpu_stack.quant.formats import WORD_ROWS
+from tpu_stack.quant.policy import stored_format, stored_rotation
+from tpu_stack.quant.qtensor import QTensor, abstract_qtensor, values_shape
 from tpu_stack.sharding.axes import TensorSpec
 from tpu_stack.sharding.profiles import Profile
 
@@ -29,12 +30,19 @@ class PackedLayout:
     abstract: dict[str, Any]
 
     @classmethod
-    def of(cls, config: ModelConfig, format: str, profile: Profile, mesh: Mesh) -> "PackedLayout":
-        """Raises UserError when a tensor, or the groups of its scales, do not divide the mesh."""
+    def of(
+        cls, config: ModelConfig, format: str, profile: Profile, mesh: Mesh, rotation: int = 0
+    ) -> "PackedLayout":
+        """`rotation` as in `pack`.
+
+        Raises UserError when a tensor, or the groups of its scales, do not divide the mesh.
+        """
         profile.check(tensor_specs(config))
-        return cls(
-            config, format, map_specs(config, lambda spec: _placed(spec, format, profile, mesh))
-        )
+
+        def placed(spec: TensorSpec) -> Any:
+            return _placed(spec, format, profile, mesh, rotation)
+
+        return cls(config, format, map_specs(config, placed))
 
     @property
     def shardings(self) -> dict[str, Any]:
@@ -42,35 +50,52 @@ class PackedLayout:
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
 
 
-def _placed(spec: TensorSpec, format: str, profile: Profile, mesh: Mesh) -> Any:
+def _placed(spec: TensorSpec, format: str, profile: Profile, mesh: Mesh, rotation: int) -> Any:
     """One tensor as it is stored and sharded."""
     fmt = stored_format(spec, format)
     values = profile.rules.partition_spec(spec.axes, spec.name)
     if not fmt.quantized:
         return _struct(spec.shape, fmt.dtype, values, mesh)
-    packed = abstract_qtensor(spec.shape, fmt.name, spec.contract_axis or -2)
-    scales = scales_spec(spec, packed, profile)
-    return QTensor(
-        _struct(packed.values.shape, packed.values.dtype, values, mesh),
-        _struct(packed.scales.shape, packed.scales.dtype, scales, mesh),
-        packed.format,
-        packed.contract_axis,
-    )
+    packed = abstract_qtensor(
+        spec.shape, fmt.name, spec.contract_axis or -2, stored_rotation(spec, format, rotation)
+    ).check(spec.name)
+    specs = {"values": values, "scales": scales_spec(spec, packed, profile)}
+    if packed.tensor_scale is not None:
+        specs["tensor_scale"] = PartitionSpec(*_entries(spec, profile)[:-2], None, None, None)
+    structs = {
+        part: _struct(getattr(packed, part).shape, getattr(packed, part).dtype, where, mesh)
+        for part, where in specs.items()
+    }
+    return replace(packed, **structs)
+
+
+def _entries(spec: TensorSpec, profile: Profile) -> list[Any]:
+    """The mesh axes of every axis of a tensor."""
+    entries = list(profile.rules.partition_spec(spec.axes, spec.name))
+    return entries + [None] * (len(spec.shape) - len(entries))
 
 
 def scales_spec(spec: TensorSpec, packed: QTensor, profile: Profile) -> PartitionSpec:
     """How the scales of `packed` are sharded: with the values, where they have as many parts.
 
-    Raises UserError when the contraction axis is split finer than its groups.
+    Raises UserError when the contraction axis is split finer than its groups, the words of packed
+    bits or the blocks of a rotation.
     """
-    entries = list(profile.rules.partition_spec(spec.axes, spec.name))
+    entries = _entries(spec, profile)
     if packed.contract_axis == -1:
         return PartitionSpec(*entries[:-1], None)
     *lead, k, n = entries
     groups = packed.scales.shape[-3]
+    ways = prod(profile.mesh[axis] for axis in profile.rules.mesh_axes(spec.axes[-2]))
+    words = WORD_ROWS if packed.packed_bits else 1
+    for unit, what in ((words, "the words of one bit"), (packed.rotation or 1, "a rotation")):
+        if ways > 1 and spec.shape[-2] % (unit * ways):
+            raise UserError(
+                f"{spec.name}: {spec.shape[-2]} rows along {spec.axes[-2]!r} do not divide over"
+                f" {ways} devices in blocks of {unit}, as {what} needs"
+            )
     if groups == 1:
         return PartitionSpec(*lead, None, None, n)
-    ways = prod(profile.mesh[axis] for axis in profile.rules.mesh_axes(spec.axes[-2]))
     if groups % ways:
         raise UserError(
             f"{spec.name}: {groups} groups of {packed.group} along {spec.axes[-2]!r} do not divide"
@@ -91,11 +116,10 @@ def packed_bytes_per_device(spec: TensorSpec, format: str, profile: Profile) -> 
         return fmt.name, prod(shape) * fmt.bits // 8
     packed = abstract_qtensor(spec.shape, fmt.name, spec.contract_axis or -2)
     scales = _shard(packed.scales.shape, scales_spec(spec, packed, profile), profile)
-    shard = QTensor(
-        jax.ShapeDtypeStruct(shape, packed.values.dtype),
-        jax.ShapeDtypeStruct(scales, packed.scales.dtype),
-        packed.format,
-        packed.contract_axis,
+    shard = replace(
+        packed,
+        values=jax.ShapeDtypeStruct(values_shape(shape, fmt), packed.values.dtype),
+        scales=jax.ShapeDtypeStruct(scales, packed.scales.dtype),
     )
     return fmt.name, shard.nbytes_packed
 

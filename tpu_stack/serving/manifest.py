@@ -16,14 +16,16 @@ from tpu_stack import __version__
 from tpu_stack.errors import UserError
 from tpu_stack.models.config import ModelConfig
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1 had float32, bf16, int8 and int4 without rotation; such bundles still load."""
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True)
 class Part:
-    """One array in a weights file. `dtype` and `shape` are those on disk (int4 is packed)."""
+    """One array in a weights file. `dtype` and `shape` are those on disk, where sub-byte values
+    share bytes (see `quant.packing`)."""
 
     file: str
     offset: int
@@ -35,12 +37,17 @@ class Part:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One parameter: its logical shape, how it is stored, and its parts (values, scales)."""
+    """One parameter: its logical shape, how it is stored, and its parts.
+
+    Parts are "values", "scales" for a quantized format, "tensor_scale" for a two-level one.
+    `rotation` is the block of a rotated contraction axis, 0 for none.
+    """
 
     shape: tuple[int, ...]
     format: str
     contract_axis: int | None
     parts: dict[str, Part]
+    rotation: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,7 @@ class Manifest:
     source: dict[str, Any]
     tokenizer_digest: str
     tensors: dict[str, TensorEntry]
+    rotation: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -65,6 +73,7 @@ class Manifest:
             "written_by": f"tpu-stack {__version__}",
             "model": self.config.to_dict(),
             "format": self.format,
+            "rotation": self.rotation,
             "source": self.source,
             "tokenizer_digest": self.tokenizer_digest,
             "tensors": {name: asdict(entry) for name, entry in self.tensors.items()},
@@ -86,16 +95,29 @@ class Manifest:
             digest = body.pop("digest")
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{path} is damaged: {error}") from error
-        if body.get("format_version") != FORMAT_VERSION:
-            raise UserError(
-                f"{path} has format version {body.get('format_version')}; this is version"
-                f" {FORMAT_VERSION}"
-            )
+        _check_version(body.get("format_version"), path)
         if digest != _digest(body):
             raise UserError(f"{path} is damaged: its digest does not match")
         tensors = {name: _entry(fields) for name, fields in body["tensors"].items()}
         config = ModelConfig.from_dict(body["model"])
-        return cls(config, body["format"], body["source"], body["tokenizer_digest"], tensors)
+        return cls(
+            config,
+            body["format"],
+            body["source"],
+            body["tokenizer_digest"],
+            tensors,
+            body.get("rotation", 0),
+        )
+
+
+def _check_version(version: Any, path: Path) -> None:
+    if version in range(1, FORMAT_VERSION + 1):
+        return
+    newer = isinstance(version, int) and version > FORMAT_VERSION
+    raise UserError(
+        f"{path} has format version {version}; this program reads 1 to {FORMAT_VERSION}"
+        + ("; a newer tpu-stack wrote it" if newer else "")
+    )
 
 
 def _entry(fields: dict[str, Any]) -> TensorEntry:
@@ -103,7 +125,13 @@ def _entry(fields: dict[str, Any]) -> TensorEntry:
         name: Part(**dict(part, shape=tuple(part["shape"])))
         for name, part in fields["parts"].items()
     }
-    return TensorEntry(tuple(fields["shape"]), fields["format"], fields["contract_axis"], parts)
+    return TensorEntry(
+        tuple(fields["shape"]),
+        fields["format"],
+        fields["contract_axis"],
+        parts,
+        fields.get("rotation", 0),
+    )
 
 
 def _digest(body: dict[str, Any]) -> str:

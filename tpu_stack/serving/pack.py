@@ -17,7 +17,7 @@ from tpu_stack.data.tokenizer import Tokenizer
 from tpu_stack.models.abstract import map_specs, tensor_of, tensor_specs
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.quant.formats import get_format
-from tpu_stack.quant.policy import stored_format
+from tpu_stack.quant.policy import stored_format, stored_rotation
 from tpu_stack.quant.quantize import quantize
 from tpu_stack.serving.bundle import Tensor, write_bundle
 from tpu_stack.serving.layout import PackedLayout
@@ -51,35 +51,40 @@ def pack(
     out: Path,
     *,
     step: int | None = None,
+    rotation: int = 0,
     listener: Listener = lambda name: None,
 ) -> Manifest:
     """Packs step `step` (default: the newest) of the run folder `run` into the bundle `out`.
 
-    `listener` is told the name of every tensor once it is quantized. Raises UserError for a bad
-    format, a damaged checkpoint, a tensor that does not divide the mesh, an existing `out`.
+    `rotation` is the block in which the 4-bit weights' contraction is rotated, 0 for none (see
+    `quant.rotation`). `listener` is told the name of every tensor once it is quantized. Raises
+    UserError for a bad format or rotation, a damaged checkpoint, a tensor that does not divide the
+    mesh, an existing `out`.
     """
     get_format(format)
     with CheckpointStore(run, read_only=True) as store:
         step = store.latest() if step is None else step
         meta = store.meta(step)
         config = ModelConfig.from_dict(meta["model"])
-        PackedLayout.of(config, format, profile, mesh)  # refuses what would not load, before work
+        # Refuses what would not load, before any work.
+        PackedLayout.of(config, format, profile, mesh, rotation)
         params = restore_for_serving(store, step, config, profile, mesh)
     tokenizer = Tokenizer.from_json(meta["tokenizer"], where=f"the tokenizer of {run}")
     source = {"step": step, "profile": profile.name, "mesh": dict(profile.mesh)}
-    tensors = _quantized(config, params, format, listener)
-    return write_bundle(out, config, format, tokenizer, source, tensors)
+    tensors = _quantized(config, params, format, rotation, listener)
+    return write_bundle(out, config, format, tokenizer, source, tensors, rotation)
 
 
 def _quantized(
-    config: ModelConfig, params: dict[str, Any], format: str, listener: Listener
+    config: ModelConfig, params: dict[str, Any], format: str, rotation: int, listener: Listener
 ) -> Iterator[tuple[str, Tensor]]:
     for spec in tensor_specs(config):
         weight = tensor_of(params, spec.name)
         fmt = stored_format(spec, format)
         if fmt.quantized:
             assert spec.contract_axis is not None
-            packed = quantize(weight, fmt, spec.contract_axis, name=spec.name)
+            block = stored_rotation(spec, format, rotation)
+            packed = quantize(weight, fmt, spec.contract_axis, rotation=block, name=spec.name)
             tensor: Tensor = jax.tree.map(np.asarray, jax.device_get(packed))
         else:
             tensor = np.asarray(jax.device_get(weight.astype(fmt.dtype)))
