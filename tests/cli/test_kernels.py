@@ -9,7 +9,7 @@ from tpu_stack.cli.main import main
 from tpu_stack.planner.kernels import cases
 from tpu_stack.planner.kernels import compile as compiling
 
-INT8 = ["--format", "int8", "--activation", "bf16"]
+INT8 = ["--op", "quantized_matmul", "--format", "int8", "--activation", "bf16"]
 
 
 def fails(argv: list[str], capsys: pytest.CaptureFixture[str], *words: str) -> None:

@@ -74,11 +74,18 @@ def test_a_misaligned_shape_says_why():
 
 
 @pytest.mark.parametrize(
-    ("format", "activation"), [("int8", "int8"), ("int4", "bf16"), ("int1", "fp8")]
+    ("op", "format", "activation", "shape"),
+    [
+        ("quantized_matmul", "int8", "int8", SMALL),
+        ("quantized_matmul", "int4", "bf16", SMALL),
+        ("quantized_matmul", "int1", "fp8", SMALL),
+        ("kv_attention", "int8", "bf16", (2, 130, 4)),
+        ("quantize_rows", "fp8_e4m3", "bf16", (5, 130)),
+    ],
 )
-def test_the_kernel_holds_in_the_interpreter(format, activation):
-    case = get_case("quantized_matmul", format, activation)
-    found = verify.interpret(case, SMALL)
+def test_the_kernel_holds_in_the_interpreter(op, format, activation, shape):
+    case = get_case(op, format, activation)
+    found = verify.interpret(case, case.check_shape(shape))
     assert found["ok"], found
     assert 0 < found["error"] <= case.limit
 

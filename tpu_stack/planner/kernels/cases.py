@@ -84,6 +84,14 @@ class Case:
         operands = self.abstract(shape)
         return jax.eval_shape(lambda a: self.call(a, interpret=True, **options), operands)
 
+    def refusal(self) -> str | None:
+        """The kernel's own reason for not taking this case, None when it takes it."""
+        try:
+            self.out_shape(self.small)
+        except ValueError as error:
+            return str(error)
+        return None
+
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Bytes that HBM must carry once: every operand and the result, sub-byte types packed."""
         arrays = jax.tree.leaves((self.abstract(shape), self.out_shape(shape)))
@@ -99,9 +107,17 @@ def array_bytes(array: Any) -> int:
 
 def _families() -> dict[str, Any]:
     """Op -> the module with its `cases()` and `make_case(format, activation)`."""
-    from tpu_stack.planner.kernels import matmul_cases
+    from tpu_stack.planner.kernels import (
+        attention_cases,
+        matmul_cases,
+        row_cases,
+    )
 
-    return {"quantized_matmul": matmul_cases}
+    return {
+        "quantized_matmul": matmul_cases,
+        "kv_attention": attention_cases,
+        "quantize_rows": row_cases,
+    }
 
 
 @functools.cache
@@ -111,7 +127,7 @@ def registry() -> tuple[Case, ...]:
 
 
 def get_case(op: str, format: str, activation: str) -> Case:
-    """One case by its exact names, without making the others."""
+    """One case by its names in the registry, without making the others."""
     return _families()[op].make_case(format, activation)
 
 

@@ -25,20 +25,12 @@ LARGE = (16, 4096, 14336)
 
 
 def cases() -> Iterator[Case]:
-    """Format by activation; pairs that the kernel refuses are left out (`refusal` says why)."""
+    """Format by activation, without what the kernel refuses."""
     for fmt in FORMATS.values():
         for activation in ACTIVATIONS if fmt.quantized else ():
-            if refusal(fmt.name, activation) is None:
-                yield make_case(fmt.name, activation)
-
-
-def refusal(format: str, activation: str) -> str | None:
-    """The kernel's own reason for not taking a pair, or None when it takes it."""
-    try:
-        make_case(format, activation).out_shape(SMALL)
-    except ValueError as error:
-        return str(error)
-    return None
+            case = make_case(fmt.name, activation)
+            if case.refusal() is None:
+                yield case
 
 
 def product_type(format: str) -> str:
@@ -82,40 +74,47 @@ def _limit(format: str, activation: str) -> tuple[float, str]:
     return 3e-3, "the scaled weight is rounded to bfloat16 once: 1.7e-3, and the accumulator"
 
 
-def _operands(format: str, activation: str, shape: tuple[int, ...], seed: int) -> Operands:
-    m, k, n = shape
-    rng = np.random.default_rng(seed)
+def rows_of_x(activation: str, m: int, k: int, rng: np.random.Generator) -> Operands:
+    """Gaussian x [m, k]; rows of 8 bits are quantized by their largest magnitude."""
     x = jnp.asarray(rng.standard_normal((m, k)), jnp.float32)
-    weight = quantize(rng.standard_normal((k, n)).astype(np.float32), format, name="weight")
-    operands: Operands = {}
     if activation == "bf16":
-        operands["x"] = x.astype(jnp.bfloat16)
-    else:
-        dtype = jnp.dtype(ACTIVATIONS[activation])
-        largest = 127.0 if activation == "int8" else 448.0
-        scales = jnp.abs(x).max(1, keepdims=True) / largest
-        scaled = x / scales
-        operands["x"] = (jnp.round(scaled) if activation == "int8" else scaled).astype(dtype)
-        operands["x_scales"] = scales
-    return operands | _leaves(weight)
+        return {"x": x.astype(jnp.bfloat16)}
+    largest = 127.0 if activation == "int8" else 448.0
+    scales = jnp.abs(x).max(1, keepdims=True) / largest
+    scaled = jnp.round(x / scales) if activation == "int8" else x / scales
+    return {"x": scaled.astype(ACTIVATIONS[activation]), "x_scales": scales}
 
 
-def _abstract(format: str, activation: str, shape: tuple[int, ...]) -> Operands:
-    m, k, n = shape
+def abstract_rows(activation: str, m: int, k: int) -> Operands:
+    """The abstract form of `rows_of_x`."""
     operands: Operands = {"x": jax.ShapeDtypeStruct((m, k), jnp.dtype(ACTIVATIONS[activation]))}
     if activation != "bf16":
         operands["x_scales"] = jax.ShapeDtypeStruct((m, 1), jnp.float32)
-    try:
-        return operands | _leaves(abstract_qtensor((k, n), format))
-    except UserError as error:
-        raise ValueError(str(error)) from error
+    return operands
 
 
-def _leaves(weight: QTensor) -> Operands:
+def weight_leaves(weight: QTensor) -> Operands:
+    """A quantized weight as the kernels take it."""
     found = {"values": weight.values, "scales": weight.scales}
     if weight.tensor_scale is not None:
         found["tensor_scale"] = weight.tensor_scale
     return found
+
+
+def _operands(format: str, activation: str, shape: tuple[int, ...], seed: int) -> Operands:
+    m, k, n = shape
+    rng = np.random.default_rng(seed)
+    weight = quantize(rng.standard_normal((k, n)).astype(np.float32), format, name="weight")
+    return rows_of_x(activation, m, k, rng) | weight_leaves(weight)
+
+
+def _abstract(format: str, activation: str, shape: tuple[int, ...]) -> Operands:
+    m, k, n = shape
+    try:
+        weight = abstract_qtensor((k, n), format)
+    except UserError as error:
+        raise ValueError(str(error)) from error
+    return abstract_rows(activation, m, k) | weight_leaves(weight)
 
 
 def _call(format: str, operands: Operands, **options: Any) -> Any:
