@@ -17,8 +17,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from tpu_stack.kernels.quantized_matmul import scaling
 from tpu_stack.kernels.quantized_matmul.plan import ROWS, SUBLANES, Plan
-from tpu_stack.kernels.quantized_matmul.widen import as_stored, widen
+from tpu_stack.kernels.quantized_matmul.widen import WORD_ROWS, as_stored, widen
 
 _MIB = 2**20
 
@@ -38,6 +39,22 @@ def pallas_quantized_matmul(
         x = jnp.pad(x, rows)
         row_scales = None if row_scales is None else jnp.pad(row_scales, rows)
         return pallas_quantized_matmul(x, values, scales, row_scales, padded, interpret)[: plan.m]
+    if plan.paired:
+        return _paired(x, values, scales, row_scales, plan, interpret)
+    return _call(x, values, scales, row_scales, plan, interpret)
+
+
+def _paired(x: Array, values: Array, scales: Array, row_scales: Any, plan: Plan, interpret: Any):
+    """`_call` with K, in x or in the result, in the order in which the kernel makes 1-bit rows."""
+    if plan.transpose:
+        whole = replace(plan, n=values.shape[0] * plan.storage.rows)
+        y = _call(x, values, scales, row_scales, whole, interpret)
+        return scaling.unpair_rows(y)[:, : plan.n]
+    x = jnp.pad(x, ((0, 0), (0, -plan.k % WORD_ROWS)))
+    return _call(scaling.pair_rows(x), values, scales, row_scales, plan, interpret)
+
+
+def _call(x: Array, values: Array, scales: Array, row_scales: Any, plan: Plan, interpret: Any):
     operands = [x.astype(plan.operands[0]), as_stored(values, plan.storage)]
     if plan.scale_mode == "input":
         factor = scales.astype(jnp.float32).reshape(1, -1)
@@ -47,14 +64,14 @@ def pallas_quantized_matmul(
     if row_scales is not None:
         operands.append(row_scales)
     return pl.pallas_call(
-        partial(_kernel, plan=plan),
+        partial(_kernel, plan=plan, compiled=interpret is False),
         out_shape=jax.ShapeDtypeStruct((plan.m, plan.n), jnp.dtype(plan.out_dtype)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=0,
             grid=plan.grid,
             in_specs=_in_specs(plan),
             out_specs=pl.BlockSpec((plan.bm, plan.bn), lambda i, j, k: (i, j)),
-            scratch_shapes=[pltpu.VMEM((plan.bm, plan.bn), jnp.dtype(plan.accumulator))],
+            scratch_shapes=_scratch(plan),
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
@@ -101,6 +118,14 @@ def _in_specs(plan: Plan) -> list[pl.BlockSpec]:
     return specs
 
 
+def _scratch(plan: Plan) -> list[Any]:
+    """The accumulator, then the scales as words where they are used so."""
+    accumulator = pltpu.VMEM((plan.bm, plan.bn), jnp.dtype(plan.accumulator))
+    if not plan.words:
+        return [accumulator]
+    return [accumulator, pltpu.VMEM((plan.words, plan.weight_block[1]), jnp.uint32)]
+
+
 def _vmem_limit(plan: Plan) -> int:
     """Double-buffered blocks, the accumulator, and the widened weight as cast and as scaled."""
     x_bytes, w_bytes = (jnp.dtype(name).itemsize for name in plan.operands)
@@ -111,29 +136,32 @@ def _vmem_limit(plan: Plan) -> int:
     return max(16 * _MIB, blocks + plan.bm * plan.bn * 8 + 3 * weight * w_bytes + 4 * _MIB)
 
 
-def _kernel(x_ref, w_ref, *refs, plan: Plan):
+def _kernel(x_ref, w_ref, *refs, plan: Plan, compiled: bool):
     """One block: acc[bm, bn] += x[bm, bk] @ w, stored when K is done."""
-    *factors, o_ref, acc_ref = refs
-    s_ref = None if plan.scale_mode == "input" else factors[0]
+    scratch = refs[len(refs) - (2 if plan.words else 1) :]
+    *factors, o_ref = refs[: len(refs) - len(scratch)]
+    acc_ref = scratch[0]
     k = pl.program_id(2)
     x = x_ref[...]
     left = plan.k - k * plan.bk  # elements of K from this block's first on
     if plan.k_edge:
-        x = _zero_past(x, 1, left)
+        # Paired K is padded to whole tiles of words, and in another order within each.
+        tiles = plan.paired and not plan.transpose
+        x = _zero_past(x, 1, pl.cdiv(left, WORD_ROWS) * WORD_ROWS if tiles else left)
 
     @pl.when(k == 0)
     def _():
         acc_ref[...] = jnp.zeros_like(acc_ref)
 
-    w = widen(w_ref[...], plan.storage, plan.operands[1])
-    if plan.k_edge and plan.storage.name == "float8":
-        w = _zero_past(w, 1 if plan.transpose else 0, left)
-    if plan.scale_mode == "after_group":
-        _accumulate_groups(x, w, _edge_scales(s_ref, left, plan), acc_ref, plan)
+    if plan.scale_mode == "before":
+        acc_ref[...] += _dot(
+            x, _scaled_weight(w_ref, factors[0], scratch, left, plan, compiled), plan
+        )
+    elif plan.scale_mode == "after_group":
+        w = _weight(w_ref, left, plan)
+        _accumulate_groups(x, w, scaling.edge_scales(factors[0], left, plan), acc_ref, plan)
     else:
-        if plan.scale_mode == "before":
-            w = _scaled(w, _edge_scales(s_ref, left, plan), plan.group)
-        acc_ref[...] += _dot(x, w, plan.transpose)
+        acc_ref[...] += _dot(x, _weight(w_ref, left, plan), plan)
 
     @pl.when(k == plan.grid[2] - 1)
     def _():
@@ -147,44 +175,53 @@ def _kernel(x_ref, w_ref, *refs, plan: Plan):
         o_ref[...] = y.astype(o_ref.dtype)
 
 
-def _zero_past(block: Array, axis: int, left: Array) -> Array:
+def _weight(w_ref: Any, left: Array, plan: Plan) -> Array:
+    """The widened block, without scales; zero past K where it could be NaN there."""
+    w = widen(w_ref[...], plan.storage, plan.operands[1])
+    if plan.k_edge and plan.storage.name == "float8":
+        w = _zero_past(w, 1 if plan.transpose else 0, left)
+    return w
+
+
+def _scaled_weight(
+    w_ref: Any, s_ref: Any, scratch: Any, left: Array, plan: Plan, compiled: bool
+) -> Array:
+    """The widened block times its scales."""
+    scales = scaling.edge_scales(s_ref, left, plan)
+    if not plan.words:
+        return scaling.scaled(_weight(w_ref, left, plan), scales, plan.group)
+    words_ref = scratch[1]
+    if plan.paired:
+        scaling.write_sign_words(scales, words_ref, plan.group)
+        return scaling.signed_scales(w_ref[...], words_ref, plan.group, compiled)
+    scaling.write_words(scales, words_ref)
+    return scaling.scaled_by_words(_weight(w_ref, left, plan), words_ref, plan.group, compiled)
+
+
+def _zero_past(block: Array, axis: int, left: Any) -> Array:
     """`block` with zeros from element `left` of `axis` on."""
     index = jax.lax.broadcasted_iota(jnp.int32, block.shape, axis)
     return jnp.where(index < left, block, jnp.zeros_like(block))
 
 
-def _dot(x: Array, w: Array, transpose: bool) -> Array:
-    dims = (((1,), (1 if transpose else 0,)), ((), ()))
+def _dot(x: Array, w: Array, plan: Plan) -> Array:
+    """`x @ w`, in float32, or in int32 for integers; in units of `plan.unit`."""
+    dims = (((1,), (1 if plan.transpose else 0,)), ((), ()))
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    sums = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
-    return jax.lax.dot_general(x, w, dims, precision, preferred_element_type=sums)
-
-
-def _edge_scales(s_ref: Any, left: Array, plan: Plan) -> Array:
-    """The block's scales [rows/g, columns] in float32 or bfloat16, zero where K has ended."""
-    scales = s_ref[...]
-    if scales.dtype.itemsize == 1:
-        scales = scales.astype(jnp.bfloat16)  # exact: at most three bits after the point
-    if not plan.k_edge:
-        return scales
-    axis, unit = (1, 1) if plan.transpose else (0, plan.group)
-    index = jax.lax.broadcasted_iota(jnp.int32, scales.shape, axis)
-    return jnp.where(index * unit < left, scales, jnp.zeros_like(scales))
-
-
-def _scaled(w: Array, scales: Array, group: int) -> Array:
-    """Each group of rows times its scale. In bfloat16 that is one rounding: both factors fit it."""
-    rows, columns = w.shape
-    grouped = w.reshape(rows // group, group, columns) * scales.astype(w.dtype)[:, None, :]
-    return grouped.reshape(rows, columns)
+    sums = jnp.int32 if plan.integer else jnp.float32
+    y = jax.lax.dot_general(x, w, dims, precision, preferred_element_type=sums)
+    if not plan.storage.adds_ones(plan.operands[1]):
+        return y
+    ones = jnp.ones((x.shape[1], 128), x.dtype)
+    sum_x = jax.lax.dot_general(x, ones, (((1,), (0,)), ((), ())), preferred_element_type=sums)
+    return 2 * y + jnp.concatenate([sum_x] * (y.shape[1] // 128), 1)
 
 
 def _accumulate_groups(x: Array, w: Array, scales: Array, acc_ref: Any, plan: Plan) -> None:
     """acc += the sum over groups of (x @ w of the group) times the group's scales."""
-    scales = scales.astype(jnp.float32)
     total = acc_ref[...]
     for i in range(plan.bk // plan.group):
         rows = slice(i * plan.group, (i + 1) * plan.group)
-        product = _dot(x[:, rows], w[rows, :], False).astype(jnp.float32)
+        product = _dot(x[:, rows], w[rows, :], plan).astype(jnp.float32)
         total += product * scales[i : i + 1]
     acc_ref[...] = total

@@ -93,6 +93,23 @@ class Plan:
     def integer(self) -> bool:
         return self.operands[1] == "int8"
 
+    @property
+    def words(self) -> int:
+        """Rows of the scratch of scales as words that "before" uses in bfloat16; 0: no scratch."""
+        if self.scale_mode != "before" or self.operands[1] != "bfloat16":
+            return 0
+        rows = self.bn if self.transpose else self.bk
+        if not self.paired:
+            return rows // self.group if self.group % 16 == 0 else 0
+        return rows // self.group if self.group >= WORD_ROWS else rows // self.group // 2
+
+    @property
+    def paired(self) -> bool:
+        """Whether 1-bit rows are multiplied in the order of `scaling.pair_rows`."""
+        fits = self.group % WORD_ROWS == 0 or (self.group % 8 == 0 and 128 % self.group == 0)
+        signs = self.storage.name == "signs" and self.operands[1] == "bfloat16"
+        return signs and self.scale_mode == "before" and fits
+
 
 def make_plan(
     x: Any,
@@ -124,7 +141,8 @@ def make_plan(
         raise ValueError(f"x {x.shape} does not fit values {values.shape}, transpose={transpose}")
     group = _group(shape, scales.shape)
     entry = tuned(kind, _format(values.dtype, offset), x.shape[0])
-    mode = _scale_mode(shape[0], group, transpose, scale_mode, entry["narrow_groups"])
+    narrow = "always_before" if storage.name == "signs" else entry["narrow_groups"]
+    mode = _scale_mode(shape[0], group, transpose, scale_mode, narrow)
     operands = choose_operands(x.dtype, storage, mode, kind)
     if operands[1] == "int8" and k > MAX_INT8_K:
         raise ValueError(f"int8 activations: K = {k} may overflow int32; at most {MAX_INT8_K}")
@@ -200,7 +218,7 @@ def _scale_mode(rows: int, group: int, transpose: bool, asked: str | None, narro
         right = ("before",)
     else:
         right = ("before", "after_group")
-        if group >= MXU_WIDTH or narrow == "after_group":
+        if narrow == "after_group" or (group >= MXU_WIDTH and narrow == "before"):
             right = right[::-1]
     if asked is not None and asked not in right:
         raise ValueError(

@@ -49,19 +49,22 @@ class Storage:
     def exact_in(self, dtype: Any) -> bool:
         """Whether `widen` to this dtype loses nothing."""
         name = jnp.dtype(dtype).name
-        if name in ("bfloat16", "float32", self.dtype) and self.name != "half":
+        if name in ("bfloat16", "float32") or (name == self.dtype and self.name != "half"):
             return True
         if name == "int8":
             return self.name not in ("float8", "float4")
-        if name == "float8_e4m3fn":
-            return self.name != "float8" and self.dtype != "int8"
-        return name in ("bfloat16", "float32")
+        return name == "float8_e4m3fn" and self.name != "float8" and self.dtype != "int8"
 
     def unit(self, dtype: Any) -> float:
         """What 1 means after widening to `dtype`: 0.5 where `widen` returns twice the value."""
-        if self.name == "codes4" or (self.name == "half" and jnp.dtype(dtype) == jnp.int8):
-            return 0.5
-        return 1.0
+        return 0.5 if self.name == "codes4" or self.adds_ones(dtype) else 1.0
+
+    def adds_ones(self, dtype: Any) -> bool:
+        """Whether `widen` to `dtype` returns q for q + 1/2: no chip adds int8.
+
+        x @ (q + 1/2) is then half of 2 x @ q + x @ 1.
+        """
+        return self.name == "half" and jnp.dtype(dtype) == jnp.int8
 
 
 def storage_of(dtype: Any, offset: float = 0.0, casts_float4: bool = False) -> Storage:
@@ -111,8 +114,8 @@ def _integer(block: Array, dtype: jnp.dtype) -> Array:
 
 
 def _half(block: Array, dtype: jnp.dtype) -> Array:
-    if dtype == jnp.int8:
-        return 2 * block.astype(dtype) + jnp.int8(1)
+    if dtype == jnp.int8:  # see `Storage.adds_ones`
+        return block.astype(dtype)
     wide = jnp.float32 if dtype == jnp.float32 else jnp.bfloat16
     return (block.astype(wide) + jnp.asarray(0.5, wide)).astype(dtype)
 
@@ -134,12 +137,15 @@ def _codes4(block: Array, dtype: jnp.dtype) -> Array:
 
 
 def _signs(block: Array, dtype: jnp.dtype) -> Array:
-    """+1 and -1: bit j of a tile of 8 word rows is 8 consecutive rows."""
+    """+1 and -1: bit j of a tile of 8 word rows is 8 consecutive rows, and its sign the float's."""
     words, columns = block.shape
     tiles = block.reshape(words // 8, 1, 8, columns)
-    shift = jax.lax.broadcasted_iota(jnp.int32, (1, 32, 1, 1), 1)
-    bits = jnp.bitwise_and(jnp.right_shift(tiles, shift), 1).reshape(words * 32, columns)
-    return (2 * bits - 1).astype(dtype)
+    place = 31 - jax.lax.broadcasted_iota(jnp.int32, (1, 32, 1, 1), 1)
+    sign = jnp.left_shift(tiles, place) & jnp.int32(-(2**31))
+    minus_one = jnp.int32(0xBF800000 - 2**32)
+    ones = jax.lax.bitcast_convert_type(sign ^ minus_one, jnp.float32)
+    ones = ones.reshape(words * 32, columns)
+    return ones.astype(jnp.int32).astype(dtype) if dtype == jnp.int8 else ones.astype(dtype)
 
 
 _WIDEN = {
