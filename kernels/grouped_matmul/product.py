@@ -1,0 +1,74 @@
+"""One block's product inside the grouped kernel: widen the weight, scale it, multiply.
+
+It takes the weight through `quantized_matmul.widen`, so that every storage means the same here.
+
+>>> acc_ref[...] += block_product(x_ref[...], w_ref, s_ref, left, plan)  # [bm, bn]
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from tpu_stack.kernels.quantized_matmul.plan import Plan
+from tpu_stack.kernels.quantized_matmul.widen import widen
+
+
+def block_product(x: Array, w_ref: Any, s_ref: Any, left: Any, plan: Plan) -> Array:
+    """x [bm, bk] times the widened block, in the accumulator's dtype and units of `plan.unit`.
+
+    Args:
+      w_ref: the block as stored, `plan.weight_block`.
+      s_ref: its scales [rows / group, columns]; None where they are not applied in here.
+      left: elements of K from this block's first on. Past them x and the scales count as zero, so
+        whatever the weight's integers are there adds nothing; floats, which may be NaN, are zero.
+    """
+    if plan.k_edge:
+        x = _zero_past(x, 1, left)
+    w = widen(w_ref[...], plan.storage, plan.operands[1])
+    if plan.k_edge and plan.storage.name == "float8":
+        w = _zero_past(w, 1 if plan.transpose else 0, left)
+    if s_ref is None:
+        return _dot(x, w, plan.transpose)
+    scales = _edge_scales(s_ref, left, plan)
+    if plan.scale_mode == "before":
+        return _dot(x, _scaled(w, scales, plan.group), plan.transpose)
+    total = jnp.zeros((plan.bm, plan.bn), jnp.float32)
+    for i in range(plan.bk // plan.group):
+        rows = slice(i * plan.group, (i + 1) * plan.group)
+        product = _dot(x[:, rows], w[rows, :], False).astype(jnp.float32)
+        total += product * scales[i : i + 1].astype(jnp.float32)
+    return total
+
+
+def _zero_past(block: Array, axis: int, left: Any) -> Array:
+    """`block` with zeros from element `left` of `axis` on."""
+    index = jax.lax.broadcasted_iota(jnp.int32, block.shape, axis)
+    return jnp.where(index < left, block, jnp.zeros_like(block))
+
+
+def _edge_scales(s_ref: Any, left: Any, plan: Plan) -> Array:
+    """The block's scales in float32 or bfloat16, zero where K has ended."""
+    scales = s_ref[...]
+    if scales.dtype.itemsize == 1:
+        scales = scales.astype(jnp.bfloat16)  # exact: at most three bits after the point
+    if not plan.k_edge:
+        return scales
+    axis, unit = (1, 1) if plan.transpose else (0, plan.group)
+    index = jax.lax.broadcasted_iota(jnp.int32, scales.shape, axis)
+    return jnp.where(index * unit < left, scales, jnp.zeros_like(scales))
+
+
+def _scaled(w: Array, scales: Array, group: int) -> Array:
+    """Each group of rows times its scale. In bfloat16 that is one rounding: both factors fit it."""
+    rows, columns = w.shape
+    grouped = w.reshape(rows // group, group, columns) * scales.astype(w.dtype)[:, None, :]
+    return grouped.reshape(rows, columns)
+
+
+def _dot(x: Array, w: Array, transpose: bool) -> Array:
+    dims = (((1,), (1 if transpose else 0,)), ((), ()))
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    sums = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
+    return jax.lax.dot_general(x, w, dims, precision, preferred_element_type=sums)
