@@ -4,12 +4,13 @@ import dataclasses
 import json
 import shutil
 
+import jax.numpy as jnp
 import pytest
 
 from tpu_stack.errors import UserError
 from tpu_stack.hardware import get_chip
 from tpu_stack.kernels.quantized_matmul import tiles as kernel_tiles
-from tpu_stack.planner.kernels import table, tune
+from tpu_stack.planner.kernels import measure, table, tune
 from tpu_stack.planner.kernels.bundles import Region, Schedule
 from tpu_stack.planner.kernels.cases import get_case, registry
 from tpu_stack.planner.kernels.compile import Compiled
@@ -27,7 +28,6 @@ PREFILL, DECODE = (2048, 4096, 14336), (16, 4096, 14336)
         ("int8", "v5e", ("int8", "int8")),
         ("int8", "v6e", ("int8", "int8")),
         ("fp8_e4m3", "7x", ("float8_e4m3fn", "float8_e4m3fn")),
-        ("fp8_e4m3", "v6e", ("bfloat16", "bfloat16")),
     ],
 )
 def test_where_the_product_binds_the_fastest_operands_run(format, chip, multiplied):
@@ -114,6 +114,36 @@ def test_the_search_takes_the_least_cycles(monkeypatch):
     assert best.cycles == max(best.hbm_cycles, best.issued) + best.first_load
     # Bundles bind at 1000 values a bundle: 4096 * 14336 / 1000 is over the HBM cycles of 4.5 bits.
     assert tune.search(case, "v6e", DECODE, limit=1)[0].current
+
+
+def test_on_the_chip_itself_wall_clock_decides(monkeypatch):
+    case = get_case("quantized_matmul", "int4", "bf16")
+    found = [
+        tune.Candidate((16, 2048, bn), "before", cycles, current=bn == 128)
+        for bn, cycles in ((1024, 100), (512, 110), (256, 120), (128, 130))
+    ]
+    assert tune.refine(case, "v6e", DECODE, found, top=2) == found  # no v6e here
+    seconds = {1024: 3e-5, 512: 1e-5, 128: 2e-5}
+    monkeypatch.setattr(measure, "local_chip", lambda: "v6e")
+    monkeypatch.setattr(measure, "measure", lambda case, shape, tiles, **_: seconds[tiles[2]])
+    refined = tune.refine(case, "v6e", DECODE, found, top=2)
+    assert [c.tiles[2] for c in refined] == [512, 128, 1024, 256]
+    assert tune.beats(refined[0], refined[1])
+    assert not tune.beats(refined[2], refined[1])
+    assert tune.beats(found[0], found[3])
+    assert tune.refine(case, "7x", DECODE, found, top=2) == found
+
+
+def test_a_call_is_timed_without_its_first():
+    calls = []
+
+    def call():
+        calls.append(None)
+        return jnp.zeros(())
+
+    assert measure.median_seconds(call, calls=3, rounds=2) > 0
+    assert len(calls) == 1 + 3 * 2
+    assert measure.local_chip() is None
 
 
 def test_winners_are_what_the_kernel_reads(tmp_path, monkeypatch):

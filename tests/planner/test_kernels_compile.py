@@ -107,6 +107,15 @@ def test_results_are_kept_by_content(case, tmp_path, monkeypatch):
     assert len(asked) == 6
 
 
+def test_source_lines_are_no_part_of_the_content():
+    def key(lines, body="abc"):
+        text = rf"{{\22body\22: \22{body}\22, \22debug_locations\22: \22{lines}\22}}"
+        return compiling._key(text, "v6e")
+
+    assert key("one") == key("two")
+    assert key("one") != key("one", body="abd")
+
+
 def test_a_kernel_that_cannot_be_lowered_is_a_result(case, tmp_path, monkeypatch):
     def call(operands, **options):
         raise NotImplementedError("Mosaic has no such thing")

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from tpu_stack.cli.console import print_table, progress, save_json
-from tpu_stack.units import bytes_text
+from tpu_stack.units import bytes_text, seconds_text
 
 
 @dataclass(frozen=True)
 class Options:
     """Search the quantized_matmul kernel's tiles and scale modes for a chip that is not here, by
-    HBM cycles, issued bundles and VMEM fit. Winners enter tiles.json only with --write.
+    HBM cycles, issued bundles and VMEM fit; on a host with that chip, the best are then measured.
+    Winners enter tiles.json only with --write.
 
     Example: tpu-stack kernels tune --chip v6e --format int4 --shape 16,4096,14336
     """
@@ -27,7 +28,7 @@ class Options:
     limit: int | None = None
     """Compile at most this many candidates of each format."""
     top: int = 8
-    """Rows to print of each format."""
+    """Rows to print of each format, and to measure where the chip is at hand."""
     cache: Path | None = None
     """Folder of compile results (default ~/.cache/tpu-stack/kernels)."""
     write: bool = False
@@ -62,12 +63,12 @@ def run(options: Options) -> None:
                     task, advance=1, note=f"{name} {note}"
                 ),
             )  # fmt: skip
+            candidates = tune.refine(case, options.chip, shape, candidates, options.top)
             found.append((case, candidates))
     for case, candidates in found:
         _print(f"{case.name} for {options.chip}, {options.shape}", candidates, options.top)
-        current = next(c for c in candidates if c.current)
         best = candidates[0]
-        if best.cycles is not None and (current.cycles is None or best.cycles < current.cycles):
+        if tune.beats(best, next(c for c in candidates if c.current)):
             winners.append((case, options.chip, shape, best))
     if options.write and winners:
         tune.write_winners(winners)
@@ -88,13 +89,14 @@ def _print(title: str, candidates: list[Any], top: int) -> None:
             continue
         tiles = ", ".join(map(str, c.tiles)) + (" (now)" if c.current else "")
         if c.cycles is None:
-            rows.append([tiles, c.scale_mode, "-", "-", "-", "-", "-", "-", "-", c.error])
+            rows.append([tiles, c.scale_mode, *["-"] * 8, c.error])
             continue
         bound = "HBM" if c.issued <= c.hbm_cycles else "bundles"
+        measured = "-" if c.seconds is None else seconds_text(c.seconds)
         rows.append(
             [tiles, c.scale_mode, c.cycles, c.hbm_cycles, c.issued, c.loop, c.steps, c.first_load,
-             bytes_text(c.vmem_bytes), bound]
+             bytes_text(c.vmem_bytes), measured, bound]
         )  # fmt: skip
     columns = ["blocks M, K, N", "scales", "cycles", "HBM cycles", "issued", "loop body", "steps",
-               "first load", "VMEM", "bound"]  # fmt: skip
+               "first load", "VMEM", "measured", "bound"]  # fmt: skip
     print_table(f"{title}: {len(candidates)} candidates, by static cycles", columns, rows)

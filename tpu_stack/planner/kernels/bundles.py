@@ -53,8 +53,9 @@ class Schedule:
     """One Pallas kernel's static schedule.
 
     Invariants: `loop.bundles + outside.bundles == bundles`; every unit of `capacity` is in both
-    regions' slots. Predicated bundles (a store that only the last step does) count as executed,
-    and a loop inside the grid's loop counts once, its trip count being unknown: see `inner_loops`.
+    regions' slots. Predicated bundles (a store that only the last step does) count as executed at
+    every step; the two turns that a pipelined loop makes without computing do not count; and a loop
+    inside the grid's loop counts once, its trip count being unknown: see `inner_loops`.
 
     Attributes:
       name: the kernel's.

@@ -9,6 +9,7 @@ An abort, a refusal or a compile that takes too long is a result, not a crash.
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ from tpu_stack.planner.kernels.targets import (
 READER = 2
 """Raised when what is read from the dumps changes, so that cached results are not mixed."""
 TIMEOUT_S = 300.0
+_LOCATIONS = re.compile(r"\\22debug_locations\\22: \\22[^\\]*\\22")
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,8 @@ def one_line(error: Exception) -> str:
 
 
 def _key(text: str, chip: str) -> str:
-    parts = (text, chip, libtpu_version(), jax.__version__, str(READER))
+    """Names a compile by what goes into it; the kernel's source lines are left out."""
+    parts = (_LOCATIONS.sub("", text), chip, libtpu_version(), jax.__version__, str(READER))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:40]
 
 

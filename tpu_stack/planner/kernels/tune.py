@@ -2,7 +2,7 @@
 
 The cost of a call is the longer of its HBM cycles and the bundles it issues, plus the load of the
 first block, which nothing overlaps with. Candidates whose double-buffered blocks would not fit VMEM
-are not compiled. A real chip may order near ties otherwise; nothing here is measured.
+are not compiled. A real chip may order near ties otherwise: where it is at hand, `refine` measures.
 
 >>> search(make_case("int4", "bf16"), "v6e", (16, 4096, 14336))[0].tiles
 (16, 2048, 1024)
@@ -11,7 +11,7 @@ are not compiled. A real chip may order near ties otherwise; nothing here is mea
 import json
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from tpu_stack.hardware import get_chip
 from tpu_stack.kernels import quantized_matmul as package
 from tpu_stack.kernels.quantized_matmul import SCALE_MODES, make_plan
 from tpu_stack.kernels.quantized_matmul.tiles import DECODE_M, read_tiles
+from tpu_stack.planner.kernels import measure as measuring
 from tpu_stack.planner.kernels.cases import Case, array_bytes
 from tpu_stack.planner.kernels.compile import Compiled, Job, compile_jobs
 from tpu_stack.planner.kernels.targets import CompileTarget, compile_target, libtpu_version
@@ -49,6 +50,7 @@ class Candidate:
       vmem_bytes: highest VMEM address in use.
       error: why it has no cost.
       current: whether this is what the kernel would choose now.
+      seconds: wall clock of a call, measured; None where no such chip was at hand.
     """
 
     tiles: tuple[int, int, int]
@@ -62,6 +64,7 @@ class Candidate:
     vmem_bytes: int = 0
     error: str | None = None
     current: bool = False
+    seconds: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -110,6 +113,33 @@ def search(
         for number, (setting, result) in enumerate(zip(found, compiled, strict=True))
     ]
     return sorted(candidates, key=lambda c: (c.cycles is None, c.cycles, math.prod(c.tiles)))
+
+
+def refine(
+    case: Case, chip: str, shape: tuple[int, ...], candidates: list[Candidate], top: int
+) -> list[Candidate]:
+    """On a host with that chip, the `top` cheapest (and the current one) by wall clock, then the
+    rest as they were; elsewhere the candidates as they are."""
+    if measuring.local_chip() != chip:
+        return candidates
+    chosen = [
+        c
+        for number, c in enumerate(candidates)
+        if c.cycles is not None and (number < top or c.current)
+    ]
+    timed = []
+    for c in chosen:
+        seconds = measuring.measure(case, shape, tiles=c.tiles, scale_mode=c.scale_mode)
+        timed.append(replace(c, seconds=seconds))
+    rest = [c for c in candidates if c not in chosen]
+    return sorted(timed, key=lambda c: c.seconds or 0.0) + rest
+
+
+def beats(best: Candidate, current: Candidate) -> bool:
+    """Whether `best` is worth keeping: less wall clock where both have it, else fewer cycles."""
+    if best.seconds is not None and current.seconds is not None:
+        return best.seconds < current.seconds
+    return best.cycles is not None and (current.cycles is None or best.cycles < current.cycles)
 
 
 def settings(case: Case, target: CompileTarget, shape: tuple[int, ...]) -> list[_Setting]:
