@@ -35,15 +35,28 @@ def compile_case(module: str, case: str, chip: str) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
-        command = [sys.executable, "-m", "tpu_stack.kernels.compiled", module, case, chip]
-        env = os.environ | _ENVIRONMENT | {"LIBTPU_INIT_ARGS": flags}
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-        if done.returncode:
-            lines = [line.strip() for line in done.stderr.strip().splitlines()] or ["no message"]
-            first = max((i for i, line in enumerate(lines) if "Error: " in line), default=-1)
-            return {"error": f"exit {done.returncode}: {' '.join(lines[first:])[:400]}"}
-        kernels = read_bundles(Path(folder), json.loads(done.stdout.strip().splitlines()[-1]))
+        result = _child(module, [case], chip, {"LIBTPU_INIT_ARGS": flags})[case]
+        if isinstance(result, str):
+            return {"error": result}
+        kernels = read_bundles(Path(folder), result)
         return {"bundles": sum(kernels.values()), "kernels": kernels}
+
+
+def refusals(module: str, cases: list[str], chip: str) -> dict[str, str]:
+    """The cases that do not compile for `chip`, with one line why; one child for all of them."""
+    results = _child(module, cases, chip, {})
+    return {case: result for case, result in results.items() if isinstance(result, str)}
+
+
+def _child(module: str, cases: list[str], chip: str, env: dict[str, str]) -> dict[str, Any]:
+    """By case the names of its kernels, or why there are none; an abort is the reason for all."""
+    command = [sys.executable, "-m", "tpu_stack.kernels.compiled", module, chip, *cases]
+    env = os.environ | _ENVIRONMENT | env
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return dict.fromkeys(cases, f"exit {done.returncode}: {last[:400]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def read_bundles(folder: Path, names: list[str]) -> dict[str, int]:

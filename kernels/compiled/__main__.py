@@ -1,6 +1,6 @@
-"""The child of `compile_case`: compiles one program and prints the names of its kernels as JSON.
+"""The child of `compile_case`: compiles programs and prints the names of their kernels as JSON.
 
-python -m tpu_stack.kernels.compiled tpu_stack.kernels.quantize_rows.bench int8 v6e
+python -m tpu_stack.kernels.compiled tpu_stack.kernels.quantize_rows.bench v6e int8,bfloat16,16,4096
 """
 
 import importlib
@@ -15,10 +15,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tpu_stack.kernels.compiled import TOPOLOGY
 
 
-def main(module: str, case: str, chip: str) -> None:
-    """Compiles for one device of the chip; kernels see its device kind through the mesh."""
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY[chip])
-    mesh = Mesh(topology.devices[:1], ("x",))
+def kernels(module: str, case: str, mesh: Mesh) -> list[str]:
+    """Names of the Pallas kernels in one case, compiled for the mesh's one device.
+
+    The kernels see its device kind through the abstract mesh.
+    """
     whole = NamedSharding(mesh, PartitionSpec())
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         function, arguments = importlib.import_module(module).program(case)
@@ -26,8 +27,21 @@ def main(module: str, case: str, chip: str) -> None:
         text = jax.jit(function).lower(*arguments).compile().as_text() or ""
     calls = re.findall(r"%([\w.]+) = .*custom_call_target=\"tpu_custom_call\"", text)
     if not calls:
-        sys.exit(f"Error: {module} {case} compiled to no Pallas kernel")
-    print(json.dumps(calls))
+        raise RuntimeError(f"{module} {case} compiled to no Pallas kernel")
+    return calls
+
+
+def main(module: str, chip: str, *cases: str) -> None:
+    """Prints {case: [kernel names], or one line why it does not compile}."""
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY[chip])
+    mesh = Mesh(topology.devices[:1], ("x",))
+    results = {}
+    for case in cases:
+        try:
+            results[case] = kernels(module, case, mesh)
+        except Exception as error:  # whatever the compiler or the kernel refuses is the result
+            results[case] = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -37,6 +37,4 @@ def test_lowers_to_mosaic(kind):
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra [aot]")
 @pytest.mark.parametrize("chip", list(compiled.TOPOLOGY))
 def test_compiles(chip):
-    for case in [*SMALL, *ODD, *bench.CASES[1::2]]:
-        row = compiled.compile_case(bench.__name__, case, chip)
-        assert row.get("bundles", 0) > 0, (case, row)
+    assert compiled.refusals(bench.__name__, [*SMALL, *ODD, *bench.CASES[1::2]], chip) == {}

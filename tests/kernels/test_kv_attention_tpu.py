@@ -40,6 +40,4 @@ def test_lowers_to_mosaic(kind, case):
 @pytest.mark.parametrize("chip", list(compiled.TOPOLOGY))
 def test_compiles(chip):
     assert read_tiles()["libtpu"] == compiled.libtpu_version()
-    for case in (*CASES, *ODD_CASES):
-        row = compiled.compile_case(bench.__name__, case, chip)
-        assert row.get("bundles", 0) > 0, (case, row)
+    assert compiled.refusals(bench.__name__, [*CASES, *ODD_CASES], chip) == {}

@@ -30,10 +30,11 @@ def test_lowers_to_mosaic_with_the_cast_of_the_chip(kind, dtype):
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra [aot]")
 @pytest.mark.parametrize("chip", list(compiled.TOPOLOGY))
 def test_compiles(chip):
-    for dtype in DTYPES:
-        for rest in ("bfloat16,16,4096", "float32,33,77", "bfloat16,1,1", "bfloat16,100,65536"):
-            row = compiled.compile_case(bench.__name__, f"{dtype},{rest}", chip)
-            assert row.get("bundles", 0) > 0, row
+    rests = ("bfloat16,16,4096", "float32,33,77", "bfloat16,1,1", "bfloat16,100,65536")
+    cases = [f"{dtype},{rest}" for dtype in DTYPES for rest in rests]
+    assert compiled.refusals(bench.__name__, cases, chip) == {}
+    row = compiled.compile_case(bench.__name__, cases[0], chip)
+    assert row.get("bundles", 0) > 0, row
 
 
 def test_a_dump_that_is_not_as_expected_is_named(tmp_path):
@@ -45,3 +46,9 @@ def test_a_dump_that_is_not_as_expected_is_named(tmp_path):
         compiled.read_bundles(tmp_path, ["op"])
     file.write_text("Schedule analysis:\n\ttotal scheduled bundles:    1077\n")
     assert compiled.read_bundles(tmp_path, ["op"]) == {"op": 1077}
+
+
+def test_a_program_that_does_not_compile_is_a_row_not_a_crash(monkeypatch):
+    monkeypatch.setattr(compiled, "_child", lambda *_: {"bad": "exit -6: aborted", "good": ["op"]})
+    assert compiled.refusals("m", ["bad", "good"], "v6e") == {"bad": "exit -6: aborted"}
+    assert compiled.compile_case("m", "bad", "v6e") == {"error": "exit -6: aborted"}
