@@ -108,6 +108,6 @@ def test_without_libtpu_the_compiler_s_verbs_say_so(no_compiler, capsys):
 def test_a_rung_that_does_not_hold_is_status_1(no_compiler, monkeypatch, capsys):
     good = cases.get_case("quantized_matmul", "int8", "bf16")
     bad = dataclasses.replace(good, limit=1e-30, small=(3, 256, 130), large=(16, 256, 128))
-    monkeypatch.setattr(cases, "registry", lambda: (bad,))
+    monkeypatch.setattr(cases, "candidates", lambda: (bad,))
     assert main(["kernels", "verify", "--chip", "8i"]) == 1
     assert "did not hold: quantized_matmul int8 bf16: interpret: error" in capsys.readouterr().out

@@ -43,6 +43,16 @@ def test_abstract_operands_are_those_that_are_made():
         assert shapes(case.operands(SMALL, 0)) == shapes(case.abstract(SMALL)), case.name
 
 
+def test_grouped_rows_are_ragged_and_some_are_nobody_s():
+    case = get_case("grouped_matmul", "int8", "bf16")
+    for shape in (case.small, (19, 128, 130)):
+        sizes = np.asarray(case.operands(shape, 0)["group_sizes"])
+        assert sizes.shape == (8,)
+        assert 0 in sizes
+        assert len(set(sizes.tolist())) > 2
+        assert 0 < sizes.sum() < shape[0]
+
+
 def test_bytes_count_packed_values():
     case = get_case("quantized_matmul", "int4", "bf16")
     m, k, n = case.large
@@ -58,6 +68,16 @@ def test_unknown_names_get_the_nearest():
         find_cases(format="int5")
     with pytest.raises(UserError, match="unknown activation 'fp16'; did you mean 'bf16'"):
         find_cases(activation="fp16")
+
+
+def test_a_pair_that_the_kernel_refuses_says_why(monkeypatch):
+    def call(operands, **options):
+        raise ValueError("x is float64")
+
+    bad = dataclasses.replace(get_case("quantized_matmul", "int8", "bf16"), call=call)
+    monkeypatch.setattr(cases, "candidates", lambda: (bad,))
+    with pytest.raises(UserError, match=r"no kernel takes .* any, int8, any: x is float64"):
+        find_cases(format="int8")
 
 
 @pytest.mark.parametrize("text", ["16,4096", "16,4096,x", "16,0,8", "", "16;2;3"])
@@ -79,6 +99,7 @@ def test_a_misaligned_shape_says_why():
         ("quantized_matmul", "int8", "int8", SMALL),
         ("quantized_matmul", "int4", "bf16", SMALL),
         ("quantized_matmul", "int1", "fp8", SMALL),
+        ("grouped_matmul", "nvfp4", "bf16", (19, 128, 130)),
         ("kv_attention", "int8", "bf16", (2, 130, 4)),
         ("quantize_rows", "fp8_e4m3", "bf16", (5, 130)),
     ],

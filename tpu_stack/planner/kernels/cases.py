@@ -107,23 +107,26 @@ def array_bytes(array: Any) -> int:
 
 def _families() -> dict[str, Any]:
     """Op -> the module with its `cases()` and `make_case(format, activation)`."""
-    from tpu_stack.planner.kernels import (
-        attention_cases,
-        matmul_cases,
-        row_cases,
-    )
+    from tpu_stack.planner.kernels import attention_cases, grouped_cases, matmul_cases, row_cases
 
     return {
         "quantized_matmul": matmul_cases,
+        "grouped_matmul": grouped_cases,
         "kv_attention": attention_cases,
         "quantize_rows": row_cases,
     }
 
 
 @functools.cache
-def registry() -> tuple[Case, ...]:
-    """Every case, in the order of the published matrix."""
+def candidates() -> tuple[Case, ...]:
+    """Every pair of every op, those that its kernel refuses among them; nothing is traced."""
     return tuple(case for family in _families().values() for case in family.cases())
+
+
+@functools.cache
+def registry() -> tuple[Case, ...]:
+    """Every case that its kernel takes, in the order of the published matrix."""
+    return tuple(case for case in candidates() if case.refusal() is None)
 
 
 def get_case(op: str, format: str, activation: str) -> Case:
@@ -134,25 +137,28 @@ def get_case(op: str, format: str, activation: str) -> Case:
 def find_cases(
     op: str | None = None, format: str | None = None, activation: str | None = None
 ) -> list[Case]:
-    """The cases that fit; None fits all. Raises UserError with the nearest name for no match."""
-    found = list(registry())
+    """The cases that fit and that their kernels take; None fits all.
+
+    Raises: UserError with the nearest name for an unknown one, with the reason when none is left.
+    """
+    found = list(candidates())
     for field, asked in (("op", op), ("format", format), ("activation", activation)):
         if asked is None:
             continue
-        known = list(dict.fromkeys(getattr(case, field) for case in registry()))
+        known = list(dict.fromkeys(getattr(case, field) for case in candidates()))
         if asked not in known:
             raise nearest(field, asked, known)
         found = [case for case in found if getattr(case, field) == asked]
-    if not found:
-        raise UserError(
-            f"no kernel takes op {op or 'any'}, format {format or 'any'}, "
-            f"activation {activation or 'any'} together; `tpu-stack kernels verify` lists them"
-        )
-    return found
+    able = [case for case in found if case.refusal() is None]
+    if not able:
+        asked = ", ".join(word or "any" for word in (op, format, activation))
+        why = found[0].refusal() if found else "no such pair is registered"
+        raise UserError(f"no kernel takes op, format, activation {asked}: {why}")
+    return able
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
-    """ "16,4096,14336" as numbers. Raises UserError for anything else."""
+    """Numbers with commas between, as in 16,4096,14336. Raises UserError for anything else."""
     try:
         shape = tuple(int(part) for part in text.split(","))
     except ValueError as error:

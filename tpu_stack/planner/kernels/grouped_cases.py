@@ -1,0 +1,98 @@
+"""Cases of `kernels.grouped_matmul`: eight experts, each quantized format.
+
+Rows of 8 bits are tried with one group size of each format: the others differ only in how many
+scales a block has, which bfloat16 rows show.
+
+>>> next(cases()).name
+'grouped_matmul int8 bf16'
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tpu_stack.errors import UserError
+from tpu_stack.kernels.grouped_matmul import grouped_matmul, reference_grouped_matmul
+from tpu_stack.planner.kernels import matmul_cases
+from tpu_stack.planner.kernels.cases import Case, Operands
+from tpu_stack.planner.kernels.matmul_cases import (
+    ACTIVATIONS,
+    abstract_rows,
+    rows_of_x,
+    weight_leaves,
+)
+from tpu_stack.quant import FORMATS, abstract_qtensor, get_format, quantize
+
+EXPERTS = 8
+SMALL = (37, 256, 200)
+LARGE = (128, 4096, 14336)
+
+
+def cases() -> Iterator[Case]:
+    """Format by activation."""
+    for fmt in FORMATS.values():
+        activations = ("bf16",) if "_g" in fmt.name else tuple(ACTIVATIONS)
+        for activation in activations if fmt.quantized else ():
+            yield make_case(fmt.name, activation)
+
+
+def make_case(format: str, activation: str) -> Case:
+    """The case of one pair, whether or not the kernel takes it."""
+    return dataclasses.replace(
+        matmul_cases.make_case(format, activation),
+        op="grouped_matmul",
+        small=SMALL,
+        large=LARGE,
+        operands=partial(_operands, format, activation),
+        abstract=partial(_abstract, format, activation),
+        call=partial(_call, format),
+        reference=partial(_reference, format),
+        tunable=(),
+    )
+
+
+def _operands(format: str, activation: str, shape: tuple[int, ...], seed: int) -> Operands:
+    """Ragged groups, one of them empty; the last rows are no expert's."""
+    m, k, n = shape
+    rng = np.random.default_rng(seed)
+    weight = rng.standard_normal((EXPERTS, k, n)).astype(np.float32)
+    sizes = np.diff(np.sort(rng.integers(0, m, EXPERTS + 1)))
+    sizes[2] = 0
+    return rows_of_x(activation, m, k, rng) | {
+        **weight_leaves(quantize(weight, format, name="experts")),
+        "group_sizes": jnp.asarray(sizes, jnp.int32),
+    }
+
+
+def _abstract(format: str, activation: str, shape: tuple[int, ...]) -> Operands:
+    m, k, n = shape
+    try:
+        weight = abstract_qtensor((EXPERTS, k, n), format)
+    except UserError as error:
+        raise ValueError(str(error)) from error
+    return (
+        abstract_rows(activation, m, k)
+        | weight_leaves(weight)
+        | {"group_sizes": jax.ShapeDtypeStruct((EXPERTS,), jnp.int32)}
+    )
+
+
+def _split(operands: Operands) -> tuple[tuple[Any, ...], Operands]:
+    rest = dict(operands)
+    return tuple(rest.pop(name) for name in ("x", "values", "scales", "group_sizes")), rest
+
+
+def _call(format: str, operands: Operands, *, exact: bool = False, **options: Any) -> Any:
+    arrays, rest = _split(operands)
+    offset, out = get_format(format).offset, jnp.float32 if exact else jnp.bfloat16
+    return grouped_matmul(*arrays, offset=offset, out_dtype=out, **rest, **options)
+
+
+def _reference(format: str, operands: Operands) -> np.ndarray:
+    arrays, rest = _split(operands)
+    return reference_grouped_matmul(*arrays, offset=get_format(format).offset, **rest)
