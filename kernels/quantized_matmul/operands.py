@@ -49,11 +49,14 @@ def is_native(kind: str, left: Any, right: Any) -> bool:
     return bool(info.is_matmul_supported(jnp.dtype(left), jnp.dtype(right)))
 
 
-def choose_operands(x_dtype: Any, storage: Storage, mode: str, kind: str) -> tuple[str, str]:
+def choose_operands(
+    x_dtype: Any, storage: Storage, mode: str, kind: str, scales_dtype: Any = "bfloat16"
+) -> tuple[str, str]:
     """Dtype names of x and of the weight in the product.
 
-    Scales applied before the product ("before", "input") make bfloat16 of either side. int8 on int8
-    is exact in int32 on every chip, so it stays int8 where it is emulated too.
+    Scales applied before the product ("before", "input") make bfloat16 of either side, unless they
+    are powers of two: those shift e2m1 within float8_e5m2, which the MXU takes in at twice the
+    rate. int8 on int8 is exact in int32 on every chip, so it stays int8 where it is emulated too.
     """
     x = jnp.dtype(x_dtype).name
     if x == "float32":
@@ -62,12 +65,18 @@ def choose_operands(x_dtype: Any, storage: Storage, mode: str, kind: str) -> tup
     if x == "int8":
         integers = not scaled_first and storage.exact_in(jnp.int8)
         return (x, x) if integers else ("bfloat16", "bfloat16")
+    shifts = storage.name == "float4" and jnp.dtype(scales_dtype).name == "float8_e8m0fnu"
+    if mode == "before" and shifts and is_native(kind, x, "float8_e5m2"):
+        return x, "float8_e5m2"
     if scaled_first:
         return "bfloat16", "bfloat16"
     narrow = [storage.dtype] if storage.name in ("integer", "float8") else []
     for name in [*narrow, "float8_e4m3fn"]:
         if name != "int8" and storage.exact_in(name) and is_native(kind, x, name):
             return x, name
+    if storage.name == "float8" and kind in _VERSIONS:
+        # Mosaic emulates the mixed product with a sixth of the instructions that a cast takes.
+        return "bfloat16", storage.dtype
     return "bfloat16", "bfloat16"
 
 

@@ -7,6 +7,7 @@ whatever the weight's integers are out there (an integer is never NaN) they add 
 that can be NaN are set to zero there too.
 """
 
+import math
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from tpu_stack.kernels.quantized_matmul import scaling
-from tpu_stack.kernels.quantized_matmul.plan import ROWS, SUBLANES, Plan
+from tpu_stack.kernels.quantized_matmul.plan import LANES, ROWS, SUBLANES, Plan
 from tpu_stack.kernels.quantized_matmul.widen import WORD_ROWS, as_stored, widen
 
 _MIB = 2**20
@@ -154,14 +155,19 @@ def _kernel(x_ref, w_ref, *refs, plan: Plan, compiled: bool):
         acc_ref[...] = jnp.zeros_like(acc_ref)
 
     if plan.scale_mode == "before":
-        acc_ref[...] += _dot(
-            x, _scaled_weight(w_ref, factors[0], scratch, left, plan, compiled), plan
-        )
+        scales = scaling.edge_scales(factors[0], left, plan)
+        scales, unit = scaling.shifts(scales) if plan.shifted else (scales, None)
+        y = _dot(x, _scaled_weight(w_ref, scales, scratch, left, plan, compiled), plan)
+        acc_ref[...] += y if unit is None else y * unit
     elif plan.scale_mode == "after_group":
-        w = _weight(w_ref, left, plan)
-        _accumulate_groups(x, w, scaling.edge_scales(factors[0], left, plan), acc_ref, plan)
+        w = _weight(w_ref, left, plan, plan.operands[1])
+        scales = scaling.edge_scales(factors[0], left, plan)
+        if plan.group_sums:  # in units of 1/2, and so all the rest
+            acc_ref[...] += _halves(x, scales, plan)
+            scales = 2 * scales
+        _accumulate_groups(x, w, scales, acc_ref, plan)
     else:
-        acc_ref[...] += _dot(x, _weight(w_ref, left, plan), plan)
+        acc_ref[...] += _dot(x, _weight(w_ref, left, plan, plan.operands[1]), plan)
 
     @pl.when(k == plan.grid[2] - 1)
     def _():
@@ -175,27 +181,31 @@ def _kernel(x_ref, w_ref, *refs, plan: Plan, compiled: bool):
         o_ref[...] = y.astype(o_ref.dtype)
 
 
-def _weight(w_ref: Any, left: Array, plan: Plan) -> Array:
-    """The widened block, without scales; zero past K where it could be NaN there."""
-    w = widen(w_ref[...], plan.storage, plan.operands[1])
+def _weight(w_ref: Any, left: Array, plan: Plan, dtype: str) -> Array:
+    """The block in `dtype`, without scales; zero past K where it could be NaN there."""
+    w = widen(w_ref[...], plan.storage, dtype)
     if plan.k_edge and plan.storage.name == "float8":
         w = _zero_past(w, 1 if plan.transpose else 0, left)
     return w
 
 
 def _scaled_weight(
-    w_ref: Any, s_ref: Any, scratch: Any, left: Array, plan: Plan, compiled: bool
+    w_ref: Any, scales: Array, scratch: Any, left: Array, plan: Plan, compiled: bool
 ) -> Array:
-    """The widened block times its scales."""
-    scales = scaling.edge_scales(s_ref, left, plan)
+    """The block times its scales in the operand's dtype."""
     if not plan.words:
-        return scaling.scaled(_weight(w_ref, left, plan), scales, plan.group)
+        dtype = "float32" if plan.operands[1] == "float32" else "bfloat16"
+        w = scaling.scaled(_weight(w_ref, left, plan, dtype), scales, plan.group)
+        return w.astype(plan.operands[1])
     words_ref = scratch[1]
+    exact = plan.scales_dtype != "float32"
     if plan.paired:
-        scaling.write_sign_words(scales, words_ref, plan.group)
+        scaling.write_sign_words(scales, words_ref, plan.group, exact)
         return scaling.signed_scales(w_ref[...], words_ref, plan.group, compiled)
-    scaling.write_words(scales, words_ref)
-    return scaling.scaled_by_words(_weight(w_ref, left, plan), words_ref, plan.group, compiled)
+    scaling.write_words(scales, words_ref, exact)
+    w = _weight(w_ref, left, plan, "bfloat16")
+    w = scaling.scaled_by_words(w, words_ref, plan.group, compiled)
+    return w.astype(plan.operands[1])
 
 
 def _zero_past(block: Array, axis: int, left: Any) -> Array:
@@ -210,7 +220,7 @@ def _dot(x: Array, w: Array, plan: Plan) -> Array:
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     sums = jnp.int32 if plan.integer else jnp.float32
     y = jax.lax.dot_general(x, w, dims, precision, preferred_element_type=sums)
-    if not plan.storage.adds_ones(plan.operands[1]):
+    if plan.scale_mode == "after_group" or not plan.storage.adds_ones(plan.operands[1]):
         return y
     ones = jnp.ones((x.shape[1], 128), x.dtype)
     sum_x = jax.lax.dot_general(x, ones, (((1,), (0,)), ((), ())), preferred_element_type=sums)
@@ -225,3 +235,31 @@ def _accumulate_groups(x: Array, w: Array, scales: Array, acc_ref: Any, plan: Pl
         product = _dot(x[:, rows], w[rows, :], plan).astype(jnp.float32)
         total += product * scales[i : i + 1]
     acc_ref[...] = total
+
+
+def _halves(x: Array, scales: Array, plan: Plan) -> Array:
+    """What the halves of q + 1/2 add, in units of 1/2: x's sum over each group times its scale.
+
+    The sums are a product with the groups' membership. In two parts each fits bfloat16, for groups
+    of up to 512 rows.
+    """
+    groups = scales.shape[0]
+    rows = math.gcd(plan.group, 32)
+    lane = jax.lax.broadcasted_iota(jnp.int32, (rows, pl.cdiv(groups, LANES) * LANES), 1)
+    members = [jnp.where(lane == i, 1, 0).astype(x.dtype) for i in range(groups)]
+    member = jnp.concatenate([m for m in members for _ in range(plan.group // rows)], 0)
+    dims = (((1,), (0,)), ((), ()))
+    sums = jax.lax.dot_general(x, member, dims, preferred_element_type=jnp.int32)
+    sums = sums[:, :groups].astype(jnp.float32)
+    if plan.group > 512 or plan.scales_dtype == "float32":
+        return _plain_dot(sums, scales)
+    coarse = jnp.floor(sums / 256) * 256
+    narrow = scales.astype(jnp.bfloat16)
+    parts = [part.astype(jnp.bfloat16) for part in (coarse, sums - coarse)]
+    return _plain_dot(parts[0], narrow) + _plain_dot(parts[1], narrow)
+
+
+def _plain_dot(a: Array, b: Array) -> Array:
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    dims = (((1,), (0,)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, precision, preferred_element_type=jnp.float32)

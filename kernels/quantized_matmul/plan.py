@@ -24,8 +24,6 @@ ROWS = 16
 than this are one whole block: Mosaic cannot compile a block that is taller than such an array."""
 SUBLANES = 8
 """Pallas's rule for the second-minor axis: a block of scales has a multiple of this many groups."""
-MXU_WIDTH = 128
-"""Groups narrower than this waste the MXU when each has a product of its own."""
 MAX_INT8_K = 2**31 // 2**14 - 1
 """A longer sum of products of int8 may leave int32."""
 X_DTYPES = ("bfloat16", "float32", "float8_e4m3fn", "int8")
@@ -44,6 +42,7 @@ class Plan:
       support: "native" or "emulated", and why.
       group: rows of the weight that share a scale (all of them when per column); 0 per row.
       scale_mode: one of SCALE_MODES.
+      scales_dtype: dtype name of the scales.
       row_scaled: the result's rows have a float32 factor each (x_scales, tensor_scale).
       bm, bk, bn: block sizes. Multiples of the hardware tile; may exceed the array.
       out_dtype: dtype name of the result.
@@ -58,6 +57,7 @@ class Plan:
     support: str
     group: int
     scale_mode: str
+    scales_dtype: str
     row_scaled: bool
     bm: int
     bk: int
@@ -96,12 +96,22 @@ class Plan:
     @property
     def words(self) -> int:
         """Rows of the scratch of scales as words that "before" uses in bfloat16; 0: no scratch."""
-        if self.scale_mode != "before" or self.operands[1] != "bfloat16":
+        if self.scale_mode != "before" or self.operands[1] == "float32":
             return 0
         rows = self.bn if self.transpose else self.bk
         if not self.paired:
             return rows // self.group if self.group % 16 == 0 else 0
         return rows // self.group if self.group >= WORD_ROWS else rows // self.group // 2
+
+    @property
+    def shifted(self) -> bool:
+        """Whether power-of-two scales are applied to float8_e5m2; see `scaling.shifts`."""
+        return self.scale_mode == "before" and self.operands[1] == "float8_e5m2"
+
+    @property
+    def group_sums(self) -> bool:
+        """Whether the kernel is given x's sum over each group: what the half of q + 1/2 needs."""
+        return self.scale_mode == "after_group" and self.storage.adds_ones(self.operands[1])
 
     @property
     def paired(self) -> bool:
@@ -141,16 +151,17 @@ def make_plan(
         raise ValueError(f"x {x.shape} does not fit values {values.shape}, transpose={transpose}")
     group = _group(shape, scales.shape)
     entry = tuned(kind, _format(values.dtype, offset), x.shape[0])
-    narrow = "always_before" if storage.name == "signs" else entry["narrow_groups"]
-    mode = _scale_mode(shape[0], group, transpose, scale_mode, narrow)
-    operands = choose_operands(x.dtype, storage, mode, kind)
+    mode = _scale_mode(shape[0], group, transpose, scale_mode, entry["after_group_from"])
+    power = "bfloat16" if transpose else scales.dtype
+    operands = choose_operands(x.dtype, storage, mode, kind, power)
     if operands[1] == "int8" and k > MAX_INT8_K:
         raise ValueError(f"int8 activations: K = {k} may overflow int32; at most {MAX_INT8_K}")
     blocks = _blocks(x, k, n, group, mode, transpose, storage, tiles, entry)
     return Plan(
         *(x.shape[0], k, n, transpose, storage, operands),
         support(kind, x.dtype, storage, operands),
-        *(group, mode, x_scales is not None or tensor_scale is not None),
+        *(group, mode, jnp.dtype(scales.dtype).name),
+        x_scales is not None or tensor_scale is not None,
         *blocks,
         out.name,
     )
@@ -210,7 +221,9 @@ def _group(values: tuple[int, int], scales: tuple[int, ...]) -> int:
     )
 
 
-def _scale_mode(rows: int, group: int, transpose: bool, asked: str | None, narrow: str) -> str:
+def _scale_mode(
+    rows: int, group: int, transpose: bool, asked: str | None, after_from: int | None
+) -> str:
     per_row, per_column = group == 0, group == rows
     if per_row or per_column:
         right = ("after" if per_row == transpose else "input",)
@@ -218,7 +231,7 @@ def _scale_mode(rows: int, group: int, transpose: bool, asked: str | None, narro
         right = ("before",)
     else:
         right = ("before", "after_group")
-        if narrow == "after_group" or (group >= MXU_WIDTH and narrow == "before"):
+        if after_from is not None and group >= after_from:
             right = right[::-1]
     if asked is not None and asked not in right:
         raise ValueError(

@@ -27,7 +27,11 @@ def edge_scales(s_ref: Any, left: Array, plan: Plan) -> Array:
     left: elements of K from the block's first on.
     """
     scales = s_ref[...]
-    if scales.dtype.itemsize == 1:
+    if scales.dtype == jnp.float8_e8m0fnu:
+        # The byte is float32's exponent; 2^-127 becomes 0 here, as float32 does in any product.
+        exponent = jax.lax.bitcast_convert_type(scales, jnp.uint8).astype(jnp.int32)
+        scales = jax.lax.bitcast_convert_type(exponent << 23, jnp.float32)
+    elif scales.dtype.itemsize == 1:
         scales = scales.astype(jnp.bfloat16)  # exact: at most three bits after the point
     scales = scales.astype(jnp.float32)
     if not plan.k_edge:
@@ -44,9 +48,21 @@ def scaled(w: Array, scales: Array, group: int) -> Array:
     return grouped.reshape(rows, columns)
 
 
-def write_words(scales: Array, words_ref: Any) -> None:
-    """words_ref[G, columns] uint32 = each scale's bfloat16 twice."""
-    high = _high_half(scales)
+def shifts(scales: Array) -> tuple[Array, Array]:
+    """Powers of two in units of 2^-13 of their column's largest, and that unit, [1, columns].
+
+    e2m1 times such a scale fits float8_e5m2 (up to 6 * 2^13) and is exact there down to 2^-28 of
+    the column's largest scale; smaller ones round to its subnormals, under what float32 keeps of
+    a sum beside the largest.
+    """
+    top = jnp.max(scales, axis=0, keepdims=True)
+    unit = jnp.where(top > 0, top, 1) * 2.0**-13
+    return scales / unit, unit
+
+
+def write_words(scales: Array, words_ref: Any, exact: bool) -> None:
+    """words_ref[G, columns] uint32 = each scale's bfloat16 twice. exact: none needs rounding."""
+    high = _high_half(scales, exact)
     words_ref[...] = high | (high >> 16)
 
 
@@ -61,12 +77,12 @@ def scaled_by_words(w: Array, words_ref: Any, group: int, stride_zero: bool) -> 
     return jnp.concatenate(parts, 0)
 
 
-def write_sign_words(scales: Array, words_ref: Any, group: int) -> None:
+def write_sign_words(scales: Array, words_ref: Any, group: int, exact: bool) -> None:
     """The words of `signed_scales`: scales negated, that of row r low and of row r + 128 high.
 
     scales: [rows/g, columns]; words_ref: [max(128/g, 1) per 256 rows, columns] uint32.
     """
-    high = _high_half(-scales)
+    high = _high_half(-scales, exact)
     if group >= WORD_ROWS:
         words_ref[...] = high | (high >> 16)
         return
@@ -116,7 +132,7 @@ def _spread(words_ref: Any, row: int, stride_zero: bool) -> Array:
     return jnp.broadcast_to(words_ref[row : row + 1, :], (_TILE, words_ref.shape[1]))
 
 
-def _high_half(scales: Array) -> Array:
+def _high_half(scales: Array, exact: bool) -> Array:
     """float32 scales rounded to bfloat16, as uint32 with the low half zero."""
-    rounded = scales.astype(jnp.bfloat16).astype(jnp.float32)
+    rounded = scales if exact else scales.astype(jnp.bfloat16).astype(jnp.float32)
     return jax.lax.bitcast_convert_type(rounded, jnp.uint32)

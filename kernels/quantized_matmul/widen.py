@@ -53,7 +53,8 @@ class Storage:
             return True
         if name == "int8":
             return self.name not in ("float8", "float4")
-        return name == "float8_e4m3fn" and self.name != "float8" and self.dtype != "int8"
+        narrow = self.name != "float8" and self.dtype != "int8"  # at most three significant bits
+        return name in ("float8_e4m3fn", "float8_e5m2") and narrow
 
     def unit(self, dtype: Any) -> float:
         """What 1 means after widening to `dtype`: 0.5 where `widen` returns twice the value."""

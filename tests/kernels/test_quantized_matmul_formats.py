@@ -197,7 +197,8 @@ def test_the_plan_says_what_is_native():
     assert plan_on("TPU7x", "fp8_e4m3", "float8_e4m3fn").support.startswith("native: TPU7x")
     assert plan_on("TPU8i", "int4_channel", "float8_e4m3fn").operands == ("float8_e4m3fn", "int4")
     assert plan_on("TPU7x", "int8", "int8").support == "emulated: TPU7x has no int8 x int8 unit"
-    assert "widened" in plan_on("TPU v6 lite", "fp8_e4m3", "float8_e4m3fn").support
+    assert "has no bfloat16 x float8_e4m3fn" in plan_on("TPU v6 lite", "fp8_e4m3").support
+    assert "activations are widened" in plan_on("TPU v6 lite", "int4", "float8_e4m3fn").support
     assert "no matmul facts for 'cpu'" in plan_on("cpu", "int4").support
 
 
