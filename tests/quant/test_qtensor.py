@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tpu_stack.errors import UserError
+from tpu_stack.quant import FORMATS as EVERY_FORMAT
 from tpu_stack.quant import QTensor, abstract_qtensor, matmul, quantize
 
 
@@ -32,22 +33,36 @@ def test_scan_slices_stacked_layers():
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-2)
 
 
-@pytest.mark.parametrize(("format", "axis"), [("int8", -2), ("int4", -2), ("int8", -1)])
+FORMATS = [name for name, fmt in EVERY_FORMAT.items() if fmt.quantized]
+
+
+@pytest.mark.parametrize(
+    ("format", "axis"), [*((format, -2) for format in FORMATS), ("int8", -1), ("fp8_e5m2", -1)]
+)
 def test_abstract_matches_eval_shape_and_reality(format, axis):
-    real = quantize(gaussian(64, 32), format, axis)
+    real = quantize(gaussian(384, 32), format, axis).check()
     traced = jax.eval_shape(
-        lambda w: quantize(w, format, axis), jax.ShapeDtypeStruct((64, 32), jnp.float32)
+        lambda w: quantize(w, format, axis), jax.ShapeDtypeStruct((384, 32), jnp.float32)
     )
-    planned = abstract_qtensor((64, 32), format, axis)
+    planned = abstract_qtensor((384, 32), format, axis).check()
     assert traced == planned
     chex.assert_trees_all_equal_shapes_and_dtypes(real, planned)
     assert real.nbytes_packed == planned.nbytes_packed
-    assert planned.shape == (64, 32)
+    assert planned.shape == real.shape == (384, 32)
+    assert real.widen().check().shape == (384, 32)
+    assert real.widen().nbytes_packed == real.nbytes_packed
+    np.testing.assert_array_equal(real.widen().dequantize(), real.dequantize())
+    host = jax.tree.map(np.asarray, real).widen()
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(host))
+    np.testing.assert_array_equal(host.dequantize(), real.dequantize())
 
 
 def test_sizes_count_nibbles_and_scales():
     assert abstract_qtensor((64, 32), "int4").nbytes_packed == 64 * 32 // 2 + 2 * 32 * 2
     assert abstract_qtensor((64, 32), "int4").bits_per_weight == 4.5
+    assert abstract_qtensor((3, 64, 32), "nvfp4").nbytes_packed == 3 * (1024 + 4 * 32 + 4)
+    assert abstract_qtensor((288, 32), "int1").nbytes_packed == 32 * (16 * 4 + 9 * 2)
+    assert abstract_qtensor((64, 32), "int2").bits_per_weight == 2.5
     assert abstract_qtensor((7, 64, 32), "int8").nbytes_packed == 7 * (64 * 32 + 32 * 4)
     q = quantize(gaussian(64, 32), "int4")
     assert q.widen().nbytes_packed == q.nbytes_packed
@@ -81,5 +96,13 @@ def test_check_names_what_is_wrong():
         QTensor(q.values, q.scales[:1], "int4").check("up")
     with pytest.raises(UserError, match="up: int4 values cannot be float32"):
         QTensor(gaussian(64, 32), q.scales, "int4").check("up")
+    bits = quantize(gaussian(512, 4), "int1")
+    with pytest.raises(UserError, match=r"up: int1 words \[8, 4\] do not hold the 512 rows"):
+        QTensor(bits.values[:8], bits.scales, "int1").check("up")
+    level = quantize(gaussian(64, 4), "nvfp4")
+    with pytest.raises(UserError, match=r"up: nvfp4 needs tensor_scale .*, got None"):
+        QTensor(level.values, level.scales, "nvfp4").check("up")
+    with pytest.raises(UserError, match="K=64 is not a multiple of the rotation's 128"):
+        QTensor(q.values, q.scales, "int4", rotation=128).check("up")
     with pytest.raises(UserError, match="not a quantized tensor"):
         QTensor(q.values, q.scales, "bf16").check()

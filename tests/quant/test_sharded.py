@@ -35,6 +35,9 @@ SPLITS = [
 
 CASES = [
     *((format, split, "pallas") for format in ("int8", "int4") for split in SPLITS),
+    *(("nvfp4", split, "pallas") for split in SPLITS[1:3]),
+    *((format, split, "xla") for format in ("nvfp4", "mxfp4", "int2") for split in SPLITS[1:3]),
+    ("int1", SPLITS[0], "xla"),
     *(("int4", split, other) for other in ("xla", "xla_blocked") for split in SPLITS[:2]),
 ]
 
@@ -43,7 +46,9 @@ CASES = [
 def test_equals_unsharded(mesh, format, split, implementation):
     x_spec, w_spec = split
     x, q = operands(format)
-    want = np.asarray(matmul(x, q, implementation="xla", out_dtype=jnp.float32))
+    # The kernel applies NVFP4's second level to the product, "xla" to the weight before rounding.
+    peer = "pallas" if (format, implementation) == ("nvfp4", "pallas") else "xla"
+    want = np.asarray(matmul(x, q, implementation=peer, out_dtype=jnp.float32))
     run = jax.jit(
         lambda x, q: sharded_matmul(
             x, q, mesh, x_spec, w_spec, out_dtype=jnp.float32, implementation=implementation
@@ -109,6 +114,17 @@ def test_specs_of_scales_follow_the_values(mesh):
     assert weight_specs(q, P("tensor", "data"), mesh).scales == P(None, None, "data")
     _, q = operands("int8", -1)
     assert weight_specs(q, P("tensor", "data"), mesh).scales == P("tensor", None)
+    _, q = operands("nvfp4")
+    specs = weight_specs(q, P("tensor", "data"), mesh)
+    assert (specs.scales, specs.tensor_scale) == (P("tensor", None, "data"), P(None, None, None))
+    words = quantize(jnp.ones((1024, 8)), "int1")
+    assert weight_specs(words, P("tensor"), mesh).values == P("tensor", None)
+    with pytest.raises(UserError, match=r"words of one-bit values are 256 rows of K, .* over 8"):
+        weight_specs(words, P(("data", "tensor")), mesh)
+    turned = quantize(jnp.ones((128, 8)), "int4", rotation=64)
+    with pytest.raises(UserError, match=r"rotated blocks are 64 rows of K, .* over 4 devices"):
+        weight_specs(turned, P("tensor"), mesh)
+    assert weight_specs(turned, P("data"), mesh).rotation == 64
     stacked = quantize(jnp.ones((3, 64, 8)), "int4")
     assert weight_specs(stacked, P(None, "data"), mesh).scales == P(None, "data", None, None)
 

@@ -42,17 +42,23 @@ def decode(values: Array, fmt: Format, rows: int) -> Float[Array, "*L K N"]:
     return values.astype(jnp.float32) + fmt.offset
 
 
-def widened_unit(fmt: Format) -> float | None:
-    """What one integer of `widen` stands for, in grid values; None for a format that cannot."""
-    if fmt.bits > 4:
-        return 1.0 if fmt.kind == "integer" else None
-    return 0.5 if fmt.offset or fmt.kind == "float" else 1.0
+def widened_dtype(fmt: Format) -> jnp.dtype:
+    """dtype of `widen`'s values: bfloat16 for 8-bit floats, int8 for everything else."""
+    return jnp.dtype(jnp.bfloat16 if fmt.kind == "float" and fmt.bits == 8 else jnp.int8)
 
 
-def widen(values: Any, fmt: Format, rows: int) -> Int8[Array, "*L K N"]:
-    """Stored values as int8 multiples of `widened_unit`, exactly. numpy stays numpy."""
+def widened_unit(fmt: Format) -> float:
+    """What 1 among `widen`'s values stands for, in grid values."""
+    halves = fmt.offset or (fmt.kind == "float" and fmt.bits == 4)
+    return 0.5 if halves else 1.0
+
+
+def widen(values: Any, fmt: Format, rows: int) -> Array:
+    """Stored values [..., K, N] as multiples of `widened_unit`, exactly. numpy stays numpy."""
     if fmt.kind == "bits":
         return 2 * unpack_words(values, rows) - np.int8(1)
+    if fmt.kind == "float" and fmt.bits == 8:
+        return values.astype(widened_dtype(fmt))
     if fmt.kind == "float":  # e2m1 holds 0, 0.5, 1, 1.5, 2, 3, 4, 6
         return (2 * values.astype(np.float32)).astype(np.int8)
     wide = values.astype(np.int8)

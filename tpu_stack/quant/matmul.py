@@ -17,10 +17,11 @@ from jaxtyping import Array, Float, Int
 
 from tpu_stack.errors import UserError
 from tpu_stack.kernels.quantized_matmul import quantized_matmul
+from tpu_stack.quant.blocked import blocked_matmul
 from tpu_stack.quant.formats import WORD_ROWS
 from tpu_stack.quant.qtensor import QTensor
 from tpu_stack.quant.rotation import rotate
-from tpu_stack.quant.select import BLOCK_ROWS, Choice, choose
+from tpu_stack.quant.select import Choice, choose
 
 
 def matmul(
@@ -154,14 +155,14 @@ def _rotated(x: Array, w: QTensor, transpose: bool, out_dtype: Any, choice: Choi
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _quantized(x: Array, w: QTensor, transpose: bool, out_dtype: Any, choice: Choice) -> Array:
-    run = {"xla": _xla, "xla_blocked": _xla_blocked, "pallas": _pallas}[choice.implementation]
+    run = {"xla": _xla, "xla_blocked": blocked_matmul, "pallas": _pallas}[choice.implementation]
     if choice.implementation == "xla_blocked" and not choice.requested:
         # Lowered for another platform from a CPU process (ahead of time), the default is "xla".
         args = (transpose, out_dtype, choice.scale_mode)
         return jax.lax.platform_dependent(
             x,
             w,
-            cpu=lambda x, w: _xla_blocked(x, w, *args),
+            cpu=lambda x, w: blocked_matmul(x, w, *args),
             default=lambda x, w: _xla(x, w, *args),
         )
     return run(x, w, transpose, out_dtype, choice.scale_mode)
@@ -195,39 +196,6 @@ def _xla(x: Array, w: QTensor, transpose: bool, out_dtype: Any, mode: str) -> Ar
         x = (x * _output_scales(w)[0]).astype(x.dtype)
     y = _dot(x, w.grid(x.dtype), transpose)
     return (y * _output_scales(w)[0] if mode == "after" else y).astype(out_dtype)
-
-
-def _xla_blocked(x: Array, w: QTensor, transpose: bool, out_dtype: Any, mode: str) -> Array:
-    """Widens BLOCK_ROWS rows of the weight at a time, so the float copy never leaves the cache.
-
-    In float32 throughout: XLA:CPU multiplies small float32 matrices fastest.
-    """
-    *lead, k = x.shape
-    x_MK = x.reshape(-1, k).astype(jnp.float32)
-    blocks = w.shape[0] // BLOCK_ROWS
-    m, n = x_MK.shape[0], w.shape[0 if transpose else 1]
-    all_scales = w.full_scales()
-
-    def rows(array: Array, i: Array, count: int) -> Array:
-        return jax.lax.dynamic_slice_in_dim(array, i * count, count, 0).astype(jnp.float32)
-
-    def along_k(i: Array, y_MN: Array) -> Array:
-        block = rows(w.values, i, BLOCK_ROWS) + w.offset
-        if mode == "before":
-            scales = rows(all_scales, i, BLOCK_ROWS // w.group)
-            block = (block.reshape(-1, w.group, n) * scales).reshape(BLOCK_ROWS, n)
-        x_block = jax.lax.dynamic_slice_in_dim(x_MK, i * BLOCK_ROWS, BLOCK_ROWS, 1)
-        return y_MN + _dot(x_block, block, False)
-
-    def along_n(i: Array, y_MN: Array) -> Array:
-        y_block = _dot(x_MK, rows(w.values, i, BLOCK_ROWS) + w.offset, True)
-        return jax.lax.dynamic_update_slice_in_dim(y_MN, y_block, i * BLOCK_ROWS, 1)
-
-    body = along_n if transpose else along_k
-    y_MN = jax.lax.fori_loop(0, blocks, body, jnp.zeros((m, n), jnp.float32))
-    if mode == "after":
-        y_MN = y_MN * _output_scales(w)
-    return y_MN.astype(out_dtype).reshape(*lead, n)
 
 
 def _pallas(x: Array, w: QTensor, transpose: bool, out_dtype: Any, mode: str) -> Array:

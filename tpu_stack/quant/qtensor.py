@@ -35,7 +35,8 @@ class QTensor:
         packed bits are int32 words [..., 8*ceil(K/256), N], and K is told by the scales;
       * contract_axis == -1 (embedding table, one scale per row): values [..., V, D],
         scales [..., V, 1];
-      * `values` has the format's dtype, or int8 after `widen()` with float32 scales;
+      * `values` has the format's dtype, or after `widen()` that of `elements.widened_dtype`, with
+        float32 scales;
       * a two-level format has `tensor_scale` [..., 1, 1, 1] float32 until widened, others None;
       * with `rotation` b, the values are those of the weight rotated along K in blocks of b;
       * leaves may be `jax.ShapeDtypeStruct`, PartitionSpecs or shardings, as in any tree.
@@ -55,8 +56,8 @@ class QTensor:
 
     @property
     def widened(self) -> bool:
-        """Whether `values` are the int8 integers that `widen` makes of a smaller format's."""
-        return self.values.dtype == jnp.int8 and self.spec.storage != "int8"
+        """Whether `values` are what `widen` makes of another dtype."""
+        return self.values.dtype == elements.widened_dtype(self.spec) != self.spec.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -132,17 +133,18 @@ class QTensor:
         return rotate(weight, self.rotation, -2).astype(dtype)
 
     def widen(self) -> "QTensor":
-        """The same numbers with values as int8, a byte each, and float32 scales.
+        """The same numbers in values that XLA:CPU reads fast, with float32 scales.
 
-        XLA:CPU unpacks int4 about five times slower than it reads int8, so a CPU server widens
-        once when it loads. `nbytes_packed` still reports what the format costs where it is packed.
-        8-bit formats are returned as they are. Host arrays stay host arrays.
+        That is int8, a byte each, or bfloat16 for 8-bit floats. XLA:CPU unpacks int4 about five
+        times slower than it reads int8, and 8-bit floats slower yet, so a CPU server widens once
+        when it loads. `nbytes_packed` still reports what the format costs where it is packed. int8
+        is returned as it is. Host arrays stay host arrays.
         """
-        unit = elements.widened_unit(self.spec)
-        if unit is None or self.values.dtype == jnp.int8:
+        if self.values.dtype == elements.widened_dtype(self.spec):
             return self
         values = elements.widen(self.values, self.spec, self.shape[-2])
-        scales = self.scales.astype(np.float32) * np.float32(unit)
+        unit = np.float32(elements.widened_unit(self.spec))
+        scales = self.scales.astype(np.float32) * unit
         if self.tensor_scale is not None:
             scales = scales * self.tensor_scale
         return replace(self, values=values, scales=scales, tensor_scale=None)
@@ -155,7 +157,7 @@ class QTensor:
                 f"{name}: not a quantized tensor: format {self.format!r}, "
                 f"contract_axis {self.contract_axis}, shape {tuple(self.values.shape)}"
             )
-        if self.values.dtype not in (fmt.dtype, jnp.dtype(jnp.int8)):
+        if self.values.dtype not in (fmt.dtype, elements.widened_dtype(fmt)):
             raise UserError(f"{name}: {self.format} values cannot be {self.values.dtype}")
         want = scales_shape(self.shape, fmt, self.contract_axis, name)
         if tuple(self.scales.shape) != want:

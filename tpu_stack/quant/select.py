@@ -22,11 +22,10 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import AxisType
 
 from tpu_stack.errors import UserError
+from tpu_stack.quant.blocked import BLOCK_ROWS
 from tpu_stack.quant.qtensor import QTensor
 
 IMPLEMENTATIONS = ("xla", "xla_blocked", "pallas")
-BLOCK_ROWS = 64
-"""Rows of the weight that "xla_blocked" widens at a time: small enough to stay in L2."""
 MAX_BLOCKED_M = 32
 """Above this M, one large dot makes up for widening the whole weight first (measured on CPU)."""
 
