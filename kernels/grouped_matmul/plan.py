@@ -64,9 +64,8 @@ def make_grouped_plan(
         kind=kind,
     )
     plan = replace(plan, m=m)
-    if plan.storage.name == "half" and plan.integer:
-        # Half-integers are no int8, and here they are widened to what they mean.
-        operands = ("bfloat16", "bfloat16")
+    operands = _operands(plan)
+    if operands != plan.operands:
         told = support(kind or device_kind(), x.dtype, plan.storage, operands)
         plan = replace(plan, operands=operands, support=told)
     if not wide:
@@ -79,6 +78,17 @@ def make_grouped_plan(
         support=f"native: {dtype} x {dtype}",
         scale_mode="input",
     )
+
+
+def _operands(plan: Plan) -> tuple[str, str]:
+    """The dtypes multiplied here: what the weight means, as it is or scaled.
+
+    `quantized_matmul` has ways to scale in float8 and to multiply half-integers as int8 that this
+    kernel does not share.
+    """
+    scaled_first = plan.scale_mode == "before" and plan.operands[1] != "float32"
+    halves = plan.storage.name == "half" and plan.operands[1] == "int8"
+    return ("bfloat16", "bfloat16") if scaled_first or halves else plan.operands
 
 
 def _check_shapes(
