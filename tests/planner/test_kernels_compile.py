@@ -150,11 +150,9 @@ def test_a_chip_without_a_compiler_is_refused(case):
 def test_the_real_compiler_gives_a_schedule(case, tmp_path: Path):
     full = get_case("quantized_matmul", "int4", "bf16")
     jobs = [Job(full, chip, full.large) for chip in ("v5p", "v6e", "7x")]
-    bad = Job(full, "v6e", full.large, {"tiles": [64, 4096, 14336]})  # more than VMEM
-    v5p, v6e, v7x, refused = compile_jobs([*jobs, bad], cache=tmp_path)
+    v5p, v6e, v7x = compile_jobs(jobs, cache=tmp_path)
     for found in (v5p, v6e, v7x):
         assert found.error is None
         assert found.schedules[0].loop.bundles > 0
         assert found.schedules[0].loop.slots["MATMUL"] > 0
     assert v6e.schedules[0].steps == 2 * v5p.schedules[0].steps  # v5p splits the grid in two
-    assert refused.error is not None
