@@ -17,8 +17,9 @@ def gaussian(*shape: int) -> jax.Array:
     return jax.random.normal(jax.random.key(1), shape)
 
 
-def test_scan_slices_stacked_layers():
-    stacked = quantize(gaussian(3, 64, 64), "int4")
+@pytest.mark.parametrize("format", ["int4", "nvfp4", "int1"])
+def test_scan_slices_stacked_layers(format):
+    stacked = quantize(gaussian(3, 64, 64), format)
     x = gaussian(2, 64)
 
     def layer(h, w):

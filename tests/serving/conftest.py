@@ -8,13 +8,14 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
-from serving_model import MODEL, STEP
+from serving_model import MODEL, STEP, serving
 
 from tpu_stack.checkpoint.store import CheckpointStore
 from tpu_stack.data.sources import Document
 from tpu_stack.data.tokenizer import Tokenizer, build_tokenizer
 from tpu_stack.models.abstract import map_specs
 from tpu_stack.models.config import ModelConfig
+from tpu_stack.serving.pack import pack
 from tpu_stack.sharding.axes import TensorSpec
 from tpu_stack.sharding.mesh import make_mesh
 from tpu_stack.sharding.profiles import get_profile
@@ -30,6 +31,26 @@ class Trained:
     config: ModelConfig
     params: dict[str, Any]
     tokenizer: Tokenizer
+
+
+class Bundles(dict[str, Path]):
+    """The checkpoint packed to each format, when it is first asked for."""
+
+    def __init__(self, run: Path, folder: Path):
+        self.run, self.folder = run, folder
+
+    def __missing__(self, format: str) -> Path:
+        # Words of one-bit values hold 256 rows, more than half of any of these.
+        mesh = "data=4" if format == "int1" else "data=2,tensor=2"
+        pack(self.run, format, *serving(mesh), self.folder / format)
+        self[format] = self.folder / format
+        return self[format]
+
+
+@pytest.fixture(scope="session")
+def bundles(trained, tmp_path_factory) -> Bundles:
+    """Folders of bundles by format."""
+    return Bundles(trained.run, tmp_path_factory.mktemp("bundles"))
 
 
 @pytest.fixture(scope="session")

@@ -36,16 +36,6 @@ FORMATS = [name for name in EVERY_FORMAT if "_g" not in name]
 MESH = "data=2,tensor=2"
 
 
-@pytest.fixture(scope="module")
-def bundles(trained, tmp_path_factory) -> dict[str, Path]:
-    """The checkpoint packed to every format."""
-    folder = tmp_path_factory.mktemp("bundles")
-    for format in FORMATS:
-        # Words of one-bit values hold 256 rows, more than half of any of these.
-        pack(trained.run, format, *serving("data=4" if format == "int1" else MESH), folder / format)
-    return {format: folder / format for format in FORMATS}
-
-
 @pytest.fixture
 def copy(bundles, tmp_path) -> Path:
     """A writable copy of the int4 bundle, to damage."""
