@@ -130,29 +130,35 @@ def _kernel(fetch_ref, lengths_ref, q_ref, *refs, plan: Plan):
 
     @pl.when(first_token < length)
     def _():
-        ks, vs = (_joined_scales(refs) for refs in (k_scales, v_scales))
-        for head in range(plan.heads):
-            q = q_ref[0, head]
-            k = _joined(k_refs, head, q.dtype)
-            s = _dot(q, k, ((1,), (1,))) * plan.scale
-            if plan.scaled:
-                s = s * ks[head : head + 1]
-            if plan.softcap is not None:
-                s = plan.softcap * jnp.tanh(s / plan.softcap)
-            seen = _in_sight(s.shape, 1, first_token, length, plan)
-            s = jnp.where(seen, s, _MASKED)
-            m_old = m_ref[head]
-            m_new = jnp.maximum(m_old, jnp.max(s, axis=1, keepdims=True))
-            p = jnp.exp(s - m_new)
-            keep = jnp.exp(m_old - m_new)
-            m_ref[head] = m_new
-            l_ref[head] = l_ref[head] * keep + jnp.sum(p, axis=1, keepdims=True)
-            if plan.scaled:
-                p = jnp.where(seen, p * vs[head : head + 1], 0.0)
-            # Pages are reused: what lies beyond the length may be another's NaN, and 0 * NaN.
-            v = _joined(v_refs, head, q.dtype)
-            v = jnp.where(_in_sight(v.shape, 0, first_token, length, plan), v, jnp.zeros_like(v))
-            acc_ref[head] = acc_ref[head] * keep + _dot(p.astype(q.dtype), v, ((1,), (0,)))
+        # All heads at each stage, so that the chain of one hides behind the others'.
+        heads, dtype = range(plan.heads), q_ref.dtype
+        keys = (_joined(k_refs, head, dtype) for head in heads)
+        s = jnp.stack([_dot(q_ref[0, head], k, ((1,), (1,))) for head, k in enumerate(keys)])
+        s = s * plan.scale
+        if plan.scaled:
+            s = s * _joined_scales(k_scales)
+        if plan.softcap is not None:
+            s = plan.softcap * jnp.tanh(s / plan.softcap)
+        seen = _in_sight(s.shape, 2, first_token, length, plan)
+        s = jnp.where(seen, s, _MASKED)
+        m_old = m_ref[...]
+        m_new = jnp.maximum(m_old, jnp.max(s, axis=2, keepdims=True))
+        p = jnp.exp(s - m_new)
+        keep = jnp.exp(m_old - m_new)
+        m_ref[...] = m_new
+        l_ref[...] = l_ref[...] * keep + jnp.sum(p, axis=2, keepdims=True)
+        if plan.scaled:
+            p = jnp.where(seen, p * _joined_scales(v_scales), 0.0)
+        p = p.astype(dtype)
+        # Pages are reused: what lies beyond the length may be another's NaN, and 0 * NaN.
+        used = _in_sight((plan.tokens, plan.head_dim), 0, first_token, length, plan)
+        integers = jnp.issubdtype(v_refs[0].dtype, jnp.integer)
+        added = []
+        for head in heads:
+            v = _joined(v_refs, head, dtype)
+            v = v if integers else jnp.where(used, v, jnp.zeros_like(v))
+            added.append(_dot(p[head], v, ((1,), (0,))))
+        acc_ref[...] = acc_ref[...] * keep + jnp.stack(added)
 
     @pl.when(j == plan.grid[2] - 1)
     def _():
@@ -165,9 +171,9 @@ def _joined(refs: Any, head: int, dtype: Any) -> Array:
     return jnp.concatenate([ref[head, 0].astype(dtype) for ref in refs])
 
 
-def _joined_scales(refs: Any) -> Any:
-    """The block's scales [heads, tokens]; refs is empty when there are none."""
-    return jnp.concatenate([ref[:, 0, 0] for ref in refs], axis=1) if refs else None
+def _joined_scales(refs: Any) -> Array:
+    """The block's scales [heads, 1, tokens]."""
+    return jnp.concatenate([ref[:, 0] for ref in refs], axis=2)
 
 
 def _in_sight(shape: tuple[int, ...], axis: int, first_token: Array, length: Array, plan: Plan):
