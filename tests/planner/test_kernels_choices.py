@@ -12,7 +12,7 @@ from tpu_stack.hardware import get_chip
 from tpu_stack.kernels.quantized_matmul import tiles as kernel_tiles
 from tpu_stack.planner.kernels import measure, table, tune
 from tpu_stack.planner.kernels.bundles import Region, Schedule
-from tpu_stack.planner.kernels.cases import get_case, registry
+from tpu_stack.planner.kernels.cases import get_case
 from tpu_stack.planner.kernels.compile import Compiled
 from tpu_stack.planner.kernels.explain import explain
 from tpu_stack.planner.kernels.targets import compile_target, libtpu_version
@@ -69,14 +69,16 @@ def test_what_cannot_be_explained_is_refused(asked, says):
         explain(*asked)
 
 
-@pytest.mark.parametrize("format", ["int8", "int4", "nvfp4", "int1"])
-@pytest.mark.parametrize("shape", [DECODE, (2048, 4096, 4096), (5, 640, 200)])
+@pytest.mark.parametrize(
+    ("format", "shape"),
+    [("int8", DECODE), ("int4", (2048, 4096, 4096)), ("nvfp4", DECODE), ("int1", (5, 640, 200))],
+)
 def test_settings_are_distinct_and_fit(format, shape):
     case, target = get_case("quantized_matmul", format, "bf16"), compile_target("v5p")
     found = tune.settings(case, target, shape)
     assert len({(s.tiles, s.scale_mode) for s in found}) == len(found) >= 1
     assert all(2 * s.block_bytes < target.vmem_bytes for s in found)
-    for setting in found[:3]:
+    for setting in (found[0], found[-1]):
         options = {"tiles": setting.tiles, "scale_mode": setting.scale_mode}
         case.out_shape(shape, **options)  # the kernel takes it
 
@@ -156,7 +158,10 @@ def test_winners_are_what_the_kernel_reads(tmp_path, monkeypatch):
         (get_case("quantized_matmul", format, "bf16"), "v6e", DECODE, winner)
         for format in ("int4", "ternary", "int2", "int1", "nvfp4")
     ]
-    tune.write_winners(won, path)
+    shared = (get_case("quantized_matmul", "int4_g128", "bf16"), *won[0][1:3])
+    other = dataclasses.replace(winner, tiles=(16, 512, 512))
+    written = tune.write_winners([*won, (*shared, other)], path)
+    assert written == [case.name for case, *_ in won]  # int4_g128 has int4's entry
     table_now = json.loads(path.read_text())
     for name in ("int4", "ternary", "int2", "int1", "float4_e2m1fn"):
         entry = table_now["tiles"]["TPU v6 lite"][name]["decode"]
@@ -174,12 +179,14 @@ def test_winners_of_another_compiler_are_not_mixed_in(tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "libtpu_version", lambda: "9.9.9")
     winner = tune.Candidate((16, 1024, 512), "before", 1)
     with pytest.raises(UserError, match=r"tuned with libtpu .* this is 9\.9\.9"):
-        tune.write_winners([(registry()[0], "v6e", DECODE, winner)], path)
+        tune.write_winners(
+            [(get_case("quantized_matmul", "int8", "bf16"), "v6e", DECODE, winner)], path
+        )
     assert path.read_text() == before
 
 
 def test_an_op_without_tiles_is_refused():
-    other = dataclasses.replace(registry()[0], op="kv_attention", tunable=())
+    other = get_case("kv_attention", "int8", "bf16")
     with pytest.raises(UserError, match="kv_attention has no tiles to tune"):
         tune.settings(other, compile_target("v6e"), DECODE)
 

@@ -10,7 +10,7 @@ import pytest
 from tpu_stack.errors import UserError
 from tpu_stack.hardware import CHIPS
 from tpu_stack.planner.kernels import cases, verify
-from tpu_stack.planner.kernels.cases import array_bytes, find_cases, get_case, parse_shape, registry
+from tpu_stack.planner.kernels.cases import array_bytes, find_cases, get_case, parse_shape
 from tpu_stack.planner.kernels.compile import Compiled, Job
 from tpu_stack.planner.kernels.targets import COMPILE_TARGETS, compile_target
 from tpu_stack.quant import FORMATS
@@ -26,7 +26,7 @@ def int8():
 def test_every_quantized_format_is_a_case():
     found = {case.format for case in find_cases("quantized_matmul", activation="bf16")}
     assert found == {name for name, fmt in FORMATS.items() if fmt.quantized}
-    assert len({case.name for case in registry()}) == len(registry())
+    assert len({case.name for case in cases.candidates()}) == len(cases.candidates())
 
 
 def test_abstract_operands_are_those_that_are_made():
@@ -194,7 +194,3 @@ def test_the_fraction_is_of_the_longer_roof(int8):
     assert twice["fraction"] == pytest.approx(0.5, rel=1e-4)
     assert twice["bound"] == "bundles"
     assert twice["support"] == "emulated"  # v6e multiplies int8 by int8, not bfloat16 by int8
-
-
-def test_the_registry_is_made_once():
-    assert cases.registry() is registry()

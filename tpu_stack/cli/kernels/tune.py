@@ -71,8 +71,8 @@ def run(options: Options) -> None:
         if tune.beats(best, next(c for c in candidates if c.current)):
             winners.append((case, options.chip, shape, best))
     if options.write and winners:
-        tune.write_winners(winners)
-        print(f"wrote {len(winners)} to {tune.TILES_FILE}")
+        written = tune.write_winners(winners)
+        print(f"wrote to {tune.TILES_FILE}: {', '.join(written)}")
     save_json(
         options.json,
         {

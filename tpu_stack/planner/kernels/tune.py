@@ -76,6 +76,7 @@ class _Setting:
     tiles: tuple[int, int, int]
     scale_mode: str
     block_bytes: float
+    call_bytes: float
 
 
 def search(
@@ -109,7 +110,7 @@ def search(
     if any(result.not_run for result in compiled):
         raise UserError(f"tuning needs the TPU compiler: {compiled[0].not_run}")
     candidates = [
-        _candidate(case, target, shape, setting, result, current=number == 0)
+        _candidate(target, setting, result, current=number == 0)
         for number, (setting, result) in enumerate(zip(found, compiled, strict=True))
     ]
     return sorted(candidates, key=lambda c: (c.cycles is None, c.cycles, math.prod(c.tiles)))
@@ -146,7 +147,7 @@ def settings(case: Case, target: CompileTarget, shape: tuple[int, ...]) -> list[
     """The distinct settings that the kernel takes and that fit VMEM; the current one first."""
     if "tiles" not in case.tunable:
         raise UserError(f"{case.op} has no tiles to tune; quantized_matmul has")
-    kind = target.device_kind
+    kind, nbytes = target.device_kind, _Bytes.of(case, shape)
     current = _plan(case, shape, kind)
     asked = [((current.bm, current.bk, current.bn), current.scale_mode)]
     asked += [
@@ -163,10 +164,10 @@ def settings(case: Case, target: CompileTarget, shape: tuple[int, ...]) -> list[
         except ValueError:
             continue  # not a setting of the kernel at this shape
         cut = (plan.bm, plan.bk, plan.bn)
-        nbytes = _block_bytes(case, shape, cut)
+        step = nbytes.of_step(shape, cut)
         widened = 4 * plan.bk * plan.bn + 8 * plan.bm * plan.bn
-        if (cut, mode) not in found and 2 * nbytes + widened <= VMEM_SHARE * target.vmem_bytes:
-            found[cut, mode] = _Setting(cut, mode, nbytes)
+        if (cut, mode) not in found and 2 * step + widened <= VMEM_SHARE * target.vmem_bytes:
+            found[cut, mode] = _Setting(cut, mode, step, nbytes.of_call(shape, cut))
     return list(found.values())
 
 
@@ -182,30 +183,41 @@ def _plan(case: Case, shape: tuple[int, ...], kind: str, **options: Any) -> Any:
     return make_plan(x, values, scales, offset=offset, kind=kind, **arrays, **options)
 
 
-def _block_bytes(case: Case, shape: tuple[int, ...], tiles: tuple[int, int, int]) -> float:
-    """Bytes that one grid step loads and stores: each array's share of its axes."""
-    m, k, n = shape
-    bm, bk, bn = (min(block, size) for block, size in zip(tiles, shape, strict=True))
-    arrays = case.abstract(shape)
-    weight = sum(array_bytes(a) for name, a in arrays.items() if name in ("values", "scales"))
-    x = array_bytes(arrays["x"]) * (bm / m) * (bk / k)
-    out = sum(map(array_bytes, jax.tree.leaves(case.out_shape(shape))))
-    return weight * (bk / k) * (bn / n) + x + out * (bm / m) * (bn / n)
+@dataclass(frozen=True)
+class _Bytes:
+    """Packed bytes of the weight with its scales, of x and of the result, each once."""
+
+    weight: int
+    x: int
+    out: int
+
+    @classmethod
+    def of(cls, case: Case, shape: tuple[int, ...]) -> "_Bytes":
+        arrays = case.abstract(shape)
+        weight = sum(array_bytes(arrays[name]) for name in ("values", "scales"))
+        out = sum(map(array_bytes, jax.tree.leaves(case.out_shape(shape))))
+        return cls(weight, array_bytes(arrays["x"]), out)
+
+    def of_step(self, shape: tuple[int, ...], tiles: tuple[int, int, int]) -> float:
+        """What one grid step loads and stores: each array's share of its axes."""
+        m, k, n = (min(1.0, block / size) for block, size in zip(tiles, shape, strict=True))
+        return self.weight * k * n + self.x * m * k + self.out * m * n
+
+    def of_call(self, shape: tuple[int, ...], tiles: tuple[int, int, int]) -> float:
+        """What a call moves: the weight once per block of M; x once per block of N, unless it is
+        all one block and stays."""
+        m, k, n = (math.ceil(size / block) for block, size in zip(tiles, shape, strict=True))
+        return self.weight * m + self.x * (n if k > 1 else 1) + self.out
 
 
 def _candidate(
-    case: Case,
-    target: CompileTarget,
-    shape: tuple[int, ...],
-    setting: _Setting,
-    result: Compiled,
-    current: bool,
+    target: CompileTarget, setting: _Setting, result: Compiled, current: bool
 ) -> Candidate:
     if result.error:
         return Candidate(
             setting.tiles, setting.scale_mode, None, error=result.error, current=current
         )
-    traffic = target.hbm_cycles(_traffic(case, shape, setting))
+    traffic = target.hbm_cycles(setting.call_bytes)
     first = target.hbm_cycles(setting.block_bytes)
     kernel = max(result.schedules, key=lambda schedule: schedule.executed)
     return Candidate(
@@ -222,17 +234,6 @@ def _candidate(
     )
 
 
-def _traffic(case: Case, shape: tuple[int, ...], setting: _Setting) -> float:
-    """Bytes moved: the weight once per block of M, x once per block of N unless it all fits one."""
-    m, k, n = shape
-    bm, bk, bn = setting.tiles
-    arrays = case.abstract(shape)
-    weight = sum(array_bytes(a) for name, a in arrays.items() if name in ("values", "scales"))
-    again = math.ceil(n / bn) if math.ceil(k / bk) > 1 else 1
-    out = sum(map(array_bytes, jax.tree.leaves(case.out_shape(shape))))
-    return weight * math.ceil(m / bm) + array_bytes(arrays["x"]) * again + out
-
-
 def tiles_name(case: Case) -> str:
     """What tiles.json calls the case's weight: its stored type, but three are told apart."""
     fmt = get_format(case.format)
@@ -240,7 +241,7 @@ def tiles_name(case: Case) -> str:
     return special.get(fmt.storage, fmt.storage)
 
 
-def entry_of(case: Case, winner: Candidate, shape: tuple[int, ...]) -> dict[str, Any]:
+def entry_of(winner: Candidate, shape: tuple[int, ...]) -> dict[str, Any]:
     """The winner as tiles.json writes it. `bm` is the block that was asked for, not cut to M."""
     bm = winner.tiles[0] if regime(shape[0]) == "prefill" else ROW_BLOCKS["decode"][0]
     entry: dict[str, Any] = {"bm": bm, "bk": winner.tiles[1], "bn": winner.tiles[2]}
@@ -251,8 +252,11 @@ def entry_of(case: Case, winner: Candidate, shape: tuple[int, ...]) -> dict[str,
 
 def write_winners(
     found: Iterable[tuple[Case, str, tuple[int, ...], Candidate]], path: Path = TILES_FILE
-) -> None:
+) -> list[str]:
     """Puts winners into tiles.json, beside the others, with this libtpu's version.
+
+    The file has one entry for all formats stored as one type (int4 of any group), so of these the
+    first is written. Returns the names of the cases that were.
 
     Raises: UserError when the file was tuned with another version: its other entries would then be
       passed off as this one's. Remove them, or install that version.
@@ -263,12 +267,17 @@ def write_winners(
             f"{path.name} was tuned with libtpu {table['libtpu']}, and this is "
             f"{libtpu_version()}: tune with that version, or empty the file first"
         )
+    written: dict[tuple[str, str, str], str] = {}
     for case, chip, shape, winner in found:
-        kind = get_chip(chip).device_kinds[0]
-        formats = table["tiles"].setdefault(kind, {})
-        formats.setdefault(tiles_name(case), {})[regime(shape[0])] = entry_of(case, winner, shape)
+        place = (get_chip(chip).device_kinds[0], tiles_name(case), regime(shape[0]))
+        if place not in written:
+            kind, weight, when = place
+            entries = table["tiles"].setdefault(kind, {}).setdefault(weight, {})
+            entries[when] = entry_of(winner, shape)
+            written[place] = case.name
     write_text(path, tiles_text(table))
     read_tiles.cache_clear()
+    return list(written.values())
 
 
 def tiles_text(table: dict[str, Any]) -> str:
