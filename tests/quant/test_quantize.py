@@ -191,6 +191,8 @@ def test_nan_and_infinity_name_the_tensor_and_the_place(format, bad):
 def test_refusals_name_the_tensor_and_the_sizes():
     with pytest.raises(UserError, match=r"up: shape \[33, 4\]: K=33 is not a multiple of int4's"):
         quantize(jnp.ones((33, 4)), "int4", name="up")
+    with pytest.raises(UserError, match=r"K=192 is not a multiple .* group 128; int2_g64 fits"):
+        quantize(jnp.ones((192, 4)), "int2_g128")
     with pytest.raises(UserError, match=r"embed: int4 has groups of 32 .*use int8"):
         quantize(jnp.ones((64, 32)), "int4", contract_axis=-1, name="embed")
     with pytest.raises(UserError, match="up: bf16 is not a quantized format"):

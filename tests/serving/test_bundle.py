@@ -215,7 +215,7 @@ def test_a_rotated_bundle(trained, tmp_path):
         np.testing.assert_array_equal(leaf(loaded, spec.name).dequantize(), wanted.dequantize())
     with pytest.raises(UserError, match="rotation is for the 4-bit formats, not int2"):
         pack(trained.run, "int2", profile, mesh, tmp_path / "other", rotation=32)
-    with pytest.raises(UserError, match=r"128 rows .* over 4 devices in blocks of 64, as a rot"):
+    with pytest.raises(UserError, match=r"128 rows .* over 4 devices in blocks of 64, as rotat"):
         pack(trained.run, "int4", *serving("tensor=4"), tmp_path / "other", rotation=64)
     assert not (tmp_path / "other").exists()
 
@@ -238,6 +238,8 @@ def test_version_1_bundles_load(trained, copy):
 def test_words_that_do_not_divide_are_named(trained):
     with pytest.raises(UserError, match=r"128 rows along .* over 4 devices in blocks of 256"):
         PackedLayout.of(trained.config, "int1", *serving("tensor=4"))
+    with pytest.raises(UserError, match=r"wk: shape .* int4_g128's group 128; int4_g64 fits"):
+        PackedLayout.of(trained.config, "int4_g128", *serving("data=1"))
 
 
 def test_groups_that_do_not_divide_are_named(trained):

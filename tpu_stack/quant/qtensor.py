@@ -16,7 +16,7 @@ import numpy as np
 
 from tpu_stack.errors import UserError
 from tpu_stack.quant import elements
-from tpu_stack.quant.formats import Format, get_format
+from tpu_stack.quant.formats import FORMATS, Format, get_format
 from tpu_stack.quant.rotation import check_rotation, rotate
 
 
@@ -196,8 +196,23 @@ def scales_shape(
     if group == 0 or k % group:
         raise UserError(
             f"{name}: shape {list(shape)}: K={k} is not a multiple of {fmt.name}'s group {group}"
+            + _smaller_group(fmt, k)
         )
     return (*lead, k // group, 1, n)
+
+
+def _smaller_group(fmt: Format, k: int) -> str:
+    """A hint: the format with the same grid and the largest group that divides `k`, if any."""
+    grid = (fmt.bits, fmt.low, fmt.high, fmt.offset, fmt.scale_dtype)
+    fitting = [
+        other
+        for other in FORMATS.values()
+        if (other.bits, other.low, other.high, other.offset, other.scale_dtype) == grid
+        and other.group
+        and k
+        and k % other.group == 0
+    ]
+    return f"; {max(fitting, key=lambda f: f.group or 0).name} fits" if fitting else ""
 
 
 def values_shape(shape: tuple[int, ...], fmt: Format) -> tuple[int, ...]:
@@ -206,11 +221,18 @@ def values_shape(shape: tuple[int, ...], fmt: Format) -> tuple[int, ...]:
 
 
 def abstract_qtensor(
-    shape: tuple[int, ...], format: str, contract_axis: int = -2, rotation: int = 0
+    shape: tuple[int, ...],
+    format: str,
+    contract_axis: int = -2,
+    rotation: int = 0,
+    name: str = "weight",
 ) -> QTensor:
-    """A QTensor of `jax.ShapeDtypeStruct`s, for planning without allocating."""
+    """A QTensor of `jax.ShapeDtypeStruct`s, for planning without allocating.
+
+    Raises UserError, naming the tensor, when the format cannot store the shape.
+    """
     fmt = get_format(format)
-    scales = scales_shape(shape, fmt, contract_axis)
+    scales = scales_shape(shape, fmt, contract_axis, name)
     level = jax.ShapeDtypeStruct((*shape[:-2], 1, 1, 1), jnp.float32) if fmt.two_level else None
     return QTensor(
         jax.ShapeDtypeStruct(values_shape(shape, fmt), fmt.dtype),

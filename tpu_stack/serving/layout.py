@@ -56,9 +56,9 @@ def _placed(spec: TensorSpec, format: str, profile: Profile, mesh: Mesh, rotatio
     values = profile.rules.partition_spec(spec.axes, spec.name)
     if not fmt.quantized:
         return _struct(spec.shape, fmt.dtype, values, mesh)
-    packed = abstract_qtensor(
-        spec.shape, fmt.name, spec.contract_axis or -2, stored_rotation(spec, format, rotation)
-    ).check(spec.name)
+    block = stored_rotation(spec, format, rotation)
+    axis = spec.contract_axis or -2
+    packed = abstract_qtensor(spec.shape, fmt.name, axis, block, spec.name).check(spec.name)
     specs = {"values": values, "scales": scales_spec(spec, packed, profile)}
     if packed.tensor_scale is not None:
         specs["tensor_scale"] = PartitionSpec(*_entries(spec, profile)[:-2], None, None, None)
@@ -88,11 +88,11 @@ def scales_spec(spec: TensorSpec, packed: QTensor, profile: Profile) -> Partitio
     groups = packed.scales.shape[-3]
     ways = prod(profile.mesh[axis] for axis in profile.rules.mesh_axes(spec.axes[-2]))
     words = WORD_ROWS if packed.packed_bits else 1
-    for unit, what in ((words, "the words of one bit"), (packed.rotation or 1, "a rotation")):
+    for unit, what in ((words, "words of bits"), (packed.rotation or 1, "rotated rows")):
         if ways > 1 and spec.shape[-2] % (unit * ways):
             raise UserError(
                 f"{spec.name}: {spec.shape[-2]} rows along {spec.axes[-2]!r} do not divide over"
-                f" {ways} devices in blocks of {unit}, as {what} needs"
+                f" {ways} devices in blocks of {unit}, as {what} need; split that axis fewer ways"
             )
     if groups == 1:
         return PartitionSpec(*lead, None, None, n)
@@ -114,7 +114,7 @@ def packed_bytes_per_device(spec: TensorSpec, format: str, profile: Profile) -> 
     shape = _shard(spec.shape, profile.rules.partition_spec(spec.axes, spec.name), profile)
     if not fmt.quantized:
         return fmt.name, prod(shape) * fmt.bits // 8
-    packed = abstract_qtensor(spec.shape, fmt.name, spec.contract_axis or -2)
+    packed = abstract_qtensor(spec.shape, fmt.name, spec.contract_axis or -2, name=spec.name)
     scales = _shard(packed.scales.shape, scales_spec(spec, packed, profile), profile)
     shard = replace(
         packed,
