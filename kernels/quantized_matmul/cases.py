@@ -40,12 +40,6 @@ class Case:
     low: int = 0
     high: int = 0
 
-    @property
-    def bits(self) -> int:
-        """Bits of one weight, without its scales."""
-        widths = {"int4": 4, "float4_e2m1fn": 4, "int2": 2, "int32": 1}
-        return widths.get(self.values, 8)
-
     def value_rows(self, k: int) -> int:
         """Rows of the stored array for K rows of weight."""
         return 8 * -(-k // WORD_ROWS) if self.values == "int32" else k
@@ -74,6 +68,12 @@ FORMATS = {
         *_grouped(Case("int1", "int32")),
     ]
 }
+
+
+def stored_bytes(array: Any) -> float:
+    """Bytes that an array takes in HBM, where XLA:TPU packs types of less than a byte."""
+    bits = {"int4": 4, "float4_e2m1fn": 4, "int2": 2}
+    return array.size * bits.get(array.dtype.name, 8 * array.dtype.itemsize) / 8
 
 
 def abstract_operands(

@@ -155,9 +155,8 @@ def _kernel(x_ref, w_ref, *refs, plan: Plan, compiled: bool):
         acc_ref[...] = jnp.zeros_like(acc_ref)
 
     if plan.scale_mode == "before":
-        scales = scaling.edge_scales(factors[0], left, plan)
-        scales, unit = scaling.shifts(scales) if plan.shifted else (scales, None)
-        y = _dot(x, _scaled_weight(w_ref, scales, scratch, left, plan, compiled), plan)
+        w, unit = _scaled_weight(w_ref, factors[0], scratch, left, plan, compiled)
+        y = _dot(x, w, plan)
         acc_ref[...] += y if unit is None else y * unit
     elif plan.scale_mode == "after_group":
         w = _weight(w_ref, left, plan, plan.operands[1])
@@ -190,22 +189,27 @@ def _weight(w_ref: Any, left: Array, plan: Plan, dtype: str) -> Array:
 
 
 def _scaled_weight(
-    w_ref: Any, scales: Array, scratch: Any, left: Array, plan: Plan, compiled: bool
-) -> Array:
-    """The block times its scales in the operand's dtype."""
+    w_ref: Any, s_ref: Any, scratch: Any, left: Array, plan: Plan, compiled: bool
+) -> tuple[Array, Array | None]:
+    """The block times its scales in the operand's dtype, and the unit of each of its columns."""
     if not plan.words:
         dtype = "float32" if plan.operands[1] == "float32" else "bfloat16"
-        w = scaling.scaled(_weight(w_ref, left, plan, dtype), scales, plan.group)
-        return w.astype(plan.operands[1])
-    words_ref = scratch[1]
+        w = _weight(w_ref, left, plan, dtype)
+        w = scaling.scaled(w, scaling.edge_scales(s_ref, left, plan), plan.group)
+        return w.astype(plan.operands[1]), None
+    words_ref, unit = scratch[1], None
     exact = plan.scales_dtype != "float32"
-    if plan.paired:
+    if plan.shifted:
+        unit = scaling.write_shifts(s_ref, words_ref, left, plan)
+    elif plan.paired:
+        scales = scaling.edge_scales(s_ref, left, plan)
         scaling.write_sign_words(scales, words_ref, plan.group, exact)
-        return scaling.signed_scales(w_ref[...], words_ref, plan.group, compiled)
-    scaling.write_words(scales, words_ref, exact)
+        return scaling.signed_scales(w_ref[...], words_ref, plan.group, compiled), None
+    else:
+        scaling.write_words(scaling.edge_scales(s_ref, left, plan), words_ref, exact)
     w = _weight(w_ref, left, plan, "bfloat16")
     w = scaling.scaled_by_words(w, words_ref, plan.group, compiled)
-    return w.astype(plan.operands[1])
+    return w.astype(plan.operands[1]), unit
 
 
 def _zero_past(block: Array, axis: int, left: Any) -> Array:

@@ -105,7 +105,7 @@ class Plan:
 
     @property
     def shifted(self) -> bool:
-        """Whether power-of-two scales are applied to float8_e5m2; see `scaling.shifts`."""
+        """Whether power-of-two scales are applied to float8_e5m2; see `scaling.write_shifts`."""
         return self.scale_mode == "before" and self.operands[1] == "float8_e5m2"
 
     @property
@@ -152,7 +152,7 @@ def make_plan(
     group = _group(shape, scales.shape)
     entry = tuned(kind, _format(values.dtype, offset), x.shape[0])
     mode = _scale_mode(shape[0], group, transpose, scale_mode, entry["after_group_from"])
-    power = "bfloat16" if transpose else scales.dtype
+    power = "bfloat16" if transpose or group % 16 else scales.dtype
     operands = choose_operands(x.dtype, storage, mode, kind, power)
     if operands[1] == "int8" and k > MAX_INT8_K:
         raise ValueError(f"int8 activations: K = {k} may overflow int32; at most {MAX_INT8_K}")

@@ -48,16 +48,25 @@ def scaled(w: Array, scales: Array, group: int) -> Array:
     return grouped.reshape(rows, columns)
 
 
-def shifts(scales: Array) -> tuple[Array, Array]:
-    """Powers of two in units of 2^-13 of their column's largest, and that unit, [1, columns].
+def write_shifts(s_ref: Any, words_ref: Any, left: Array, plan: Plan) -> Array:
+    """`write_words` of powers of two (E8M0) in units of 2^-13 of their column's largest.
 
     e2m1 times such a scale fits float8_e5m2 (up to 6 * 2^13) and is exact there down to 2^-28 of
     the column's largest scale; smaller ones round to its subnormals, under what float32 keeps of
     a sum beside the largest.
+
+    Returns: the unit, float32 [1, columns].
     """
-    top = jnp.max(scales, axis=0, keepdims=True)
-    unit = jnp.where(top > 0, top, 1) * 2.0**-13
-    return scales / unit, unit
+    exponent = jax.lax.bitcast_convert_type(s_ref[...], jnp.uint8).astype(jnp.int32)
+    if plan.k_edge:
+        row = jax.lax.broadcasted_iota(jnp.int32, exponent.shape, 0)
+        exponent = jnp.where(row * plan.group < left, exponent, 0)
+    top = jnp.maximum(jnp.max(exponent, axis=0, keepdims=True), 14)
+    scales = jax.lax.bitcast_convert_type(exponent << 23, jnp.float32)
+    # 2^13 over the largest, whose exponent is top - 127: 2^(140 - top), in float32's range.
+    scales = scales * jax.lax.bitcast_convert_type((127 + 140 - top) << 23, jnp.float32)
+    write_words(scales, words_ref, exact=True)
+    return jax.lax.bitcast_convert_type((top - 13) << 23, jnp.float32)
 
 
 def write_words(scales: Array, words_ref: Any, exact: bool) -> None:

@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from tpu_stack.kernels.quantized_matmul import bench, quantized_matmul
+from tpu_stack.kernels.quantized_matmul.cases import ACTIVATIONS, FORMATS
 from tpu_stack.kernels.quantized_matmul.plan import read_tiles
 
 SHAPES = [(16, 2048, 1024), (5, 96, 130), (1024, 4096, 256)]
@@ -41,8 +42,13 @@ def test_lowers_to_mosaic(kind, weight, transpose, shape):
     assert text.count("tpu_custom_call") == 1
 
 
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs the extra [aot]"
+)
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra [aot]")
+@needs_libtpu
 @pytest.mark.parametrize("chip", ["v5e", "v6e", "7x"])
 def test_compiles_and_reports_bundles(chip):
     assert read_tiles()["libtpu"] == bench.libtpu_version()
@@ -51,6 +57,31 @@ def test_compiles_and_reports_bundles(chip):
             row = bench.compile_in_subprocess(case, chip, shape)
             assert "error" not in row, row
             assert row["bundles"] > 0
+
+
+EVERY = """
+import sys
+from tpu_stack.kernels.quantized_matmul import bench
+for case in sys.argv[2:]:
+    for shape in ([16, 1024, 256], [3, 384, 130]):
+        try:
+            bench.compile_here(case, sys.argv[1], shape)
+        except Exception as error:
+            sys.exit(f"{case} {shape}: {error}")
+"""
+"""Compiles every case at a shape of whole blocks and a ragged one; stops at the first refused."""
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("chip", bench.TOPOLOGY)
+def test_every_format_compiles(chip, activation):
+    cases = [f"{name}@{activation}" for name in FORMATS]
+    command = [sys.executable, "-c", EVERY, chip, *cases]
+    env = os.environ | bench.COMPILER_ENVIRONMENT
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 ODD = """
@@ -91,7 +122,7 @@ ODD_SHAPES = """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra [aot]")
+@needs_libtpu
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 def test_odd_shapes_compile(topology):
     # Interpret mode accepts blocks that Mosaic does not: fewer rows than a tile, ragged K.
@@ -102,12 +133,21 @@ def test_odd_shapes_compile(topology):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra [aot]")
-def test_a_decode_block_takes_no_longer_than_its_bytes_on_v6e():
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("chip", "case"),
+    [
+        ("v6e", "int8"),
+        ("v6e", "int4"),
+        ("7x", "fp8_e4m3"),
+        ("7x", "int4_g128"),
+        ("7x", "int4_channel"),
+    ],
+)
+def test_a_decode_block_takes_no_longer_than_its_bytes(chip, case):
     shape = [16, 2048, 1024]
-    for case in ("int8", "int4"):
-        row = bench.compile_in_subprocess(case, "v6e", shape)
-        assert row["bundles"] <= bench.hbm_cycles(case, "v6e", shape)
+    row = bench.compile_in_subprocess(case, chip, shape)
+    assert row["bundles"] <= bench.hbm_cycles(case, chip, shape)
 
 
 def test_a_dump_that_is_not_as_expected_is_named(tmp_path):
@@ -119,6 +159,29 @@ def test_a_dump_that_is_not_as_expected_is_named(tmp_path):
         bench.read_bundles(tmp_path)
     bad.write_text("Schedule analysis:\n\ttotal scheduled bundles:    1077\n")
     assert bench.read_bundles(tmp_path) == 1077
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [("int5", "no format 'int5'"), ("int4@fp16", "no activation 'fp16'")],
+)
+def test_bench_refuses_what_does_not_exist(case, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench", "--cases", case])
+    with pytest.raises(SystemExit):
+        bench.main()
+    assert message in capsys.readouterr().err
+
+
+def test_hbm_cycles_count_packed_bits_and_scales():
+    # x and the result are a hundredth of the weight here.
+    cycles = {name: bench.hbm_cycles(name, "v6e", [1, 4096, 4096]) for name in FORMATS}
+    bits = {name: round(8 * cycles[name] / cycles["int8"], 1) for name in FORMATS}
+    assert bits["int4"] == 4.5
+    assert bits["mxfp4"] == pytest.approx(4.25, abs=0.051)
+    assert bits["nvfp4"] == 4.5
+    assert bits["int2"] == 2.5
+    assert bits["ternary_g128"] == 2.1
+    assert bits["int1"] == 1.5
 
 
 def test_bench_reports_a_failed_compile_as_a_row(tmp_path, monkeypatch, capsys):
