@@ -53,7 +53,7 @@ def test_every_action_has_an_example(action, capsys):
         (["verify", "--shape", "16,x"], ["'16,x'", "16,4096,14336"]),
         (["verify", *INT8, "--shape", "16,4096"], ["M,K,N", "16,4096"]),
         (["verify", "--format", "int4", "--shape", "4,100,100"], ["K=100", "32"]),
-        (["verify", "--write", "--chip", "v6e"], ["--write", "every case"]),
+        (["verify", "--write", "--chip", "v6e"], ["--write", "every chip"]),
         (["explain", "--format", "int4"], ["--chip"]),
         (["explain", "--format", "int3", "--chip", "8i"], ["'int3'", "did you mean"]),
         (["explain", "--format", "int4", "--chip", "cpu"], ["cpu", "v5e"]),

@@ -10,12 +10,12 @@ import pytest
 from tpu_stack.errors import UserError
 from tpu_stack.hardware import get_chip
 from tpu_stack.kernels.quantized_matmul import tiles as kernel_tiles
-from tpu_stack.planner.kernels import measure, table, tune
+from tpu_stack.planner.kernels import measure, tune
 from tpu_stack.planner.kernels.bundles import Region, Schedule
 from tpu_stack.planner.kernels.cases import get_case
 from tpu_stack.planner.kernels.compile import Compiled
 from tpu_stack.planner.kernels.explain import explain
-from tpu_stack.planner.kernels.targets import compile_target, libtpu_version
+from tpu_stack.planner.kernels.targets import compile_target
 
 PREFILL, DECODE = (2048, 4096, 14336), (16, 4096, 14336)
 
@@ -189,39 +189,3 @@ def test_an_op_without_tiles_is_refused():
     other = get_case("kv_attention", "int8", "bf16")
     with pytest.raises(UserError, match="kv_attention has no tiles to tune"):
         tune.settings(other, compile_target("v6e"), DECODE)
-
-
-RESULT = {
-    "op": "quantized_matmul", "format": "int4", "activation": "bf16",
-    "interpret": {"error": 1.3e-3, "ok": True},
-    "lowered": {"8t": {"ok": True}, "8i": {"ok": False, "error": "no"}, "7x": {"ok": True}},
-    "compiled": {
-        "v6e": {"ok": True, "fraction": 0.987, "bound": "HBM", "bundles": 1295,
-                "support": "emulated"},
-        "7x": {"ok": False, "error": "aborted", "support": "native"},
-        "v5e": {"ok": None, "not_run": "libtpu not installed"},
-    },
-    "failed": ["quantized_matmul int4 bf16: compiled for 7x: aborted"],
-}  # fmt: skip
-
-
-def test_the_matrix_is_written_between_its_markers(tmp_path):
-    path = tmp_path / "README.md"
-    path.write_text(f"Before.\n\n{table.BEGIN}\nstale\n{table.END}\n\nAfter.\n")
-    table.write_readme([RESULT], path)
-    text = path.read_text()
-    assert text.startswith("Before.\n")
-    assert text.endswith("After.\n")
-    assert "stale" not in text
-    row = next(line for line in text.splitlines() if line.startswith("| quantized_matmul |"))
-    assert [cell.strip() for cell in row.split("|")[1:-1]] == [
-        "quantized_matmul", "int4", "bf16", "1.3e-03", "yes", "no", "yes",
-        "not run", "not run", "0.99 HBM, 1295 (e)", "refused (n)",
-    ]  # fmt: skip
-    assert "- quantized_matmul int4 bf16: compiled for 7x: aborted" in text
-    assert libtpu_version() in text
-    table.write_readme([RESULT], path)
-    assert path.read_text() == text
-    path.write_text("no markers")
-    with pytest.raises(UserError, match="has not the markers"):
-        table.write_readme([RESULT], path)

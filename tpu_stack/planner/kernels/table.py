@@ -1,9 +1,10 @@
 """kernels/README.md: the published matrix, written by `tpu-stack kernels verify --write`.
 
-Everything between the markers is generated; a row stands for one case, and nothing in it depends on
-when or where it was made but on jax, libtpu and the kernels.
+Everything between the markers is generated: a row for every registered case, and nothing in it that
+depends on when or where it was made but on jax, libtpu and the kernels. A run over some of the
+cases renews their rows and keeps the others, provided that those were made with the same versions.
 
->>> write_readme(verify_cases(registry()))
+>>> write_readme(verify_cases(find_cases("kv_attention")))
 """
 
 from pathlib import Path
@@ -14,6 +15,7 @@ import jax
 from tpu_stack.errors import UserError
 from tpu_stack.files import write_text
 from tpu_stack.kernels import quantized_matmul as package
+from tpu_stack.planner.kernels.cases import registry
 from tpu_stack.planner.kernels.targets import COMPILE_TARGETS, LOWER_TARGETS, libtpu_version
 
 README = Path(package.__file__).parent.parent / "README.md"
@@ -31,31 +33,52 @@ def chip_cell(row: dict[str, Any]) -> str:
     return f"{row['fraction']:.2f} {row['bound']}, {row['bundles']} ({mark})"
 
 
-def matrix(results: list[dict[str, Any]]) -> str:
-    """The generated part of the README, markers included."""
-    columns = ["op", "weight", "rows of x", "error", *LOWER_TARGETS, *COMPILE_TARGETS]
-    columns[4:] = [f"{c} lowered" for c in LOWER_TARGETS] + list(COMPILE_TARGETS)
+def header() -> str:
+    """The line that states what the matrix was made with."""
+    return f"Made with jax {jax.__version__} and libtpu {libtpu_version()}; nothing was measured."
+
+
+def matrix(results: list[dict[str, Any]], before: str = "") -> str:
+    """The generated part of the README, markers included.
+
+    Args:
+      results: of `verify_cases`.
+      before: the generated part as it was; rows of other cases are kept from it when its header is
+        this one. A case that is in neither says that it was not run.
+    """
+    columns = ["op", "format", "rows", "error"]
+    columns += [*(f"{chip} lowered" for chip in LOWER_TARGETS), *COMPILE_TARGETS]
+    kept = before.splitlines() if header() in before else []
+    rows = {_name(line): line for line in kept if line.startswith("| ")}
+    failed = [line for line in kept if line.startswith("- ")]
+    for result in results:
+        rows[result["case"]] = "| " + " | ".join(_cells(result)) + " |"
+        failed = [line for line in failed if not line.startswith(f"- {result['case']}:")]
+        failed += [f"- {line}" for line in result["failed"]]
+    absent = ["not run"] * (len(columns) - 3)
+    names = [case.name for case in registry()]
     lines = [
-        BEGIN,
-        "",
-        f"Made with jax {jax.__version__} and libtpu {libtpu_version()}; nothing was measured.",
-        "",
+        *(BEGIN, "", header(), ""),
         "| " + " | ".join(columns) + " |",
         "|" + "---|" * len(columns),
+        *(rows.get(name, "| " + " | ".join([*name.split(), *absent]) + " |") for name in names),
     ]
-    for result in results:
-        lines.append("| " + " | ".join(_cells(result)) + " |")
-    refused = [line for result in results for line in result["failed"]]
-    if refused:
-        lines += ["", "Rungs that did not hold:", "", *(f"- {line}" for line in refused)]
+    failed = [line for line in failed if line[2:].split(":")[0] in names]
+    if failed:
+        lines += ["", "Rungs that did not hold:", "", *sorted(failed)]
     return "\n".join([*lines, "", END])
+
+
+def _name(row: str) -> str:
+    """The case that a row of the matrix is about."""
+    return " ".join(cell.strip() for cell in row.split("|")[1:4])
 
 
 def _cells(result: dict[str, Any]) -> list[str]:
     found = result["interpret"]
     error = f"{found['error']:.1e}" if "error" in found else "failed"
     lowered = [_lowered(result["lowered"].get(chip)) for chip in LOWER_TARGETS]
-    absent = {"not_run": "not asked for"}
+    absent = {"not_run": "libtpu not installed"}
     compiled = [chip_cell(result["compiled"].get(chip, absent)) for chip in COMPILE_TARGETS]
     return [result["op"], result["format"], result["activation"], error, *lowered, *compiled]
 
@@ -65,7 +88,7 @@ def _lowered(row: dict[str, Any] | None) -> str:
 
 
 def write_readme(results: list[dict[str, Any]], path: Path = README) -> None:
-    """Replaces what is between the markers of the README, whole or not at all.
+    """Renews what is between the markers of the README, whole or not at all.
 
     Raises: UserError when the file has not both markers, in order.
     """
@@ -73,4 +96,5 @@ def write_readme(results: list[dict[str, Any]], path: Path = README) -> None:
     begin, end = text.find(BEGIN), text.find(END)
     if not 0 <= begin < end:
         raise UserError(f"{path} has not the markers {BEGIN!r} and {END!r}; nothing was written")
-    write_text(path, text[:begin] + matrix(results) + text[end + len(END) :])
+    generated = matrix(results, text[begin:end])
+    write_text(path, text[:begin] + generated + text[end + len(END) :])
