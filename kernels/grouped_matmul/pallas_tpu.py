@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from tpu_stack.kernels.grouped_matmul.metadata import visits
-from tpu_stack.kernels.grouped_matmul.product import block_product
+from tpu_stack.kernels.grouped_matmul.product import block_product, scale_words
 from tpu_stack.kernels.quantized_matmul.plan import ROWS, SUBLANES, Plan
 from tpu_stack.kernels.quantized_matmul.widen import as_stored
 
@@ -49,16 +49,19 @@ def pallas_grouped_matmul(
     if row_scales is not None:
         operands.append(row_scales)
     *prefetched, count = visits(group_sizes, plan.m, plan.bm)
-    block = (plan.bm, plan.bn)
+    block, words = (plan.bm, plan.bn), scale_words(plan)
     return pl.pallas_call(
-        partial(_kernel, plan=plan, experts=values.shape[0]),
+        partial(_kernel, plan=plan, experts=values.shape[0], compiled=interpret is False),
         out_shape=jax.ShapeDtypeStruct((plan.m, plan.n), jnp.dtype(plan.out_dtype)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(prefetched),
             grid=(plan.grid[1], count, plan.grid[2]),
             in_specs=_in_specs(plan),
             out_specs=pl.BlockSpec(block, lambda j, s, k, e, rows, *_: (rows[s], j)),
-            scratch_shapes=[pltpu.VMEM(block, jnp.dtype(plan.accumulator))],
+            scratch_shapes=[
+                pltpu.VMEM(block, jnp.dtype(plan.accumulator)),
+                *([pltpu.VMEM(words, jnp.uint32)] if words else []),
+            ],
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
@@ -122,8 +125,11 @@ def _vmem_limit(plan: Plan) -> int:
     return max(16 * _MIB, blocks + plan.bm * plan.bn * 8 + 3 * weight * w_bytes + 4 * _MIB)
 
 
-def _kernel(expert_ref, block_ref, weight_ref, bounds_ref, *refs, plan: Plan, experts: int):
+def _kernel(
+    expert_ref, block_ref, weight_ref, bounds_ref, *refs, plan: Plan, experts: int, compiled: bool
+):
     """One visit at one block of K: acc[bm, bn] += x @ w, and at the last its rows are stored."""
+    *refs, words_ref = refs if scale_words(plan) else (*refs, None)
     x_ref, w_ref, *factors, o_ref, acc_ref = refs
     step, k = pl.program_id(1), pl.program_id(2)
     expert, block = expert_ref[step], block_ref[step]
@@ -135,7 +141,8 @@ def _kernel(expert_ref, block_ref, weight_ref, bounds_ref, *refs, plan: Plan, ex
     @pl.when(expert < experts)
     def _():
         s_ref = None if plan.scale_mode in ("input", "after") else factors[0]
-        acc_ref[...] += block_product(x_ref[...], w_ref, s_ref, plan.k - k * plan.bk, plan)
+        left = plan.k - k * plan.bk
+        acc_ref[...] += block_product(x_ref[...], w_ref, s_ref, words_ref, left, plan, compiled)
 
     @pl.when(k == plan.grid[2] - 1)
     def _():

@@ -1,8 +1,9 @@
 """One block's product inside the grouped kernel: widen the weight, scale it, multiply.
 
-It takes the weight through `quantized_matmul.widen`, so that every storage means the same here.
+It takes the weight through `quantized_matmul`'s `widen` and `scaling`, so that every storage means
+the same here.
 
->>> acc_ref[...] += block_product(x_ref[...], w_ref, s_ref, left, plan)  # [bm, bn]
+>>> acc_ref[...] += block_product(x_ref[...], w_ref, s_ref, None, left, plan, True)  # [bm, bn]
 """
 
 from typing import Any
@@ -11,16 +12,28 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from tpu_stack.kernels.quantized_matmul import scaling
 from tpu_stack.kernels.quantized_matmul.plan import Plan
 from tpu_stack.kernels.quantized_matmul.widen import widen
 
 
-def block_product(x: Array, w_ref: Any, s_ref: Any, left: Any, plan: Plan) -> Array:
+def scale_words(plan: Plan) -> tuple[int, int] | None:
+    """The scratch that `block_product` wants for scales as words; None where it uses none."""
+    rows, columns = (plan.bn, plan.bk) if plan.transpose else (plan.bk, plan.bn)
+    spread = plan.scale_mode == "before" and plan.operands[1] == "bfloat16"
+    return (rows // plan.group, columns) if spread and plan.group % 16 == 0 else None
+
+
+def block_product(
+    x: Array, w_ref: Any, s_ref: Any, words_ref: Any, left: Any, plan: Plan, compiled: bool
+) -> Array:
     """x [bm, bk] times the widened block, in the accumulator's dtype and units of `plan.unit`.
 
     Args:
       w_ref: the block as stored, `plan.weight_block`.
       s_ref: its scales [rows / group, columns]; None where they are not applied in here.
+      words_ref: uint32 scratch of `scale_words(plan)`, or None.
+      compiled: whether it is compiled, rather than interpreted.
       left: elements of K from this block's first on. Past them x and the scales count as zero, so
         whatever the weight's integers are there adds nothing; floats, which may be NaN, are zero.
     """
@@ -31,14 +44,18 @@ def block_product(x: Array, w_ref: Any, s_ref: Any, left: Any, plan: Plan) -> Ar
         w = _zero_past(w, 1 if plan.transpose else 0, left)
     if s_ref is None:
         return _dot(x, w, plan.transpose)
-    scales = _edge_scales(s_ref, left, plan)
+    scales = scaling.edge_scales(s_ref, left, plan)
+    if words_ref is not None:
+        scaling.write_words(scales, words_ref, s_ref.dtype != jnp.float32)
+        w = scaling.scaled_by_words(w, words_ref, plan.group, compiled)
+        return _dot(x, w, plan.transpose)
     if plan.scale_mode == "before":
-        return _dot(x, _scaled(w, scales, plan.group), plan.transpose)
+        return _dot(x, scaling.scaled(w, scales, plan.group), plan.transpose)
     total = jnp.zeros((plan.bm, plan.bn), jnp.float32)
     for i in range(plan.bk // plan.group):
         rows = slice(i * plan.group, (i + 1) * plan.group)
         product = _dot(x[:, rows], w[rows, :], False).astype(jnp.float32)
-        total += product * scales[i : i + 1].astype(jnp.float32)
+        total += product * scales[i : i + 1]
     return total
 
 
@@ -46,25 +63,6 @@ def _zero_past(block: Array, axis: int, left: Any) -> Array:
     """`block` with zeros from element `left` of `axis` on."""
     index = jax.lax.broadcasted_iota(jnp.int32, block.shape, axis)
     return jnp.where(index < left, block, jnp.zeros_like(block))
-
-
-def _edge_scales(s_ref: Any, left: Any, plan: Plan) -> Array:
-    """The block's scales in float32 or bfloat16, zero where K has ended."""
-    scales = s_ref[...]
-    if scales.dtype.itemsize == 1:
-        scales = scales.astype(jnp.bfloat16)  # exact: at most three bits after the point
-    if not plan.k_edge:
-        return scales
-    axis, unit = (1, 1) if plan.transpose else (0, plan.group)
-    index = jax.lax.broadcasted_iota(jnp.int32, scales.shape, axis)
-    return jnp.where(index * unit < left, scales, jnp.zeros_like(scales))
-
-
-def _scaled(w: Array, scales: Array, group: int) -> Array:
-    """Each group of rows times its scale. In bfloat16 that is one rounding: both factors fit it."""
-    rows, columns = w.shape
-    grouped = w.reshape(rows // group, group, columns) * scales.astype(w.dtype)[:, None, :]
-    return grouped.reshape(rows, columns)
 
 
 def _dot(x: Array, w: Array, transpose: bool) -> Array:
