@@ -78,11 +78,15 @@ def pallas_quantize_rows(
 
 def _kernel(x_ref, values_ref, scales_ref, *, dtype: str, bits: bool):
     """One block of whole rows [rows, K]: their largest magnitude, then their values."""
+    whole = x_ref[...].astype(jnp.float32) if x_ref.shape[1] <= CHUNK else None
+
+    def read(columns: Any) -> Array:
+        return x_ref[:, columns].astype(jnp.float32) if whole is None else whole
 
     def largest(columns: Any, so_far: Array) -> Array:
         # Found on the bits, which order as the floats do, with infinity and NaN above all
         # numbers: a float maximum may lose a NaN.
-        x = x_ref[:, columns].astype(jnp.float32)
+        x = read(columns)
         magnitude = jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
         return jnp.maximum(so_far, jnp.max(magnitude, axis=1, keepdims=True))
 
@@ -95,7 +99,7 @@ def _kernel(x_ref, values_ref, scales_ref, *, dtype: str, bits: bool):
     scales_ref[...] = jnp.where(regular, scale, jnp.where(usable, 1.0, jnp.nan))
 
     def store(columns: Any, _: Array) -> Array:
-        scaled = jnp.where(regular, x_ref[:, columns].astype(jnp.float32) * inverse, 0.0)
+        scaled = jnp.where(regular, read(columns) * inverse, 0.0)
         if bits:
             values_ref[:, columns] = _fp8_bits(scaled, dtype).astype(jnp.int8)
         elif dtype == "int8":
