@@ -71,7 +71,9 @@ def choose_operands(
     if scaled_first:
         return "bfloat16", "bfloat16"
     narrow = [storage.dtype] if storage.name in ("integer", "float8") else []
-    for name in [*narrow, "float8_e4m3fn"]:
+    if storage.dtype != "int2":  # four times as many instructions to float8 as to bfloat16
+        narrow.append("float8_e4m3fn")
+    for name in narrow:
         if name != "int8" and storage.exact_in(name) and is_native(kind, x, name):
             return x, name
     if storage.name == "float8" and kind in _VERSIONS:

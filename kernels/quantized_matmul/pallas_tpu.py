@@ -56,7 +56,7 @@ def _paired(x: Array, values: Array, scales: Array, row_scales: Any, plan: Plan,
 
 
 def _call(x: Array, values: Array, scales: Array, row_scales: Any, plan: Plan, interpret: Any):
-    operands = [x.astype(plan.operands[0]), as_stored(values, plan.storage)]
+    operands = [x.astype(plan.operands[0]), _whole_blocks(as_stored(values, plan.storage), plan)]
     if plan.scale_mode == "input":
         factor = scales.astype(jnp.float32).reshape(1, -1)
         operands[0] = (x.astype(jnp.float32) * factor).astype(plan.operands[0])
@@ -89,6 +89,16 @@ def _call(x: Array, values: Array, scales: Array, row_scales: Any, plan: Plan, i
         interpret=interpret,
         name=f"quantized_matmul_{plan.storage.name}_{plan.storage.dtype}_{plan.scale_mode}",
     )(*operands)
+
+
+def _whole_blocks(values: Array, plan: Plan) -> Array:
+    """`values`, int2 padded to whole blocks of rows: at some ragged ones (384 rows in blocks of
+    512) Mosaic aborts, "rank >= 2". It costs a copy, at ragged shapes only."""
+    rows = plan.weight_block[0]
+    if plan.storage.dtype != "int2" or values.shape[0] % rows == 0:
+        return values
+    wide = values.astype(jnp.int8)  # XLA:TPU has no scalar of int2 to pad with
+    return jnp.pad(wide, ((0, -values.shape[0] % rows), (0, 0))).astype(values.dtype)
 
 
 def _flat_scales(scales: Array, plan: Plan) -> Array:
