@@ -65,7 +65,7 @@ def _cell(value: Any) -> str:
 def evaluate(options: Options) -> dict[str, Any]:
     """The evaluation in JSON-ready fields."""
     from tpu_stack.data.pipeline import eval_batches, load_corpus
-    from tpu_stack.models.abstract import tensor_specs
+    from tpu_stack.planner.tensors import with_groups
     from tpu_stack.serving.layout import bytes_per_device
     from tpu_stack.sharding.constrain import sharding_scope
     from tpu_stack.sharding.mesh import batch_sharding
@@ -81,7 +81,9 @@ def evaluate(options: Options) -> dict[str, Any]:
     data = data_config(
         options.data, options.text, seq_len=options.seq_len, batch_size=options.batch_size
     )
-    profile, mesh = place(options.profile, "serve", options.place, tensor_specs(source.config))
+    profile, mesh = place(
+        options.profile, "serve", options.place, with_groups(source.config, source.format)
+    )
     require_batch_divides(profile, options.batch_size)
     corpus = load_corpus(data, source.tokenizer)
     params = source.load(profile, mesh)

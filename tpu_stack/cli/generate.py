@@ -60,7 +60,7 @@ def run(options: Options) -> None:
 
 def generate(options: Options, stream: bool) -> dict[str, Any]:
     """Loads the bundle, decodes the batch, and returns texts and speed in JSON-ready fields."""
-    from tpu_stack.models.abstract import tensor_specs
+    from tpu_stack.planner.tensors import with_groups
     from tpu_stack.serving.bundle import Bundle
     from tpu_stack.serving.engine import Engine
     from tpu_stack.serving.generate import GenerationStats, Request, stream_text
@@ -79,7 +79,9 @@ def generate(options: Options, stream: bool) -> dict[str, Any]:
             f"{longest} prompt tokens and --max-tokens {options.max_tokens} exceed the model's"
             f" {config.max_seq_len}"
         )
-    profile, mesh = place(options.profile, "serve", options.place, tensor_specs(config))
+    profile, mesh = place(
+        options.profile, "serve", options.place, with_groups(config, bundle.manifest.format)
+    )
     multiple = lcm(profile.mesh["data"], CPU_ROWS if profile.emulated else 1)
     batch = -(-len(options.prompt) // multiple) * multiple
     engine = Engine(

@@ -29,7 +29,11 @@ class Options:
     out: Path
     """Folder of the bundle; it must not exist yet."""
     format: str = "int4"
-    """Weight format: int4, int8, bf16 or float32."""
+    """Weight format: bf16, int8, fp8_e4m3, int4, mxfp4, nvfp4, int2, ternary, int1, or one of
+    these in groups, such as int4_g64; a wrong name lists all."""
+    rotation: int = 0
+    """Rotate what 4-bit weights contract with by Hadamard blocks of this many rows (a power of
+    two), which spreads outliers; 0 for none."""
     profile: str = "8i"
     """Serving profile, NAME[:TOPOLOGY]; counts chips."""
     step: int | None = None
@@ -51,8 +55,8 @@ def run(options: Options) -> None:
 def pack_run(options: Options) -> dict[str, Any]:
     """Packs behind a progress bar; returns the bundle in JSON-ready fields."""
     from tpu_stack.checkpoint.store import CheckpointStore
-    from tpu_stack.models.abstract import tensor_specs
     from tpu_stack.models.config import ModelConfig
+    from tpu_stack.planner.tensors import with_groups
     from tpu_stack.quant.formats import get_format
     from tpu_stack.serving.pack import pack
 
@@ -60,7 +64,8 @@ def pack_run(options: Options) -> dict[str, Any]:
     start_devices(wanted_devices("serve", options.place))
     with CheckpointStore(options.run, read_only=True) as store:
         step = store.latest() if options.step is None else options.step
-        specs = tensor_specs(ModelConfig.from_dict(store.meta(step)["model"]))
+        config = ModelConfig.from_dict(store.meta(step)["model"])
+        specs = with_groups(config, options.format)
     profile, mesh = place(options.profile, "serve", options.place, specs)
     with progress() as bar:
         task = bar.add_task("pack", total=len(specs), note="")
@@ -69,7 +74,14 @@ def pack_run(options: Options) -> dict[str, Any]:
             bar.update(task, advance=1, note=name)
 
         manifest = pack(
-            options.run, options.format, profile, mesh, options.out, step=step, listener=listener
+            options.run,
+            options.format,
+            profile,
+            mesh,
+            options.out,
+            step=step,
+            rotation=options.rotation,
+            listener=listener,
         )
     return {
         "bundle": str(options.out),
