@@ -123,8 +123,9 @@ def test_the_plan_says_what_runs():
     assert (plan.bm, plan.bk, plan.bn, plan.grid) == (16, 2048, 1024, (1, 1, 1))
     wide = make_plan(*operands("int4", False, "group", 16, 2048, 1024, group=128))
     assert wide.scale_mode == "after_group"
-    f32 = operands("int4", False, "group", 512, 2048, 1024, group=128, dtype=jnp.float32)
-    assert make_plan(*f32).bk == 1024
+    shape = ("int4", False, "group", 512, 8192, 1024)
+    bf16, f32 = (operands(*shape, group=128, dtype=d) for d in (jnp.bfloat16, jnp.float32))
+    assert make_plan(*f32).bk == make_plan(*bf16).bk // 2  # the same VMEM
 
 
 @pytest.mark.parametrize(
