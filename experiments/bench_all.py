@@ -16,11 +16,19 @@ from pathlib import Path
 import tyro
 
 HERE = Path(__file__).parent
+MODULES = (
+    "tpu_stack.kernels.quantized_matmul.bench",
+    "tpu_stack.kernels.grouped_matmul.bench",
+    "tpu_stack.kernels.kv_attention.bench",
+    "tpu_stack.kernels.quantize_rows.bench",
+    "tpu_stack.quant.bench",
+)
+"""Kernels by the TPU compiler's bundles; the quantized product on this CPU by wall clock."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Run the kernel benchmark and, given a text, the training benchmark with its PyTorch peer."""
+    """Run the kernels' benchmarks and, given a text, training beside its PyTorch peer."""
 
     data: Path | None = None
     """tinyshakespeare.txt; without it the training benchmark is left out."""
@@ -73,8 +81,11 @@ def main() -> int:
     """The command line."""
     options = tyro.cli(Options)
     options.out.mkdir(parents=True, exist_ok=True)
-    kernel = [sys.executable, "-m", "tpu_stack.kernels.quantized_matmul.bench"]
-    done = _run("kernel", [*kernel, "--json", str(options.out / "quantized_matmul.json")])
+    done = True
+    for module in MODULES:
+        name = module.split(".")[-2]
+        json_file = str(options.out / f"{name}.json")
+        done &= _run(name, [sys.executable, "-m", module, "--json", json_file])
     if options.data is not None:
         done &= _training(options)
     return 0 if done else 1
