@@ -32,7 +32,7 @@ class Options:
     serve_mesh: str | None = None
     """Axis sizes, such as data=2,tensor=8; the default is the nearest legal mesh to pure tensor."""
     format: str = "int4"
-    """What serving stores the weights as: bf16, int8 or int4."""
+    """What serving stores the weights as; any format of `tpu-stack pack`."""
     batch_size: int | None = None
     """Sequences per train step; the default makes about 8192 tokens a device."""
     seq_len: int | None = None
