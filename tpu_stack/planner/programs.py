@@ -39,6 +39,9 @@ from tpu_stack.training.optimizer import make_optimizer
 from tpu_stack.training.step import make_train_step
 
 MAX_EMULATED_DEVICES = 512
+SERVE_PROGRAMS = ("prefill", "decode")
+MATMUL = "xla"
+"""The quantized product that is traced: a mesh that the compiler partitions takes no other."""
 _COMPILER_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
@@ -88,11 +91,21 @@ def shrink(profile: Profile, limit: int) -> Profile:
 
 
 def trace_train(
-    config: ModelConfig, profile: Profile, *, batch: int, seq_len: int, limit: int
+    config: ModelConfig,
+    profile: Profile,
+    *,
+    batch: int,
+    seq_len: int,
+    limit: int = MAX_EMULATED_DEVICES,
+    accumulate: int = 1,
+    mesh: Mesh | None = None,
 ) -> Traced:
-    """The train step of one global batch [batch, seq_len], AdamW, one micro-batch."""
-    small, mesh, batch_now = _emulation(profile, batch, limit)
-    train = TrainConfig(batch_size=batch_now, seq_len=seq_len)
+    """The train step of one global batch [batch, seq_len], AdamW, in `accumulate` micro-batches.
+
+    Lowered for `mesh` where one is given (of a TPU topology, say), else for the emulated mesh.
+    """
+    small, mesh, batch_now = _placed(profile, batch, limit, mesh)
+    train = TrainConfig(batch_size=batch_now, seq_len=seq_len, accumulate=accumulate)
     layout = StateLayout.of(config, make_optimizer(train, config), small, mesh)
     compute, remat = profile.precision.compute, profile.remat
     step = make_train_step(config, layout.optimizer, train, dtype=compute, remat=remat)
@@ -109,13 +122,17 @@ def trace_serve(
     batch: int,
     context: int,
     prompt: int,
-    limit: int,
+    limit: int = MAX_EMULATED_DEVICES,
+    programs: Sequence[str] = SERVE_PROGRAMS,
+    mesh: Mesh | None = None,
 ) -> list[Traced]:
-    """Prefill of [batch, prompt] tokens and one decode step, into a cache of `context` positions.
+    """Prefill of [batch, prompt] tokens and one decode step, into a cache of `context` positions;
+    of these, the `programs` asked for.
 
-    Packed weights are traced as on a TPU mesh, never through the path meant for one CPU device.
+    Packed weights are traced as on a TPU mesh (MATMUL), never through the path meant for one CPU
+    device. Lowered for `mesh` where one is given, else for the emulated mesh.
     """
-    small, mesh, batch_now = _emulation(profile, batch, limit)
+    small, mesh, batch_now = _placed(profile, batch, limit, mesh)
     params = PackedLayout.of(config, format, small, mesh).abstract
     axes, scale = small.rules, batch // batch_now
     rows = NamedSharding(mesh, axes.partition_spec((BATCH,)))
@@ -139,6 +156,8 @@ def trace_serve(
     }
     found = []
     for name, function in (("prefill", prefill_step), ("decode", decode_step)):
+        if name not in programs:
+            continue
         jitted = jax.jit(
             partial(function, config, profile.precision.compute),
             donate_argnums=1,
@@ -148,8 +167,13 @@ def trace_serve(
     return found
 
 
-def _emulation(profile: Profile, batch: int, limit: int) -> tuple[Profile, Mesh, int]:
-    """The shrunk profile, its mesh of virtual devices, and the batch that keeps rows per device."""
+def _placed(
+    profile: Profile, batch: int, limit: int, mesh: Mesh | None
+) -> tuple[Profile, Mesh, int]:
+    """The profile on `mesh`; without one, the shrunk profile, its mesh of virtual devices, and the
+    batch that keeps rows per device."""
+    if mesh is not None:
+        return profile, mesh, batch
     small = shrink(profile, limit)
     batch_now = batch // ways(profile, BATCH) * ways(small, BATCH)
     return small, make_mesh(small.mesh, jax.devices("cpu")), batch_now
@@ -158,7 +182,7 @@ def _emulation(profile: Profile, batch: int, limit: int) -> tuple[Profile, Mesh,
 def _trace(
     name: str, profile: Profile, small: Profile, mesh: Mesh, jitted: Any, arguments: Any, scale: int
 ) -> Traced:
-    with sharding_scope(mesh, small.rules), use_implementation("xla"):
+    with sharding_scope(mesh, small.rules), use_implementation(MATMUL):
         traced = jitted.trace(*arguments)
         lowered = traced.lower()
     return Traced(name, profile, mesh, _scaled(count_jaxpr(traced.jaxpr), scale), lowered)

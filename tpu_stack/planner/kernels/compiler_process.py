@@ -4,25 +4,16 @@
 """
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tpu_stack.planner.compiler_child import CompilerChild
 from tpu_stack.planner.kernels.bundles import DumpError, Schedule, read_schedules
 
 CHILD = f"{__package__}.compile_child"
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_STDERR_LOG_LEVEL": "3",
-}
 
 
 @dataclass(frozen=True)
@@ -58,46 +49,16 @@ def _one_child(requests: list[dict[str, Any]], folder: Path, timeout_s: float) -
     (folder / "dump").mkdir()
     (folder / "requests.json").write_text(json.dumps(requests))
     flags = f"--xla_jf_dump_to={folder / 'dump'} --xla_jf_dump_llo_text=true"
-    env = os.environ | ENVIRONMENT | {"LIBTPU_INIT_ARGS": flags}
-    command = [sys.executable, "-m", CHILD, str(folder)]
-    log = folder / "stderr"
     waiting = [request["index"] for request in requests]
-    with (
-        log.open("w") as stderr,
-        subprocess.Popen(
-            command, env=env, stdout=subprocess.PIPE, stderr=stderr, text=True
-        ) as child,
-    ):
-        try:
-            while waiting:
-                line, late = _next_line(child, timeout_s)
-                if not line:
-                    yield _death(waiting[0], child.wait(), log, timeout_s if late else None)
-                    return
-                yield _answer(json.loads(line), folder)
-                waiting.pop(0)
-        finally:
-            child.kill()
-
-
-def _next_line(child: subprocess.Popen[str], timeout_s: float) -> tuple[str, bool]:
-    """The child's next line of JSON ("" when it ended) and whether it was ended for its time."""
-    assert child.stdout is not None
-    late = threading.Event()
-
-    def end() -> None:
-        late.set()
-        child.kill()
-
-    timer = threading.Timer(timeout_s, end)
-    timer.start()
-    try:
-        for line in child.stdout:
-            if line.startswith('{"index"'):
-                return line, False
-        return "", late.is_set()
-    finally:
-        timer.cancel()
+    with CompilerChild(CHILD, folder, {"LIBTPU_INIT_ARGS": flags}) as child:
+        while waiting:
+            line = child.next_line(timeout_s, '{"index"')
+            if not line:
+                death = child.death()
+                yield Answer(waiting[0], error=death.message, lasting=death.lasting)
+                return
+            yield _answer(json.loads(line), folder)
+            waiting.pop(0)
 
 
 def _answer(found: dict[str, Any], folder: Path) -> Answer:
@@ -109,13 +70,3 @@ def _answer(found: dict[str, Any], folder: Path) -> Answer:
     except DumpError as error:
         return Answer(index, error=str(error), lasting=False)
     return Answer(index, schedules, found["estimated_cycles"])
-
-
-def _death(index: int, status: int, log: Path, timed_out: float | None) -> Answer:
-    if timed_out is not None:
-        return Answer(index, error=f"the compiler took over {timed_out:g} s", lasting=False)
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    told = [line for line in lines if "Error: " in line or "Check failed" in line] or lines
-    how = f"aborted, signal {-status}" if status < 0 else f"ended with status {status}"
-    last = told[-1][:300] if told else "no message"
-    return Answer(index, error=f"the compiler {how}: {last}", lasting=status not in (-9, -15))
