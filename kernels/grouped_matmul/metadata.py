@@ -35,27 +35,39 @@ class Visits(NamedTuple):
 
 def expert_of_rows(group_sizes: Int[Array, " E"], rows: int) -> Int[Array, " M"]:
     """int32 [rows]: each row's expert; E for rows past the sum of `group_sizes`."""
-    ends = jnp.cumsum(jnp.maximum(group_sizes, 0))
-    return jnp.searchsorted(ends, jnp.arange(rows), side="right").astype(jnp.int32)
+    ends = _running_sum(jnp.maximum(group_sizes, 0))
+    return jnp.sum(ends <= jnp.arange(rows)[:, None], 1, dtype=jnp.int32)
 
 
 def visits(group_sizes: Int[Array, " E"], rows: int, block: int) -> Visits:
-    """The visits of ceil(rows / block) blocks. Sizes that add up to more than `rows` are cut."""
+    """The visits of ceil(rows / block) blocks. Sizes that add up to more than `rows` are cut.
+
+    All pairs are compared rather than summed, searched and gathered: XLA makes several programs of
+    each of those, and to start one costs as much as all the arithmetic here.
+    """
     experts = group_sizes.shape[0]
-    ends = jnp.minimum(jnp.cumsum(jnp.maximum(group_sizes, 0)), rows).astype(jnp.int32)
-    ends = jnp.append(ends, rows)  # the rows of nobody are one more expert's
-    starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])
+    sizes = jnp.append(jnp.maximum(group_sizes, 0), rows)  # the rows of nobody: one more expert's
+    ends = jnp.minimum(_running_sum(sizes), rows)
+    starts = jnp.minimum(_running_sum(sizes) - sizes, rows)
     first = starts // block
     blocks = jnp.where(ends > starts, (ends - 1) // block - first + 1, 0)
-    until = jnp.cumsum(blocks)
+    until = _running_sum(blocks)
+    begin = until - blocks
     count = until[-1]
     step = jnp.minimum(jnp.arange(-(-rows // block) + experts), count - 1)
-    expert = jnp.searchsorted(until, step, side="right")
+    here = (begin <= step[:, None]) & (step[:, None] < until)  # one expert at each step
+    expert = jnp.sum(jnp.where(here, jnp.arange(experts + 1), 0), 1)
     last = jnp.max(jnp.where(blocks[:-1] > 0, jnp.arange(experts), 0))
     return Visits(
         expert.astype(jnp.int32),
-        (first[expert] + step - (until - blocks)[expert]).astype(jnp.int32),
+        (step + jnp.sum(jnp.where(here, first - begin, 0), 1)).astype(jnp.int32),
         jnp.minimum(expert, last).astype(jnp.int32),
         jnp.append(starts, rows).astype(jnp.int32),
         count.astype(jnp.int32),
     )
+
+
+def _running_sum(sizes: Int[Array, " E"]) -> Int[Array, " E"]:
+    """cumsum, as one comparison of all pairs."""
+    index = jnp.arange(sizes.shape[0])
+    return jnp.sum(jnp.where(index <= index[:, None], sizes, 0), 1)

@@ -18,7 +18,6 @@ from jaxtyping import Array, Float
 from tpu_stack.kernels.grouped_matmul.metadata import visits
 from tpu_stack.kernels.grouped_matmul.product import block_product, scale_words
 from tpu_stack.kernels.quantized_matmul.plan import ROWS, SUBLANES, Plan
-from tpu_stack.kernels.quantized_matmul.widen import as_stored
 
 _MIB = 2**20
 
@@ -43,7 +42,7 @@ def pallas_grouped_matmul(
         padded = replace(plan, m=ROWS, bm=ROWS)
         args = (jnp.pad(x, rows), values, scales, row_scales, group_sizes, padded, interpret)
         return pallas_grouped_matmul(*args)[: plan.m]
-    operands = [x.astype(plan.operands[0]), as_stored(values, plan.storage)]
+    operands = [x.astype(plan.operands[0]), values]
     if scales is not None:
         operands.append(_flat_scales(scales, plan))
     if row_scales is not None:

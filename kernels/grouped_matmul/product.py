@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from tpu_stack.kernels.quantized_matmul import scaling
 from tpu_stack.kernels.quantized_matmul.plan import Plan
-from tpu_stack.kernels.quantized_matmul.widen import widen
+from tpu_stack.kernels.quantized_matmul.widen import as_stored, widen
 
 
 def scale_words(plan: Plan) -> tuple[int, int] | None:
@@ -39,7 +39,7 @@ def block_product(
     """
     if plan.k_edge:
         x = _zero_past(x, 1, left)
-    w = widen(w_ref[...], plan.storage, plan.operands[1])
+    w = widen(as_stored(w_ref[...], plan.storage), plan.storage, plan.operands[1])
     if plan.k_edge and plan.storage.name == "float8":
         w = _zero_past(w, 1 if plan.transpose else 0, left)
     if s_ref is None:

@@ -10,7 +10,7 @@ allocated. The flags are undocumented, so anything unexpected is an error that n
 
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ ANALYSIS = "schedule-analysis_final_bundles.txt"
 BUNDLES = "final_bundles.txt"
 UTILIZATION = "final_hlo-static-per-bundle-utilization.txt"
 ALLOCATIONS = "post-delay-converter.txt"
+
+UNBOUNDED = 2**31 - 1
+"""Steps that the compiler states for an axis of the grid that is known only when it runs."""
 
 _STEM = re.compile(r"^(\d+-.+?)-\d+-" + re.escape(ANALYSIS) + "$")
 _TOTAL = re.compile(r"total scheduled bundles:\s*(\d+)")
@@ -63,7 +66,7 @@ class Schedule:
       loop: the loop over grid steps; empty when the grid is one step.
       outside: what runs once.
       capacity: unit -> slots per bundle.
-      grid: steps per axis, as the compiler bounds them.
+      grid: steps per axis, as the compiler bounds them; `UNBOUNDED` where it cannot.
       inner_loops: loops nested in the grid's loop.
       vmem_bytes: highest VMEM address in use.
     """
@@ -85,6 +88,15 @@ class Schedule:
     def executed(self) -> int:
         """Bundles issued in one call: the loop at every step, and the rest once."""
         return self.loop.bundles * self.steps + self.outside.bundles
+
+    @property
+    def bounded(self) -> bool:
+        """Whether all axes of the grid are known, so that `steps` and `executed` mean something."""
+        return UNBOUNDED not in self.grid
+
+    def with_steps(self, steps: int) -> "Schedule":
+        """The same schedule where the axis that the compiler could not bound has `steps`."""
+        return replace(self, grid=tuple(steps if n == UNBOUNDED else n for n in self.grid))
 
     def as_json(self) -> dict[str, Any]:
         """JSON-ready; `from_json` reads it back."""

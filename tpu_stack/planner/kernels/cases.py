@@ -44,6 +44,9 @@ class Case:
       pair: the operand types of its matrix product, as chip facts name them; None without one.
       limit: largest relative Frobenius error against `reference`, and `limit_reason` why.
       tunable: options of `call` that a tuner may set.
+      dynamic_steps: (shape, device kind, **options) -> steps of the grid's axis that depends on
+        the data, for `operands(shape, 0)`; None for a grid that shapes determine.
+      unread: shape -> bytes of `operands(shape, 0)` that HBM need not carry for that data.
     """
 
     op: str
@@ -61,6 +64,8 @@ class Case:
     limit: float
     limit_reason: str
     tunable: tuple[str, ...] = ()
+    dynamic_steps: Callable[..., int] | None = None
+    unread: Callable[[tuple[int, ...]], int] = lambda shape: 0
 
     @property
     def name(self) -> str:
@@ -93,9 +98,10 @@ class Case:
         return None
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes that HBM must carry once: every operand and the result, sub-byte types packed."""
+        """Bytes that HBM must carry once: operands and the result, sub-byte types packed, less what
+        the case's data leave `unread`."""
         arrays = jax.tree.leaves((self.abstract(shape), self.out_shape(shape)))
-        return sum(map(array_bytes, arrays))
+        return sum(map(array_bytes, arrays)) - self.unread(shape)
 
 
 def array_bytes(array: Any) -> int:

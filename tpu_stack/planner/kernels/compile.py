@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +163,16 @@ def compile_jobs(
         if answer.lasting:
             write_json(files[answer.index], _as_json(result))
         done(jobs[answer.index])
-    return [results[index] for index in range(len(jobs))]
+    return [_with_steps(job, results[index]) for index, job in enumerate(jobs)]
+
+
+def _with_steps(job: Job, compiled: Compiled) -> Compiled:
+    """The result with the steps that the case's data give an axis the compiler could not bound."""
+    steps = job.case.dynamic_steps
+    if steps is None or all(schedule.bounded for schedule in compiled.schedules):
+        return compiled
+    count = steps(job.shape, compile_target(job.chip).device_kind, **job.options)
+    return replace(compiled, schedules=[s.with_steps(count) for s in compiled.schedules])
 
 
 def _request(index: int, job: Job) -> dict[str, Any]:

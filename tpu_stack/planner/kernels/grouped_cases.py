@@ -17,9 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from tpu_stack.errors import UserError
-from tpu_stack.kernels.grouped_matmul import grouped_matmul, reference_grouped_matmul
+from tpu_stack.kernels.grouped_matmul import (
+    grouped_matmul,
+    make_grouped_plan,
+    reference_grouped_matmul,
+    visits,
+)
+from tpu_stack.kernels.quantized_matmul.plan import Plan
 from tpu_stack.planner.kernels import matmul_cases
-from tpu_stack.planner.kernels.cases import Case, Operands
+from tpu_stack.planner.kernels.cases import Case, Operands, array_bytes
 from tpu_stack.planner.kernels.matmul_cases import (
     ACTIVATIONS,
     abstract_rows,
@@ -53,19 +59,48 @@ def make_case(format: str, activation: str) -> Case:
         call=partial(_call, format),
         reference=partial(_reference, format),
         tunable=(),
+        dynamic_steps=partial(_visits, format, activation),
+        unread=partial(_unread, format, activation),
     )
 
 
+def group_sizes(m: int, seed: int) -> np.ndarray:
+    """Ragged groups [EXPERTS], one of them empty; their sum leaves the last rows to no expert."""
+    rng = np.random.default_rng((seed, m))
+    sizes = np.diff(np.sort(rng.integers(0, m, EXPERTS + 1)))
+    sizes[2] = 0
+    return sizes
+
+
+def plan_of(
+    format: str, activation: str, shape: tuple[int, ...], kind: str, **options: Any
+) -> Plan:
+    """The kernel's plan of the case for a device kind. Raises ValueError where it refuses."""
+    arrays, rest = _split(_abstract(format, activation, shape))
+    offset = get_format(format).offset
+    return make_grouped_plan(*arrays, offset=offset, kind=kind, **rest, **options)
+
+
+def _visits(format: str, activation: str, shape: tuple[int, ...], kind: str, **options: Any) -> int:
+    block = plan_of(format, activation, shape, kind, **options).bm
+    sizes = jnp.asarray(group_sizes(shape[0], 0), jnp.int32)
+    return int(visits(sizes, shape[0], block).count)
+
+
+def _unread(format: str, activation: str, shape: tuple[int, ...]) -> int:
+    """The weights of experts without rows."""
+    idle = int((group_sizes(shape[0], 0) == 0).sum())
+    operands = _abstract(format, activation, shape)
+    return sum(array_bytes(operands[name]) for name in ("values", "scales")) * idle // EXPERTS
+
+
 def _operands(format: str, activation: str, shape: tuple[int, ...], seed: int) -> Operands:
-    """Ragged groups, one of them empty; the last rows are no expert's."""
     m, k, n = shape
     rng = np.random.default_rng(seed)
     weight = rng.standard_normal((EXPERTS, k, n)).astype(np.float32)
-    sizes = np.diff(np.sort(rng.integers(0, m, EXPERTS + 1)))
-    sizes[2] = 0
     return rows_of_x(activation, m, k, rng) | {
         **weight_leaves(quantize(weight, format, name="experts")),
-        "group_sizes": jnp.asarray(sizes, jnp.int32),
+        "group_sizes": jnp.asarray(group_sizes(m, seed), jnp.int32),
     }
 
 
