@@ -7,6 +7,7 @@ VLIW bundles of the kernel's whole code, each loop body counted once; nothing is
 >>> compile_case("tpu_stack.kernels.kv_attention.bench", "int8", "v6e")  # {"bundles": 812, ...}
 """
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 TOPOLOGY = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -51,7 +52,7 @@ def refusals(module: str, cases: list[str], chip: str) -> dict[str, str]:
 def _child(module: str, cases: list[str], chip: str, env: dict[str, str]) -> dict[str, Any]:
     """By case the names of its kernels, or why there are none; an abort is the reason for all."""
     command = [sys.executable, "-m", "tpu_stack.kernels.compiled", module, chip, *cases]
-    env = os.environ | _ENVIRONMENT | env
+    env = os.environ | ENVIRONMENT | env
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -68,14 +69,20 @@ def read_bundles(folder: Path, names: list[str]) -> dict[str, int]:
     for name in names:
         files = list(folder.glob(f"*-{name}*schedule-analysis_final_bundles.txt"))
         text = files[0].read_text() if files else ""
-        match = re.search(r"total scheduled bundles:\s*(\d+)", text)
-        if match is None:
+        total = total_bundles(text)
+        if total is None:
             raise RuntimeError(
                 f"libtpu {libtpu_version()} left no readable schedule of {name} among "
                 f"{len(list(folder.iterdir()))} dump files"
             )
-        found[name] = int(match[1])
+        found[name] = total
     return found
+
+
+def total_bundles(analysis: str) -> int | None:
+    """The total that the compiler's schedule analysis states; None when it states none."""
+    found = re.search(r"total scheduled bundles:\s*(\d+)", analysis)
+    return int(found[1]) if found else None
 
 
 def libtpu_version() -> str:
@@ -84,6 +91,21 @@ def libtpu_version() -> str:
         return importlib.metadata.version("libtpu")
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def bench_main(module: str, about: str | None, cases: list[str], form: str) -> None:
+    """The command line of a bench module: `table` of the cases and chips that are asked for.
+
+    Args:
+      about: its docstring.
+      cases: the ones by default, each of the form that `form` states.
+    """
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--chips", nargs="+", choices=sorted(TOPOLOGY), default=list(TOPOLOGY))
+    parser.add_argument("--cases", nargs="+", default=cases, help=form)
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    args = parser.parse_args()
+    table(module, args.cases, args.chips, args.json)
 
 
 def table(module: str, cases: list[str], chips: list[str], json_file: Path | None) -> None:

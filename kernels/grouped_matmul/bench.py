@@ -3,15 +3,13 @@
 python -m tpu_stack.kernels.grouped_matmul.bench --chips v6e 7x --json bench.json
 """
 
-import argparse
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from tpu_stack.kernels.compiled import TOPOLOGY, table
+from tpu_stack.kernels.compiled import bench_main
 from tpu_stack.kernels.grouped_matmul import grouped_matmul
 from tpu_stack.kernels.quantized_matmul.cases import FORMATS, abstract_operands
 
@@ -48,15 +46,7 @@ def _call(x, values, group_sizes, *rest, names: tuple[str, ...], options: dict[s
     return grouped_matmul(x, values, given.pop("scales", None), group_sizes, **given, **options)
 
 
-def main() -> None:
-    """Command line: see the module docstring."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--chips", nargs="+", choices=sorted(TOPOLOGY), default=list(TOPOLOGY))
-    parser.add_argument("--cases", nargs="+", default=CASES, help="FORMAT,X_DTYPE,E,M,K,N,t|-")
-    parser.add_argument("--json", type=Path, help="also write the rows here")
-    args = parser.parse_args()
-    table("tpu_stack.kernels.grouped_matmul.bench", args.cases, args.chips, args.json)
-
-
 if __name__ == "__main__":
-    main()
+    bench_main(
+        "tpu_stack.kernels.grouped_matmul.bench", __doc__, CASES, "FORMAT,X_DTYPE,E,M,K,N,t|-"
+    )

@@ -3,15 +3,13 @@
 python -m tpu_stack.kernels.kv_attention.bench --chips v6e 7x --json bench.json
 """
 
-import argparse
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from tpu_stack.kernels.compiled import TOPOLOGY, table
+from tpu_stack.kernels.compiled import bench_main
 from tpu_stack.kernels.kv_attention import kv_attention
 
 CASES = [f"{dtype},bfloat16,32,8,128,64,-" for dtype in ("bfloat16", "float8_e4m3fn", "int8")]
@@ -37,15 +35,7 @@ def program(case: str) -> tuple[Any, list[jax.ShapeDtypeStruct]]:
     return partial(kv_attention, interpret=False, **options), arguments
 
 
-def main() -> None:
-    """Command line: see the module docstring."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--chips", nargs="+", choices=sorted(TOPOLOGY), default=list(TOPOLOGY))
-    parser.add_argument("--cases", nargs="+", default=CASES, help="DTYPE,Q_DTYPE,N,K,H,PAGE,EXTRAS")
-    parser.add_argument("--json", type=Path, help="also write the rows here")
-    args = parser.parse_args()
-    table("tpu_stack.kernels.kv_attention.bench", args.cases, args.chips, args.json)
-
-
 if __name__ == "__main__":
-    main()
+    bench_main(
+        "tpu_stack.kernels.kv_attention.bench", __doc__, CASES, "DTYPE,Q_DTYPE,N,K,H,PAGE,EXTRAS"
+    )

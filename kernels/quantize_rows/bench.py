@@ -3,15 +3,13 @@
 python -m tpu_stack.kernels.quantize_rows.bench --chips v6e 7x --json bench.json
 """
 
-import argparse
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from tpu_stack.kernels.compiled import TOPOLOGY, table
+from tpu_stack.kernels.compiled import bench_main
 from tpu_stack.kernels.quantize_rows import quantize_rows
 
 CASES = [
@@ -28,15 +26,5 @@ def program(case: str) -> tuple[Any, list[jax.ShapeDtypeStruct]]:
     return call, [jax.ShapeDtypeStruct((int(m), int(k)), jnp.dtype(x))]
 
 
-def main() -> None:
-    """Command line: see the module docstring."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--chips", nargs="+", choices=sorted(TOPOLOGY), default=list(TOPOLOGY))
-    parser.add_argument("--cases", nargs="+", default=CASES, help="DTYPE,X_DTYPE,M,K")
-    parser.add_argument("--json", type=Path, help="also write the rows here")
-    args = parser.parse_args()
-    table("tpu_stack.kernels.quantize_rows.bench", args.cases, args.chips, args.json)
-
-
 if __name__ == "__main__":
-    main()
+    bench_main("tpu_stack.kernels.quantize_rows.bench", __doc__, CASES, "DTYPE,X_DTYPE,M,K")

@@ -12,7 +12,6 @@ XLA's estimated cycles. Neither is a measurement. 7x is also the proxy for TPU 8
 """
 
 import argparse
-import importlib.metadata
 import json
 import math
 import os
@@ -29,6 +28,7 @@ from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
 
+from tpu_stack.kernels.compiled import ENVIRONMENT, TOPOLOGY, libtpu_version, read_bundles
 from tpu_stack.kernels.quantized_matmul import make_plan, quantized_matmul
 from tpu_stack.kernels.quantized_matmul.cases import (
     ACTIVATIONS,
@@ -37,7 +37,6 @@ from tpu_stack.kernels.quantized_matmul.cases import (
     stored_bytes,
 )
 
-TOPOLOGY = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
 CLOCK_HZ = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9, "7x": 2.2e9}
 """Implied by peak bf16 FLOP/s over MXU size in jax's chip table; used only to state HBM cycles."""
 VERSIONS = {
@@ -46,12 +45,8 @@ VERSIONS = {
     "v6e": pltpu.ChipVersion.TPU_V6E,
     "7x": pltpu.ChipVersion.TPU_7X,
 }
-COMPILER_ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_STDERR_LOG_LEVEL": "3",
-}
+KERNEL = "quantized_matmul"
+"""What the dump calls the kernel, in part."""
 KERNEL_CASES = ("int8", "int4", "int4:after_group")
 PEER_CASES = ("xla:int8", "xla:int4", "xla:bf16")
 ALL_CASES = (
@@ -155,7 +150,7 @@ def compile_in_subprocess(case: str, chip: str, shape: list[int]) -> dict[str, A
     """
     with tempfile.TemporaryDirectory() as folder:
         dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
-        env = os.environ | COMPILER_ENVIRONMENT | {"LIBTPU_INIT_ARGS": dump}
+        env = os.environ | ENVIRONMENT | {"LIBTPU_INIT_ARGS": dump}
         request = json.dumps({"case": case, "chip": chip, "shape": shape})
         command = [
             sys.executable,
@@ -171,31 +166,8 @@ def compile_in_subprocess(case: str, chip: str, shape: list[int]) -> dict[str, A
             return {"error": f"exit {done.returncode}: {told[-1][:300]}"}
         result = json.loads(done.stdout.strip().splitlines()[-1])
         if not case.startswith("xla:"):
-            result["bundles"] = read_bundles(Path(folder))
+            result["bundles"] = read_bundles(Path(folder), [KERNEL])[KERNEL]
         return result
-
-
-def read_bundles(folder: Path) -> int:
-    """Static bundles of the kernel's call from the compiler's dump in `folder`.
-
-    Raises: RuntimeError, naming the libtpu version, when the dump is not as expected.
-    """
-    files = list(folder.glob("*quantized_matmul*schedule-analysis_final_bundles.txt"))
-    found = re.search(r"total scheduled bundles:\s*(\d+)", files[0].read_text()) if files else None
-    if found is None:
-        raise RuntimeError(
-            f"libtpu {libtpu_version()} left no readable schedule analysis among "
-            f"{len(list(folder.iterdir()))} dump files"
-        )
-    return int(found[1])
-
-
-def libtpu_version() -> str:
-    """The installed libtpu's version, or "not installed"."""
-    try:
-        return importlib.metadata.version("libtpu")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def hbm_cycles(case: str, chip: str, shape: list[int]) -> int:

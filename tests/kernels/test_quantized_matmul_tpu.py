@@ -79,7 +79,7 @@ for case in sys.argv[2:]:
 def test_every_format_compiles(chip, activation):
     cases = [f"{name}@{activation}" for name in FORMATS]
     command = [sys.executable, "-c", EVERY, chip, *cases]
-    env = os.environ | bench.COMPILER_ENVIRONMENT
+    env = os.environ | bench.ENVIRONMENT
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
 
@@ -127,7 +127,7 @@ ODD_SHAPES = """
 def test_odd_shapes_compile(topology):
     # Interpret mode accepts blocks that Mosaic does not: fewer rows than a tile, ragged K.
     command = [sys.executable, "-c", ODD, topology, *ODD_SHAPES.split()]
-    env = os.environ | bench.COMPILER_ENVIRONMENT
+    env = os.environ | bench.ENVIRONMENT
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
 
@@ -151,14 +151,14 @@ def test_a_decode_block_takes_no_longer_than_its_bytes(chip, case):
 
 
 def test_a_dump_that_is_not_as_expected_is_named(tmp_path):
-    with pytest.raises(RuntimeError, match="left no readable schedule analysis among 0 dump files"):
-        bench.read_bundles(tmp_path)
+    with pytest.raises(RuntimeError, match="no readable schedule of quantized_matmul among 0"):
+        bench.read_bundles(tmp_path, [bench.KERNEL])
     bad = tmp_path / "1-quantized_matmul_int4_before.1-70-schedule-analysis_final_bundles.txt"
     bad.write_text("something else")
     with pytest.raises(RuntimeError, match="among 1 dump files"):
-        bench.read_bundles(tmp_path)
+        bench.read_bundles(tmp_path, [bench.KERNEL])
     bad.write_text("Schedule analysis:\n\ttotal scheduled bundles:    1077\n")
-    assert bench.read_bundles(tmp_path) == 1077
+    assert bench.read_bundles(tmp_path, [bench.KERNEL]) == {bench.KERNEL: 1077}
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tpu_stack.planner.kernels.targets import libtpu_version
+from tpu_stack.kernels.compiled import libtpu_version, total_bundles
 
 ANALYSIS = "schedule-analysis_final_bundles.txt"
 BUNDLES = "final_bundles.txt"
@@ -25,7 +25,6 @@ UNBOUNDED = 2**31 - 1
 """Steps that the compiler states for an axis of the grid that is known only when it runs."""
 
 _STEM = re.compile(r"^(\d+-.+?)-\d+-" + re.escape(ANALYSIS) + "$")
-_TOTAL = re.compile(r"total scheduled bundles:\s*(\d+)")
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*:\s*((?:>\s*)*)\{(\s*\})?")
 _GRID = re.compile(r"iteration_bounds: \(([\d, ]+)\)")
 _VMEM = re.compile(r"space=vmem, size = 0x([0-9a-f]+)(?:, offset = 0x([0-9a-f]+))?")
@@ -127,15 +126,15 @@ def read_schedules(folder: Path) -> list[Schedule]:
 
 def _read_one(folder: Path, stem: str, analysis: str) -> Schedule:
     name = stem.split("-", 1)[1]
-    total = _TOTAL.search(analysis)
+    total = total_bundles(analysis)
     if total is None:
         raise DumpError(f"{name}: the schedule analysis states no total of bundles")
     capacity, rows = read_utilization(_text(folder, stem, UTILIZATION), name)
     code = _text(folder, stem, BUNDLES)
     depths, loops = loop_depths(code, name)
-    if not len(rows) == len(depths) == int(total[1]):
+    if not len(rows) == len(depths) == total:
         raise DumpError(
-            f"{name}: {total[1]} bundles by the analysis, {len(depths)} in the listing and "
+            f"{name}: {total} bundles by the analysis, {len(depths)} in the listing and "
             f"{len(rows)} rows of utilization"
         )
     inside = [row for row, depth in zip(rows, depths, strict=True) if depth]

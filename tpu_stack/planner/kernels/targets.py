@@ -9,12 +9,12 @@ chip facts give in seconds. Everything is per JAX device, as a compiled program 
 """
 
 import difflib
-import importlib.metadata
 import importlib.util
 from dataclasses import dataclass
 
 from tpu_stack.errors import UserError
 from tpu_stack.hardware import get_chip
+from tpu_stack.kernels.compiled import libtpu_version
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,6 @@ def compile_target(name: str) -> CompileTarget:
         f"libtpu {libtpu_version()} cannot compile for {name}; 7x is its proxy "
         f"(known: {', '.join(COMPILE_TARGETS)})"
     )
-
-
-def libtpu_version() -> str:
-    """The installed TPU compiler's version, or "not installed"."""
-    try:
-        return importlib.metadata.version("libtpu")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def has_compiler() -> bool:
