@@ -27,23 +27,35 @@ and only XLA:TPU overlaps them. Groups over a part of a mesh axis are unmatched,
 import re
 from dataclasses import dataclass, field, replace
 from math import prod
-
-from jax.sharding import AbstractMesh, Mesh
+from typing import TYPE_CHECKING
 
 from tpu_stack.planner.hlo_collective import KINDS, Collective, CollectiveRow, summarize, wire_bytes
+from tpu_stack.planner.hlo_cycles import CHAIN, Costs
+from tpu_stack.planner.hlo_frames import Frames
 from tpu_stack.planner.hlo_groups import span_of
 from tpu_stack.planner.hlo_loops import Scope, Site, callee, trip_count
+from tpu_stack.planner.hlo_serves import serves
 from tpu_stack.planner.hlo_source import as_written
 from tpu_stack.planner.hlo_text import Array, Instruction, Module, arrays, elements, parse
 
-__all__ = ["KINDS", "Collective", "CollectiveRow", "collectives", "summarize", "wire_bytes"]
+if TYPE_CHECKING:  # so that a report can be read without importing JAX
+    from jax.sharding import AbstractMesh, Mesh
+
+__all__ = [
+    "KINDS",
+    "Collective",
+    "CollectiveRow",
+    "collectives",
+    "collectives_of",
+    "summarize",
+    "wire_bytes",
+]
 
 _KIND = re.compile(rf"({'|'.join(sorted(KINDS, key=len, reverse=True))})(-start)?$")
-_CHAIN = re.compile(r'chain_id="(\w+)"')
 _CALLS = {"fusion": "calls", "call": "to_apply", "async-start": "calls"}
 
 
-def collectives(hlo_text: str, mesh: Mesh | AbstractMesh) -> list[Collective]:
+def collectives(hlo_text: str, mesh: "Mesh | AbstractMesh") -> list[Collective]:
     """Every collective that the program runs, in program order, loops multiplied out.
 
     `mesh` must be the one the program was compiled for: its axis order gives device positions
@@ -51,13 +63,21 @@ def collectives(hlo_text: str, mesh: Mesh | AbstractMesh) -> list[Collective]:
     ValueError when the text is no HLO module or was compiled for another number of devices.
     """
     module = parse(hlo_text)
+    frames = Frames.of(hlo_text)
+    return collectives_of(module, tuple(mesh.axis_sizes), tuple(mesh.axis_names), frames)
+
+
+def collectives_of(
+    module: Module, sizes: tuple[int, ...], names: tuple[str, ...], frames: Frames
+) -> list[Collective]:
+    """`collectives` of a parsed module, for a mesh with axes `names` of `sizes`."""
     devices = module.partitions * module.replicas
-    if devices != prod(mesh.axis_sizes):
+    if devices != prod(sizes):
         raise ValueError(
-            f"the program was compiled for {devices} devices, the mesh {dict(mesh.shape)} "
-            f"has {prod(mesh.axis_sizes)}"
+            f"the program was compiled for {devices} devices, the mesh "
+            f"{dict(zip(names, sizes, strict=True))} has {prod(sizes)}"
         )
-    walk = _Walk(module, tuple(mesh.axis_sizes), tuple(mesh.axis_names))
+    walk = _Walk(module, sizes, names, frames, Costs(module))
     walk.run(Scope(module.entry), _Context(trips=1))
     return walk.found
 
@@ -71,6 +91,7 @@ class _Context:
     overlapped: bool = False
     notes: tuple[str, ...] = ()
     scatter_fusion: bool = False
+    carrier: Site | None = None
 
     def times(self, count: int | None, loop: str) -> "_Context":
         if count is None:
@@ -84,6 +105,8 @@ class _Walk:
     module: Module
     sizes: tuple[int, ...]
     names: tuple[str, ...]
+    frames: Frames
+    costs: Costs
     found: list[Collective] = field(default_factory=list)
 
     def run(self, scope: Scope, context: _Context, chains: set[str] | None = None) -> None:
@@ -94,7 +117,7 @@ class _Walk:
             site = Site(scope, instruction)
             match = _KIND.match(instruction.opcode)
             if match:
-                chain = _CHAIN.search(instruction.attributes)
+                chain = CHAIN.search(instruction.attributes)
                 counted = seen if chains is None else chains
                 if chain is None or chain[1] not in counted:
                     self._record(site, match[1], bool(match[2]), context)
@@ -109,7 +132,8 @@ class _Walk:
 
     def _loop(self, site: Site, context: _Context) -> None:
         count = trip_count(self.module, site.scope, site.instruction)
-        inside = replace(context, op_name=site.instruction.op_name or context.op_name)
+        name = site.instruction.op_name or context.op_name
+        inside = replace(context, op_name=name, carrier=None)
         turns = {"condition": None if count is None else count + 1, "body": count}
         for key, times in turns.items():
             name = site.instruction.attribute(key)
@@ -149,6 +173,7 @@ class _Walk:
                     overlapped=context.overlapped or asynchronous,
                     scatter_fusion="AllReduceScatterFusion" in instruction.attributes
                     or name.startswith("all-reduce-scatter"),
+                    carrier=site,
                 )
                 self.run(callee(site, name, self.module), inside, chains=seen)
 
@@ -170,7 +195,9 @@ class _Walk:
         if source != {(kind, buffer.dtype) for buffer in buffers}:
             label = ", ".join(sorted(f"{a} {b}" for a, b in source))
             notes = (*notes, f"written as {label}")
-        chained = bool(_CHAIN.search(instruction.attributes))
+        chain = CHAIN.search(instruction.attributes)
+        cover = self._cover(site, start, chain[1] if chain else None, context)
+        op_name = instruction.op_name or context.op_name
         self.found.append(
             Collective(
                 kind=kind,
@@ -180,12 +207,23 @@ class _Walk:
                 trips=context.trips,
                 axes=span.axes,
                 group_size=span.group_size,
-                op_name=instruction.op_name or context.op_name,
-                overlapped=context.overlapped or start or chained,
+                op_name=op_name,
+                overlapped=context.overlapped or start or chain is not None,
                 as_written=written,
                 notes=notes,
+                serves=serves(self.module, site, kind, op_name, self.frames, span.group_size),
+                cover_cycles=cover,
             )
         )
+
+    def _cover(self, site: Site, start: bool, chain: str | None, context: _Context) -> int | None:
+        """Cycles of what the program does between the start and the end of a collective."""
+        carrier = context.carrier
+        if start:
+            return self.costs.cover(site.scope, site.instruction)
+        if carrier is None or not (chain or carrier.instruction.opcode.endswith("-start")):
+            return None
+        return self.costs.cover(carrier.scope, carrier.instruction, chain)
 
 
 def _weight(found: list[Collective]) -> float:

@@ -40,8 +40,6 @@ from tpu_stack.training.step import make_train_step
 
 MAX_EMULATED_DEVICES = 512
 SERVE_PROGRAMS = ("prefill", "decode")
-MATMUL = "xla"
-"""The quantized product that is traced: a mesh that the compiler partitions takes no other."""
 _COMPILER_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
@@ -129,8 +127,8 @@ def trace_serve(
     """Prefill of [batch, prompt] tokens and one decode step, into a cache of `context` positions;
     of these, the `programs` asked for.
 
-    Packed weights are traced as on a TPU mesh (MATMUL), never through the path meant for one CPU
-    device. Lowered for `mesh` where one is given, else for the emulated mesh.
+    Packed weights are traced as on a TPU mesh (`matmul_of`), never through the path meant for one
+    CPU device. Lowered for `mesh` where one is given, else for the emulated mesh.
     """
     small, mesh, batch_now = _placed(profile, batch, limit, mesh)
     params = PackedLayout.of(config, format, small, mesh).abstract
@@ -179,10 +177,18 @@ def _placed(
     return small, make_mesh(small.mesh, jax.devices("cpu")), batch_now
 
 
+def matmul_of(devices: int) -> str:
+    """The quantized product that runs on a mesh of so many TPU devices: a mesh that the compiler
+    partitions takes no Pallas kernel (`quant.select`)."""
+    return "pallas" if devices == 1 else "xla"
+
+
 def _trace(
     name: str, profile: Profile, small: Profile, mesh: Mesh, jitted: Any, arguments: Any, scale: int
 ) -> Traced:
-    with sharding_scope(mesh, small.rules), use_implementation(MATMUL):
+    on_tpu = mesh.devices.flat[0].platform == "tpu"
+    matmul = matmul_of(mesh.size) if on_tpu else "xla"
+    with sharding_scope(mesh, small.rules), use_implementation(matmul):
         traced = jitted.trace(*arguments)
         lowered = traced.lower()
     return Traced(name, profile, mesh, _scaled(count_jaxpr(traced.jaxpr), scale), lowered)

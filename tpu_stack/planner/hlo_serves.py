@@ -1,0 +1,130 @@
+"""What a collective is for: the tensor it gathers, the gradient it sums, or the line that asked.
+
+The text names the arguments of the program (`state.params['blocks']['mlp']['w_up']`), so a gathered
+value is followed back to one of them. A summed gradient is recognised by its shape among the
+arguments. What remains is named by the source line in its metadata.
+
+>>> serves(module, Site(scope, instruction), "all-gather", op_name, frames, group_size=64)
+'gather of blocks.mlp.w_up, forward'
+"""
+
+import re
+from functools import lru_cache
+
+from tpu_stack.planner.hlo_frames import Frames
+from tpu_stack.planner.hlo_loops import Site, origin
+from tpu_stack.planner.hlo_text import Module, arrays
+
+_KEY = re.compile(r"\[\\?'([^'\\]+)\\?'\]|\.([A-Za-z_]\w*)|\[(\d+)\]")
+_CARRIED_ON = {
+    "dynamic-slice": 0, "slice": 0, "transpose": 0, "pad": 0, "broadcast": 0,
+    "dynamic-update-slice": 1, "concatenate": 0, "select": 1, "optimization-barrier": 0,
+    "collective-permute": 0, "bitcast-convert": 0,
+}  # fmt: skip
+"""Opcode -> the operand that holds the value itself, moved or embedded but not computed with."""
+_MAX_HOPS = 40
+_PARAMETERS = re.compile(r"^(?:state\.)?params(?=[\[.])")
+
+
+def serves(
+    module: Module, site: Site, kind: str, op_name: str, frames: Frames, group_size: int
+) -> str:
+    """One phrase for a person; the direction (forward, backward, ...) after a comma."""
+    what = _what(module, site, kind, op_name, group_size)
+    if not what:
+        source = frames.source(site.instruction.attributes)
+        primitive = op_name.rpartition("/")[2] or site.instruction.opcode
+        verb = {"all-reduce": "sum", "reduce-scatter": "sum", "all-gather": "gather"}.get(kind)
+        what = f"{verb or 'move'} of {primitive}" + (f" in {source}" if source else "")
+    direction = _direction(op_name)
+    return f"{what}, {direction}" if direction else what
+
+
+def _what(module: Module, site: Site, kind: str, op_name: str, group_size: int) -> str:
+    tensors = [
+        name for operand in site.operands if (name := argument_of(module, operand)) is not None
+    ]
+    if tensors:
+        verb = {"all-gather": "gather", "all-reduce": "gather by sum"}.get(kind, "move")
+        return f"{verb} of {' + '.join(dict.fromkeys(tensors))}"
+    if kind in ("all-reduce", "reduce-scatter") and "transpose(" in op_name:
+        names = gradients_of(module, site, group_size)
+        if names:
+            return f"gradient of {names}"
+    return ""
+
+
+def argument_of(module: Module, site: Site) -> str | None:
+    """The argument of the program that a value is (a part of), or None when it is computed."""
+    for _ in range(_MAX_HOPS):
+        site = origin(module, site)
+        instruction = site.instruction
+        if instruction.opcode == "parameter":
+            return argument_name(instruction.op_name)
+        slot = _CARRIED_ON.get(instruction.opcode)
+        if slot is None or slot >= len(site.operands):
+            return None
+        site = site.operands[slot]
+    return None
+
+
+def argument_name(op_name: str) -> str | None:
+    """`state.params['blocks']['mlp']['w_up']` as `blocks.mlp.w_up`; None for no name."""
+    op_name = _PARAMETERS.sub("", op_name)
+    head = re.match(r"[A-Za-z_]\w*", op_name)
+    keys = [next(filter(None, match)) for match in _KEY.findall(op_name)]
+    names = ([head[0]] if head else []) + keys
+    return ".".join(names) or None
+
+
+def gradients_of(module: Module, site: Site, group_size: int) -> str:
+    """The parameters whose gradient the collective's buffers can be, by shape.
+
+    A gradient has the shape of what the device holds of the parameter, without the layers that a
+    scan walks over, or with one dimension as many times larger as there are devices in the group.
+    """
+    names = []
+    for operand in site.operands:
+        shapes = [array.shape for array in arrays(operand.instruction.type)]
+        for shape in shapes:
+            wanted = tuple(sorted(size for size in shape if size != 1))
+            fitting = _parameters_by_shape(module, group_size).get(wanted, ())
+            if not fitting:
+                return ""
+            names.append(" or ".join(fitting))
+    return " + ".join(dict.fromkeys(names))
+
+
+@lru_cache(maxsize=8)
+def _by_shape(arguments: tuple[tuple[str, tuple[int, ...]], ...], group_size: int):
+    found: dict[tuple[int, ...], list[str]] = {}
+    for name, shape in arguments:
+        held = [shape, shape[1:]] if len(shape) > 2 else [shape]
+        for local in held:
+            grown = [local] + [
+                (*local[:dim], local[dim] * group_size, *local[dim + 1 :])
+                for dim in range(len(local))
+            ]
+            for form in grown:
+                names = found.setdefault(tuple(sorted(s for s in form if s != 1)), [])
+                if name not in names:
+                    names.append(name)
+    return found
+
+
+def _parameters_by_shape(module: Module, group_size: int) -> dict[tuple[int, ...], list[str]]:
+    arguments = []
+    for instruction in module.entry.parameters.values():
+        name = instruction.op_name
+        if name.startswith("state.params"):
+            shape = arrays(instruction.type)[0].shape
+            arguments.append((argument_name(name) or name, shape))
+    return _by_shape(tuple(arguments), group_size)
+
+
+def _direction(op_name: str) -> str:
+    if "rematted_computation" in op_name:
+        return "recomputed for backward"
+    if "transpose(" in op_name:
+        return "backward"
+    return "forward" if "jvp(" in op_name else ""
