@@ -8,19 +8,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.megablox import gmm
 
 from tpu_stack.kernels.compiled import bench_main
-from tpu_stack.kernels.grouped_matmul import grouped_matmul
+from tpu_stack.kernels.grouped_matmul import grouped_matmul, make_grouped_plan
 from tpu_stack.kernels.quantized_matmul.cases import FORMATS, abstract_operands
 
 NAMES = ("bfloat16", "int8", "fp8_e4m3", "int4", "mxfp4", "nvfp4", "int2", "ternary", "int1")
 CASES = [f"{name},bfloat16,8,{m},2048,1024,-" for name in NAMES for m in (16, 4096)]
+PEERS = [f"megablox,bfloat16,8,{m},2048,1024,-" for m in (16, 4096)]
+"""megablox is the peer: JAX's own kernel for bfloat16 weights, with this kernel's tiles. Bundles
+count each loop once; what the compiler refuses is a row that says so."""
 
 
 def program(case: str) -> tuple[Any, list[jax.ShapeDtypeStruct]]:
     """The call and abstract arguments of one case: FORMAT,X_DTYPE,E,M,K,N,t|-."""
     name, activation, *sizes, orientation = case.split(",")
     experts, m, k, n = (int(size) for size in sizes)
+    if name == "megablox":
+        return _megablox(experts, m, k, n, transpose=orientation == "t")
 
     def stacked(array: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((experts, *array.shape), array.dtype)
@@ -41,6 +47,20 @@ def program(case: str) -> tuple[Any, list[jax.ShapeDtypeStruct]]:
     return partial(_call, names=tuple(given), options=options), [*arguments, *given.values()]
 
 
+def _megablox(
+    experts: int, m: int, k: int, n: int, transpose: bool
+) -> tuple[Any, list[jax.ShapeDtypeStruct]]:
+    arguments = [
+        jax.ShapeDtypeStruct((m, n if transpose else k), jnp.bfloat16),
+        jax.ShapeDtypeStruct((experts, k, n), jnp.bfloat16),
+        jax.ShapeDtypeStruct((experts,), jnp.int32),
+    ]
+    plan = make_grouped_plan(arguments[0], arguments[1], None, arguments[2], transpose)
+    tiling = (plan.bm, plan.bk, plan.bn)
+    call = partial(gmm, preferred_element_type=jnp.bfloat16, tiling=tiling, transpose_rhs=transpose)
+    return call, arguments
+
+
 def _call(x, values, group_sizes, *rest, names: tuple[str, ...], options: dict[str, Any]) -> Any:
     given = dict(zip(names, rest, strict=True))
     return grouped_matmul(x, values, given.pop("scales", None), group_sizes, **given, **options)
@@ -48,5 +68,8 @@ def _call(x, values, group_sizes, *rest, names: tuple[str, ...], options: dict[s
 
 if __name__ == "__main__":
     bench_main(
-        "tpu_stack.kernels.grouped_matmul.bench", __doc__, CASES, "FORMAT,X_DTYPE,E,M,K,N,t|-"
+        "tpu_stack.kernels.grouped_matmul.bench",
+        __doc__,
+        [*CASES, *PEERS],
+        "FORMAT,X_DTYPE,E,M,K,N,t|-",
     )
