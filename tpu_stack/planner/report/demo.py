@@ -11,7 +11,7 @@ import jinja2
 
 from tpu_stack.units import bytes_text, seconds_text, si_text
 
-TEMPLATE = Path(__file__).with_name("report.html.jinja")
+TEMPLATE = Path(__file__).with_name("demo.html.jinja")
 
 
 def render(report: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ from tpu_stack.planner.programs import (
     trace_serve,
     trace_train,
 )
-from tpu_stack.planner.request import Request, devices_wanted, make_request
+from tpu_stack.planner.request import Request
 from tpu_stack.planner.tensors import (
     MASTER_DTYPE,
     RESHARD_DEFINITION,
@@ -31,8 +31,6 @@ from tpu_stack.planner.tensors import (
 )
 from tpu_stack.quant.formats import get_format
 from tpu_stack.sharding.profiles import Profile
-
-__all__ = ["PROGRAMS", "STEPS", "Request", "compare", "devices_wanted", "make_request"]
 
 STEPS = ("tensors", "trace train_step", "trace prefill and decode")
 PROGRAMS = ("train_step", "prefill", "decode")
