@@ -10,7 +10,11 @@ Source(function='Attention.__call__', place='models/layers.py:88')
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+"""The folder of the package's sources."""
 
 _ID = re.compile(r"stack_frame_id=(\d+)")
 _NAMES = re.compile(r'^(\d+) "([^"]*)"$', re.M)
@@ -30,6 +34,14 @@ class Source(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.function} ({self.place})"
+
+    def line(self, root: Path = ROOT) -> str:
+        """The line itself as the sources have it now; empty when they do not."""
+        name, _, number = self.place.rpartition(":")
+        try:
+            return (root / name).read_text(encoding="utf-8").splitlines()[int(number) - 1]
+        except (OSError, ValueError, IndexError):
+            return ""
 
 
 @dataclass(frozen=True)

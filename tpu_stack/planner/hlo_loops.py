@@ -206,10 +206,22 @@ def step_back(module: Module, site: Site) -> Site | None:
     if instruction.opcode == "get-tuple-element" and site.operands:
         index = _carried_index(site)
         if index is None:
-            return _element(module, site.operands[0], index=_tuple_index(instruction))
+            return _taken_from(module, site.operands[0], _tuple_index(instruction))
         if scope.loop is not None and _unchanged_by(module, scope.loop, index):
             return _element(module, scope.loop.operands[0], index)
     return None
+
+
+def _taken_from(module: Module, site: Site, index: int) -> Site | None:
+    """Element `index` of a tuple, or of what went into a loop that hands it on unchanged."""
+    source = origin(module, site)
+    if source.instruction.opcode != "while" or not source.operands:
+        return _element(module, site, index)
+    return (
+        _element(module, source.operands[0], index)
+        if _unchanged_by(module, source, index)
+        else None
+    )
 
 
 def _unchanged_by(module: Module, loop: Site, index: int) -> bool:

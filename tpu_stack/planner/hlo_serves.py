@@ -11,7 +11,7 @@ arguments. What remains is named by the source line in its metadata.
 import re
 from functools import lru_cache
 
-from tpu_stack.planner.hlo_frames import Frames
+from tpu_stack.planner.hlo_frames import Frames, Source
 from tpu_stack.planner.hlo_loops import Site, origin
 from tpu_stack.planner.hlo_text import Module, arrays
 
@@ -23,6 +23,8 @@ _CARRIED_ON = {
 }  # fmt: skip
 """Opcode -> the operand that holds the value itself, moved or embedded but not computed with."""
 _MAX_HOPS = 40
+STACKED = "blocks."
+"""Parameters whose first dimension is the layers that a scan walks over."""
 _PARAMETERS = re.compile(r"^(?:state\.)?params(?=[\[.])")
 
 
@@ -30,9 +32,9 @@ def serves(
     module: Module, site: Site, kind: str, op_name: str, frames: Frames, group_size: int
 ) -> str:
     """One phrase for a person; the direction (forward, backward, ...) after a comma."""
-    what = _what(module, site, kind, op_name, group_size)
+    source = frames.source(site.instruction.attributes)
+    what = _what(module, site, kind, op_name, group_size, source)
     if not what:
-        source = frames.source(site.instruction.attributes)
         primitive = op_name.rpartition("/")[2] or site.instruction.opcode
         verb = {"all-reduce": "sum", "reduce-scatter": "sum", "all-gather": "gather"}.get(kind)
         what = f"{verb or 'move'} of {primitive}" + (f" in {source}" if source else "")
@@ -40,7 +42,9 @@ def serves(
     return f"{what}, {direction}" if direction else what
 
 
-def _what(module: Module, site: Site, kind: str, op_name: str, group_size: int) -> str:
+def _what(
+    module: Module, site: Site, kind: str, op_name: str, group_size: int, source: Source | None
+) -> str:
     tensors = [
         name for operand in site.operands if (name := argument_of(module, operand)) is not None
     ]
@@ -48,7 +52,7 @@ def _what(module: Module, site: Site, kind: str, op_name: str, group_size: int) 
         verb = {"all-gather": "gather", "all-reduce": "gather by sum"}.get(kind, "move")
         return f"{verb} of {' + '.join(dict.fromkeys(tensors))}"
     if kind in ("all-reduce", "reduce-scatter") and "transpose(" in op_name:
-        names = gradients_of(module, site, group_size)
+        names = gradients_of(module, site, group_size, source.line() if source else "")
         if names:
             return f"gradient of {names}"
     return ""
@@ -77,48 +81,54 @@ def argument_name(op_name: str) -> str | None:
     return ".".join(names) or None
 
 
-def gradients_of(module: Module, site: Site, group_size: int) -> str:
-    """The parameters whose gradient the collective's buffers can be, by shape.
+def gradients_of(module: Module, site: Site, group_size: int, line: str = "") -> str:
+    """The parameters whose gradient the collective's buffers can be, by shape; "" for none.
 
     A gradient has the shape of what the device holds of the parameter, without the layers that a
     scan walks over, or with one dimension as many times larger as there are devices in the group.
+    Where several fit a single buffer, those that the source `line` names are kept.
     """
     names = []
-    for operand in site.operands:
-        shapes = [array.shape for array in arrays(operand.instruction.type)]
-        for shape in shapes:
-            wanted = tuple(sorted(size for size in shape if size != 1))
-            fitting = _parameters_by_shape(module, group_size).get(wanted, ())
-            if not fitting:
-                return ""
-            names.append(" or ".join(fitting))
+    buffers = [array for operand in site.operands for array in arrays(operand.instruction.type)]
+    for buffer in buffers:
+        fitting = _parameters_by_shape(module, group_size).get(_squeezed(buffer.shape), [])
+        if len(buffers) == 1:
+            named = [name for name in fitting if name.rpartition(".")[2] in line]
+            fitting = named or fitting
+        if not fitting:
+            return ""
+        names.append(" or ".join(fitting))
     return " + ".join(dict.fromkeys(names))
 
 
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != 1)
+
+
 @lru_cache(maxsize=8)
-def _by_shape(arguments: tuple[tuple[str, tuple[int, ...]], ...], group_size: int):
+def _by_shape(
+    arguments: tuple[tuple[str, tuple[int, ...]], ...], group_size: int
+) -> dict[tuple[int, ...], list[str]]:
     found: dict[tuple[int, ...], list[str]] = {}
     for name, shape in arguments:
-        held = [shape, shape[1:]] if len(shape) > 2 else [shape]
-        for local in held:
-            grown = [local] + [
+        for local in [shape, shape[1:]] if name.startswith(STACKED) else [shape]:
+            forms = [local] + [
                 (*local[:dim], local[dim] * group_size, *local[dim + 1 :])
                 for dim in range(len(local))
             ]
-            for form in grown:
-                names = found.setdefault(tuple(sorted(s for s in form if s != 1)), [])
+            for form in forms:
+                names = found.setdefault(_squeezed(form), [])
                 if name not in names:
                     names.append(name)
     return found
 
 
 def _parameters_by_shape(module: Module, group_size: int) -> dict[tuple[int, ...], list[str]]:
-    arguments = []
-    for instruction in module.entry.parameters.values():
-        name = instruction.op_name
-        if name.startswith("state.params"):
-            shape = arrays(instruction.type)[0].shape
-            arguments.append((argument_name(name) or name, shape))
+    arguments = [
+        (argument_name(item.op_name) or item.op_name, arrays(item.type)[0].shape)
+        for item in module.entry.parameters.values()
+        if item.op_name.startswith("state.params")
+    ]
     return _by_shape(tuple(arguments), group_size)
 
 

@@ -33,7 +33,7 @@ from tpu_stack.planner.aot.result import (
 from tpu_stack.planner.aot.store import Store
 from tpu_stack.planner.aot.target import topology_of
 from tpu_stack.planner.compiler_child import CompilerChild, Deadline
-from tpu_stack.planner.kernels.targets import has_compiler
+from tpu_stack.planner.kernels.targets import COMPILE_TARGETS, has_compiler
 from tpu_stack.planner.programs import matmul_of
 
 CHILD = f"{__package__}.child"
@@ -85,6 +85,7 @@ def target_of(request: CompileRequest) -> Target:
         hbm_bytes=int(asked.require("hbm_bytes")) // asked.devices(1),
         compiler_hbm_bytes=int(chip.require("hbm_bytes")) // chip.devices(1),
         matmul=_matmul_text(request),
+        clock_hz=COMPILE_TARGETS[chip.name].clock_hz if chip.name in COMPILE_TARGETS else None,
     )
 
 
@@ -169,7 +170,7 @@ def _result(
     result = Compiled(
         target=target,
         memory=Memory(**end["memory"]),
-        report=store.report(digest, target.mesh),
+        **store.report(digest, target),
         hlo=hlo,
         matmul_flops=end["matmul_flops"],
         seconds=seconds,

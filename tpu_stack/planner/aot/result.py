@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tpu_stack.planner.aot.exposure import Exposure
 from tpu_stack.planner.hlo_program import ProgramReport
 
 
@@ -58,6 +59,7 @@ class Target:
       devices: JAX devices. mesh: axis -> size.
       hbm_bytes: of the chip asked for. compiler_hbm_bytes: of the chip compiled for.
       matmul: which implementation of the quantized product is in the program, and why.
+      clock_hz: cycles per second of the chip compiled for (`kernels.targets`), None if not known.
     """
 
     topology: str
@@ -68,6 +70,7 @@ class Target:
     hbm_bytes: int
     compiler_hbm_bytes: int
     matmul: str
+    clock_hz: float | None = None
 
     @property
     def is_proxy(self) -> bool:
@@ -81,6 +84,7 @@ class Compiled:
 
     Attributes:
       target, memory, report: what for, what it holds, what it does.
+      exposures: one per collective of the report: its projected time and what hides it.
       hlo: file of the scheduled program's text, gzip-compressed; `hlo_text` reads it.
       matmul_flops: of one step over all devices, as traced.
       seconds: what the compile took, tracing included, when it was done. cached: no compile ran.
@@ -91,6 +95,7 @@ class Compiled:
     target: Target
     memory: Memory
     report: ProgramReport
+    exposures: tuple[Exposure, ...]
     hlo: Path
     matmul_flops: float
     seconds: float
@@ -180,6 +185,10 @@ def as_json(result: Result) -> dict[str, Any]:
         found["hlo"] = str(result.hlo)
         found["memory"]["total_bytes"] = result.memory.total_bytes
         found["report"] = result.report.as_json()
+        found["exposures"] = [
+            {"own_s": e.own_s, "cover_s": e.cover_s, "exposed_s": e.exposed_s}
+            for e in result.exposures
+        ]
     if not isinstance(result, CompilerMissing):
         found["target"]["is_proxy"] = result.target.is_proxy
     return found

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tpu_stack.files import replacing_file, write_json
+from tpu_stack.planner.aot.exposure import Exposure, exposures, links_of
 from tpu_stack.planner.aot.recompilation import ROOT, digest_of, source_digests
 from tpu_stack.planner.aot.result import (
     OUTCOMES,
@@ -39,9 +40,11 @@ def default_folder() -> Path:
 
 
 def reader_digest() -> str:
-    """Changes when the code that reads programs does."""
+    """Changes when the code that reads programs does, or what their links are."""
     parts = sorted(f"planner/{path.name}" for path in (ROOT / "planner").glob("hlo*.py"))
-    return digest_of(source_digests(parts))
+    return digest_of(
+        source_digests((*parts, "planner/links.py", "planner/aot/exposure.py", "hardware"))
+    )
 
 
 class Store:
@@ -67,29 +70,36 @@ class Store:
         if kind is Compiled:
             fields["memory"] = Memory(**data["memory"])
             fields["hlo"] = self.path(digest) / "program.hlo.gz"
-            fields["report"] = self.report(digest, fields["target"].mesh)
+            fields |= self.report(digest, fields["target"])
         if kind is OutOfMemory:
             fields["largest"] = tuple(Allocation(**item) for item in data["largest"])
         return kind(**fields)
 
-    def report(self, digest: str, mesh: dict[str, int]) -> ProgramReport:
-        """What the kept program's text says; read anew where the reader is another."""
+    def report(self, digest: str, target: Target) -> dict[str, Any]:
+        """The fields `report` and `exposures` of a kept program, by what its text says.
+
+        Read anew, which needs JAX for chip facts, where the reader is another.
+        """
         path, reader = self.path(digest) / "report.json", reader_digest()
         try:
             data = json.loads(path.read_text())
             if data["reader"] == reader:
-                return ProgramReport.from_json(data["report"])
+                times = tuple(Exposure(*pair) for pair in data["exposures"])
+                return {"report": ProgramReport.from_json(data["report"]), "exposures": times}
         except (OSError, ValueError, KeyError, TypeError):
             pass
         text = gzip.decompress((self.path(digest) / "program.hlo.gz").read_bytes()).decode()
-        report = read_program(text, mesh)
-        write_json(path, {"reader": reader, "report": report.as_json()})
-        return report
+        report = read_program(text, target.mesh)
+        links = links_of(target.topology, target.chip, target.mesh)
+        times = exposures(report.collectives, links, target.clock_hz)
+        pairs = [(item.own_s, item.cover_s) for item in times]
+        write_json(path, {"reader": reader, "report": report.as_json(), "exposures": pairs})
+        return {"report": report, "exposures": times}
 
     def keep(self, digest: str, result: Compiled | OutOfMemory | Refused | Aborted) -> None:
         """Writes a result; of a compiled one, the text and report are there already."""
         fields = {"outcome": OUTCOMES[type(result)]} | dataclasses.asdict(result)
-        for name in ("cached", "hlo", "report"):
+        for name in ("cached", "hlo", "report", "exposures"):
             fields.pop(name, None)
         write_json(self.path(digest) / "result.json", fields)
 

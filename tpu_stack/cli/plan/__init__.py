@@ -1,0 +1,9 @@
+"""`tpu-stack plan ACTION`: what a model needs of which chips, before renting any.
+
+>>> main(["plan", "compile", "--model", "llama3_8b", "--profile", "v5p:4x4x4"])
+"""
+
+ACTIONS = {
+    "compile": "a program compiled by the TPU compiler: memory, collectives, cycles",
+}
+"""Action -> one line of help; each is a module here with its own `Options` and `run`."""
