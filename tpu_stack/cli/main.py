@@ -31,6 +31,7 @@ VERBS = {
     "compare": "one model, the training and the serving profile side by side",
     "profiles": "sharding profiles, and how they lay out a model",
     "chips": "what is known of each TPU chip, with sources",
+    "plan": "which chips, which mesh, will it fit: compile, memory, search, backtest",
     "kernels": "kernels without a TPU: verify, explain, profile, tune",
 }
 

@@ -5,5 +5,6 @@
 
 ACTIONS = {
     "compile": "a program compiled by the TPU compiler: memory, collectives, cycles",
+    "backtest": "published TPU results beside what the simulator predicts",
 }
 """Action -> one line of help; each is a module here with its own `Options` and `run`."""

@@ -1,0 +1,101 @@
+"""The simulator's terms against arithmetic by hand, and the order of what it should order."""
+
+from dataclasses import replace
+
+import pytest
+
+from tpu_stack.errors import UserError
+from tpu_stack.hardware.chips import get_chip
+from tpu_stack.models.abstract import parameter_count
+from tpu_stack.models.presets import get_preset
+from tpu_stack.planner.simulate.architecture import Architecture
+from tpu_stack.planner.simulate.constants import PRIOR, SERVE_PRIOR
+from tpu_stack.planner.simulate.decode import ServeJob, decode_step, weights_read
+from tpu_stack.planner.simulate.layout import Layout
+from tpu_stack.planner.simulate.remat import Remat
+from tpu_stack.planner.simulate.serve import Traffic, serve_throughput
+from tpu_stack.planner.simulate.train import TrainJob, train_step
+
+LLAMA = Architecture.of(get_preset("llama3_70b"))
+IDEAL = PRIOR.with_changes(
+    {"mxu_v5p": 1.0, "width_half": 1e-9, "flash": 1.0, "passes": 1e-9, "logit_passes": 1e-9}
+)
+JOB = TrainJob(LLAMA, Layout(get_chip("v5p"), 256, fsdp=256), 256, 4096)
+
+
+def test_parameters_agree_with_the_model():
+    for name in ("llama3_8b", "llama3_70b", "qwen3_0_6b", "gemma3_27b"):
+        config = get_preset(name)
+        found = Architecture.of(config).total_parameters
+        assert found == pytest.approx(parameter_count(config), rel=1e-3), name
+
+
+def test_matmul_time_is_flops_over_peak():
+    """6 N per token without recompute: 8 less the unembedding's and the last MLP matmul's."""
+    job = replace(JOB, remat=Remat.parse("none"))
+    terms = train_step(job, IDEAL).terms
+    body = LLAMA.matmul_parameters - LLAMA.table_parameters
+    tokens = 256 * 4096 / 256
+    assert terms["matmuls"] == pytest.approx(6 * body * tokens / 459e12)
+    assert terms["logits"] == pytest.approx(6 * LLAMA.table_parameters * tokens / 459e12)
+
+
+def test_a_full_recompute_adds_a_forward_pass_but_the_last_matmul():
+    none = train_step(replace(JOB, remat=Remat.parse("none")), IDEAL).terms["matmuls"]
+    full = train_step(JOB, IDEAL).terms["matmuls"]
+    last = LLAMA.layers * LLAMA.d_model * LLAMA.d_ff
+    body = LLAMA.matmul_parameters - LLAMA.table_parameters
+    assert full / none == pytest.approx((8 * body - 2 * last) / (6 * body))
+
+
+def test_terms_sum_to_the_step():
+    step = train_step(JOB, PRIOR)
+    assert sum(step.terms.values()) == pytest.approx(step.step_s)
+    assert step.tokens_per_s_per_chip == pytest.approx(4096 / step.step_s)
+
+
+def test_fewer_bits_are_faster_only_where_the_chip_multiplies_them():
+    """v5p runs int8 at twice the rate; 7x has no integers and emulates them."""
+    for chip, faster in (("v5p", True), ("7x", False)):
+        layout = Layout(get_chip(chip), 256, fsdp=get_chip(chip).devices(256))
+        bf16 = train_step(replace(JOB, layout=layout), PRIOR).step_s
+        int8 = train_step(replace(JOB, layout=layout, activations="int8"), PRIOR).step_s
+        assert (int8 < 0.95 * bf16) == faster, chip
+
+
+def test_a_mesh_that_does_not_fill_the_chips_is_refused():
+    with pytest.raises(UserError, match=r"fsdp=8 on 1 slice\(s\) has 8 devices; 16 v5e chips"):
+        Layout(get_chip("v5e"), 16, fsdp=8)
+
+
+def test_tensor_parallelism_shortens_a_decode_step_and_costs_throughput():
+    jobs = [
+        ServeJob(LLAMA, Layout(get_chip("v5e"), 16, data=data, tensor=16 // data), "int8")
+        for data in (1, 2)
+    ]
+    wide, narrow = (sum(decode_step(j, 16, 2048, PRIOR, SERVE_PRIOR).values()) for j in jobs)
+    assert wide < narrow < 2 * wide
+
+
+def test_experts_that_no_row_is_sent_to_are_not_read():
+    moe = replace(LLAMA, experts=64, active_experts=2, d_ff=1024)
+    fixed = moe.total_parameters - moe.expert_parameters - moe.table_parameters
+    assert weights_read(moe, 1) == pytest.approx(fixed + moe.expert_parameters * 2 / 64)
+    assert weights_read(moe, 1000) == pytest.approx(fixed + moe.expert_parameters)
+
+
+def test_serving_is_slower_with_longer_prompts_and_short_runs():
+    job = ServeJob(LLAMA, Layout(get_chip("v6e"), 8, tensor=8))
+
+    def rate(**changes):
+        traffic = replace(Traffic(64, 1000, 1000), **changes)
+        return serve_throughput(job, traffic, PRIOR, SERVE_PRIOR).out_tokens_per_s_per_chip
+
+    assert rate(input_len=4000) < rate()
+    assert rate(requests=65) == pytest.approx(rate() * 65 / 128)
+    assert rate(chunked=False) < rate()
+
+
+def test_boardfly_and_torus_layouts_have_links():
+    assert Layout(get_chip("8i"), 8, tensor=16).links("tensor").kind == "direct"
+    assert Layout(get_chip("8t"), 64, fsdp=64).links("fsdp").kind == "ring"
