@@ -1,11 +1,13 @@
 """The comparison end to end on nano, and the verb around it."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from tpu_stack.cli.compare import Options, compare_profiles, print_comparison
 from tpu_stack.cli.main import main
+from tpu_stack.planner.compare.crossing import two_by_two
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +31,7 @@ def test_the_result_is_json_and_names_every_rung(nano):
     assert json.loads(json.dumps(nano, allow_nan=False)) == nano
     assert set(nano["rungs"]) == {
         "tensors", "flops", "model_flops", "hbm_bytes", "collectives", "roofline", "memory",
+        "products", "reshard", "two_by_two",
     }  # fmt: skip
     assert nano["train"]["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2}
     assert (nano["train"]["mesh_by"], nano["serve"]["mesh_by"]) == ("given", "profile default")
@@ -46,7 +49,8 @@ def test_totals_are_the_sums_of_their_columns(nano):
 
 def test_native_and_emulated_formats_are_told_apart(nano):
     rows = {row["name"]: row["serve"]["matmul"] for row in nano["tensors"]}
-    assert rows["blocks.mlp.w_up"] == {"support": "native", "computed_as": ["bfloat16", "int4"]}
+    assert rows["blocks.mlp.w_up"]["support"] == "native"
+    assert rows["blocks.mlp.w_up"]["computed_as"] == ["bfloat16", "int4"]
     assert rows["embed"]["support"] == "emulated"  # int8 rows, unembedded on 8i
     assert rows["final_norm.scale"] is None
 
@@ -63,6 +67,85 @@ def test_every_program_is_priced_on_both_chips_and_projected(nano):
             assert found["time_s"] == pytest.approx(max(roofs))
             assert found["time_s"] <= found["time_no_overlap_s"]
             assert found["memory"]["fits"]
+
+
+def test_a_breakdown_adds_up_to_its_time(nano, too_large):
+    for result in (nano, too_large):
+        for program in result["programs"]:
+            for found in program["roofline"].values():
+                parts = dict(found["breakdown"])
+                hidden = parts.pop("hidden_ici_s")
+                assert sum(parts.values()) == pytest.approx(found["time_s"])
+                assert hidden + parts["exposed_ici_s"] == pytest.approx(found["ici_s"])
+                assert sum(found["hbm_terms_s"].values()) == pytest.approx(found["hbm_s"])
+
+
+def test_the_two_by_two_has_every_program_on_both_chips(nano, too_large):
+    cells = {(cell["program"], cell["chip"]): cell for cell in nano["two_by_two"]}
+    assert set(cells) == {(p, c) for p in ("train_step", "prefill", "decode") for c in ("8t", "8i")}
+    for (program, chip), cell in cells.items():
+        price = _programs(nano)[program]["roofline"][chip]
+        assert cell["label"] == "projected"
+        assert cell["own"] == (chip == ("8t" if program == "train_step" else "8i"))
+        assert cell["tokens_per_s_per_chip"] == price["tokens_per_s_per_chip"]
+        best = max(c["tokens_per_s_per_chip"] for (p, _), c in cells.items() if p == program)
+        assert cell["of_best"] == pytest.approx(cell["tokens_per_s_per_chip"] / best)
+    assert {cell["chip"] for cell in too_large["two_by_two"]} == {"v5e"}
+
+
+def test_what_does_not_fit_has_no_rate_to_compare():
+    fits = {"memory": {"fits": True, "share": 0.5}, "tokens_per_s_per_chip": 10.0}
+    common = dict.fromkeys(
+        ("chips", "devices", "time_s", "time_no_overlap_s", "bound", "bound_by_hops", "mfu",
+         "breakdown", "label", "rung"), 1,
+    )  # fmt: skip
+    too_big = {"memory": {"fits": False, "share": 2.0}, "tokens_per_s_per_chip": 99.0}
+    roofline = {"8i": common | too_big, "8t": common | fits, "7x": {"unavailable": "why"}}
+    cells = two_by_two([{"name": "decode", "chip": "8i", "roofline": roofline}])
+    assert [cell["of_best"] for cell in cells] == [None, 1.0, None]
+    assert cells[2]["unavailable"] == "why"
+
+
+def test_both_sides_are_as_they_were(nano):
+    """Golden: every tensor's chain, bytes, format and moves on both sides, in words.
+
+    After an intended change: `tests/planner/data/compare_nano.txt` is `golden(nano)`.
+    """
+    assert golden(nano) == (Path(__file__).parent / "data" / "compare_nano.txt").read_text()
+
+
+def golden(result) -> str:
+    """A comparison's tensors, a paragraph each."""
+    lines = []
+    for tensor in result["tensors"]:
+        train, serve = tensor["train"], tensor["serve"]
+        lines.append(f"{tensor['name']} {tensor['shape']}")
+        lines += [f"  train {link['text']}" for link in train["why"]]
+        lines += [f"  serve {link['text']}" for link in serve["why"]]
+        lines.append(
+            f"  train {train['dtype']} {train['bytes_per_device']} B,"
+            f" state {train['state_bytes_per_device']} B, {_product(train['matmul'])}"
+        )
+        lines.append(
+            f"  serve {serve['format']} {serve['bytes_per_device']} B, {_product(serve['matmul'])}"
+        )
+        for move in result["reshard"]["tensors"][tensor["name"]]:
+            lines.append(
+                f"  {move['kind']} {move['axes']} {move['dims']} by {move['ways']}:"
+                f" {move['bytes']} B, {move['wire_bytes']} B sent"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _product(product) -> str:
+    if product is None:
+        return "no product"
+    types = " x ".join(product["computed_as"])
+    tiles = [
+        f"{name} tile {'x'.join(map(str, plan['tile'].values())) if plan['tile'] else None}"
+        for name, plan in product.get("kernel", {}).items()
+    ]
+    return ", ".join([f"{product['support']} {types} by {product['implementation']}", *tiles])
 
 
 def test_decode_of_a_small_batch_on_one_8i_is_bound_by_memory(nano):
@@ -114,6 +197,8 @@ def test_tables_say_projected(nano, too_large, capsys):
     print_comparison(too_large)
     printed = capsys.readouterr().out
     assert "projected time" in printed
+    assert "all-gather fsdp" in printed
+    assert "each program on either chip" in printed
     assert "emulated compile" in printed
     assert "-, fsdp, tensor" in printed
     assert "note: train_step" in printed

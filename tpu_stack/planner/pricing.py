@@ -14,7 +14,7 @@ from typing import Any
 
 from tpu_stack.errors import UserError
 from tpu_stack.hardware.chips import Chip, get_chip
-from tpu_stack.hardware.roofline import LABEL, Work, roofline
+from tpu_stack.hardware.roofline import LABEL, Roofline, Work, roofline
 from tpu_stack.hardware.topology import parse_topology
 from tpu_stack.planner.hlo import summarize
 from tpu_stack.planner.links import MeshLinks, collective_seconds, cubic_topology
@@ -143,10 +143,29 @@ def price(program: Program, cost: ProgramCost, chip: Chip) -> dict[str, Any]:
         "ici_bandwidth_s": bandwidth_s,
         "bound_by_hops": least.bound == "ici" and bandwidth_s < max(least.compute_s, least.hbm_s),
         "time_no_overlap_s": roofline(work, chip, ici_s=ici_s).time_s,
+        "breakdown": breakdown(least),
+        "hbm_terms_s": {
+            term: chip.devices(1) * amount / chip.require("hbm_bytes_per_s")
+            for term, amount in cost.traffic.items()
+        },
         "tokens_per_s": cost.tokens / time_s,
         "tokens_per_s_per_chip": cost.tokens / time_s / links.chips,
         "mfu": cost.model_flops / (time_s * peak),
         "memory": memory_of(program.profile, cost.memory, chip),
+    }
+
+
+def breakdown(least: Roofline) -> dict[str, float]:
+    """Where the time of a roofline goes, seconds, everything overlapped as far as it can be.
+
+    compute_s, memory_s (HBM beyond compute) and exposed_ici_s (the collectives beyond both)
+    sum to its time_s; hidden_ici_s is the rest of the collectives.
+    """
+    return {
+        "compute_s": least.compute_s,
+        "memory_s": max(0.0, least.hbm_s - least.compute_s),
+        "exposed_ici_s": least.exposed_ici_s,
+        "hidden_ici_s": least.ici_s - least.exposed_ici_s,
     }
 
 

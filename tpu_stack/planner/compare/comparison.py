@@ -14,6 +14,10 @@ import jax
 
 from tpu_stack.models.abstract import parameter_count
 from tpu_stack.planner import traffic
+from tpu_stack.planner.compare import reshard
+from tpu_stack.planner.compare.crossing import two_by_two
+from tpu_stack.planner.compare.placement import chain
+from tpu_stack.planner.compare.products import rows_per_device, serve_product, train_product
 from tpu_stack.planner.pricing import ProgramCost, describe_program, memory_of
 from tpu_stack.planner.programs import (
     MAX_EMULATED_DEVICES,
@@ -42,6 +46,9 @@ RUNGS = {
     "collectives": "emulated compile: XLA:CPU on virtual devices, its rewrites undone",
     "roofline": "4 projected: chip facts and the figures above, nothing measured",
     "memory": "4 projected: formulas of planner/traffic.py, temporaries of a layer aside",
+    "products": "exact: the chip facts' operand types, and the kernel's own plan for the shapes",
+    "reshard": "4 projected: bytes exact by shapes and specs, times by link facts",
+    "two_by_two": "4 projected: the rooflines of both chips, per chip",
 }
 
 
@@ -82,9 +89,15 @@ def compare(request: Request, done: Callable[[str], None] = lambda step: None) -
         "tensors": [_tensor_json(row, request) for row in rows],
         "totals": _totals(rows, request),
         "programs": described,
+        "two_by_two": two_by_two(described),
+        "reshard": reshard.plan(rows, train, serve),
         "memory": memory,
         "rungs": RUNGS,
-        "definitions": {"reshard_bytes": RESHARD_DEFINITION, **_DEFINITIONS},
+        "definitions": {
+            "reshard_bytes": RESHARD_DEFINITION,
+            "reshard": reshard.DEFINITION,
+            **_DEFINITIONS,
+        },
         "notes": _notes(programs),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},
     }
@@ -94,6 +107,8 @@ _DEFINITIONS = {
     "collectives.bytes": "payload of one device over the whole step (planner/hlo.py)",
     "roofline.time_s": "the largest of compute, memory and ici: all overlapped, the least possible",
     "roofline.time_no_overlap_s": "the same with the collectives added",
+    "roofline.breakdown": "compute, memory beyond it, collectives beyond both: sums to time_s",
+    "two_by_two.of_best": "tokens/s per chip over the best chip's, among those that hold it",
     "roofline.mfu": "model FLOPs over peak at time_s, an upper bound",
     "roofline.bound_by_hops": "ici bounds by latency: at bandwidth alone it would not",
     "flops": "matmuls as executed, recomputation and masked attention included",
@@ -173,12 +188,8 @@ def _spec_json(spec: Any) -> list[Any]:
 
 
 def _tensor_json(row: TensorRow, request: Request) -> dict[str, Any]:
-    fmt = get_format(row.serve_format)
-    product = None
-    if row.spec.contract_axis is not None and not traffic.lookup_only(request.config, row):
-        chip, compute = request.serve.chip_facts, request.serve.precision.compute
-        rate = chip.peak_flops_per_s(compute, fmt.operand)
-        product = {"support": rate.support, "computed_as": list(rate.computed_as)}
+    config, train, serve = request.config, request.train, request.serve
+    rows = rows_per_device(serve, request.workload)
     return {
         "name": row.spec.name,
         "shape": list(row.spec.shape),
@@ -188,12 +199,15 @@ def _tensor_json(row: TensorRow, request: Request) -> dict[str, Any]:
             "dtype": MASTER_DTYPE,
             "bytes_per_device": row.master_bytes,
             "state_bytes_per_device": row.state_bytes,
+            "matmul": train_product(config, row, train),
+            "why": [link.as_json() for link in chain(row.spec, train)],
         },
         "serve": {
             "spec": _spec_json(row.serve_spec),
             "format": row.serve_format,
             "bytes_per_device": row.serve_bytes,
-            "matmul": product,
+            "matmul": serve_product(config, row, serve, rows),
+            "why": [link.as_json() for link in chain(row.spec, serve)],
         },
         "reshard_bytes_per_device": row.reshard_bytes,
         "reshard_bytes": row.reshard_total_bytes,
