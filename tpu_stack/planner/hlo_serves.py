@@ -20,8 +20,11 @@ _CARRIED_ON = {
     "dynamic-slice": 0, "slice": 0, "transpose": 0, "pad": 0, "broadcast": 0,
     "dynamic-update-slice": 1, "concatenate": 0, "select": 1, "optimization-barrier": 0,
     "collective-permute": 0, "bitcast-convert": 0,
+    "slice-start": 0, "slice-done": 0,
 }  # fmt: skip
 """Opcode -> the operand that holds the value itself, moved or embedded but not computed with."""
+_PREFETCHED = 'custom_call_target="ConcatBitcast"'
+"""XLA:TPU fetches a stack of layers into VMEM slice by slice, and joins the slices so."""
 _MAX_HOPS = 40
 STACKED = "blocks."
 """Parameters whose first dimension is the layers that a scan walks over."""
@@ -66,6 +69,8 @@ def argument_of(module: Module, site: Site) -> str | None:
         if instruction.opcode == "parameter":
             return argument_name(instruction.op_name)
         slot = _CARRIED_ON.get(instruction.opcode)
+        if _PREFETCHED in instruction.attributes:
+            slot = 0
         if slot is None or slot >= len(site.operands):
             return None
         site = site.operands[slot]

@@ -48,8 +48,7 @@ def compile_here(request: CompileRequest, folder: Path) -> dict[str, Any]:
     """Compiles; returns memory in bytes of one device, and what tracing counted."""
     say(stage="starting the TPU compiler")
     topology = topology_of(request.profile)
-    found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name)
-    mesh = make_mesh(request.profile.mesh, found.devices)
+    mesh = make_mesh(request.profile.mesh, _devices(topology.name))
     say(stage="tracing")
     traced = trace(request, mesh)
     say(stage="compiling")
@@ -68,6 +67,14 @@ def compile_here(request: CompileRequest, folder: Path) -> dict[str, Any]:
         },
         "matmul_flops": float(traced.flops.matmul_flops + traced.flops.opaque_flops),
     }
+
+
+def _devices(topology: str) -> list[Any]:
+    """The devices of a topology. Raises UserError where the compiler has none of that name."""
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"the TPU compiler has no topology {topology}: {error}") from error
 
 
 def main(folder: Path) -> None:

@@ -35,6 +35,7 @@ from tpu_stack.planner.aot.target import topology_of
 from tpu_stack.planner.compiler_child import CompilerChild, Deadline
 from tpu_stack.planner.kernels.targets import COMPILE_TARGETS, has_compiler
 from tpu_stack.planner.programs import matmul_of
+from tpu_stack.quant.formats import get_format
 
 CHILD = f"{__package__}.child"
 _SOURCES = ("models", "quant", "sharding", "kernels", "planner/programs.py", "planner/aot/child.py")
@@ -90,7 +91,7 @@ def target_of(request: CompileRequest) -> Target:
 
 
 def _matmul_text(request: CompileRequest) -> str:
-    if request.program == "train" or request.format in ("bf16", "f32"):
+    if request.program == "train" or not get_format(request.format).quantized:
         return "plain products"
     name = matmul_of(request.profile.devices)
     why = {
