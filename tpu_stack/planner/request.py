@@ -71,6 +71,19 @@ def check_profile(text: str, role: Role) -> Profile:
     return profile
 
 
+def place(
+    model: str, text: str, role: Role, mesh: str | None, format: str
+) -> tuple[ModelConfig, Profile]:
+    """A model and one profile for it: names read, the mesh chosen where none is given.
+
+    Raises UserError as `make_request` does.
+    """
+    config = get_preset(model)
+    get_format(format)
+    specs = tensor_specs(config) if role == "train" else with_groups(config, format)
+    return config, _placed(text, role, mesh, specs)[0]
+
+
 def _placed(
     text: str, role: Role, mesh: str | None, specs: Iterable[TensorSpec]
 ) -> tuple[Profile, str]:

@@ -75,7 +75,7 @@ def _step_s(job: ServeJob, batch: float, context: float) -> float:
     """Weights and filled cache over the HBM bandwidth of all chips of a replica."""
     rows = batch / job.replicas
     cache = rows * context * job.architecture.layers * job.architecture.cache_width
-    moved = weights_read(job.architecture, rows) * BYTES[job.weights] + cache * BYTES[job.cache]
+    moved = weights_read(job.architecture, rows) * job.weight_bytes + cache * BYTES[job.cache]
     return moved / (job.layout.chip.require("hbm_bytes_per_s") * job.chips_per_replica)
 
 

@@ -29,6 +29,7 @@ class ServeJob:
       weights, cache, activations: element types, keys of `BYTES`.
       cache_length: positions of the cache that a step reads whatever they hold; 0 where it reads
         only what is filled.
+      bits_per_weight: scales included; 0 for those of `weights` alone.
     """
 
     architecture: Architecture
@@ -37,6 +38,12 @@ class ServeJob:
     cache: str = "bf16"
     activations: str = "bf16"
     cache_length: int = 0
+    bits_per_weight: float = 0.0
+
+    @property
+    def weight_bytes(self) -> float:
+        """Bytes of a stored weight."""
+        return self.bits_per_weight / 8 or BYTES[self.weights]
 
     @property
     def replicas(self) -> int:
@@ -63,7 +70,7 @@ def decode_step(
     cache_bytes = rows * keys * arch.layers * arch.cache_width * BYTES[job.cache]
     rate = matmul_rate(job, constants) * serving.decode_mxu
     flops = 2 * rows * arch.matmul_parameters + rows * arch.score_flops(cached, local)
-    weights_s = weights_read(arch, rows) * BYTES[job.weights] / (hbm * serving.weights_hbm)
+    weights_s = weights_read(arch, rows) * job.weight_bytes / (hbm * serving.weights_hbm)
     both_s = hypot(weights_s, flops / (rate * chips))
     terms = {
         "weights": weights_s,

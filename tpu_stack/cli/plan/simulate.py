@@ -1,0 +1,182 @@
+"""`tpu-stack plan simulate`: how long a step takes, term by term, in milliseconds of your time."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tpu_stack.cli.console import print_table, save_json
+from tpu_stack.units import bytes_text, seconds_text
+
+BATCHES = (1, 4, 16, 32, 64, 128, 256, 512)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Project a model's step time on a chip: training, or prefill and decode against batch.
+
+    The simulator's constants are fitted to published results; `tpu-stack plan backtest` says how
+    far off it is. Nothing is compiled and nothing allocated.
+
+    Example: tpu-stack plan simulate --model llama3_70b --profile v5p:4x8x8
+    """
+
+    model: str
+    """Preset."""
+    profile: str
+    """Profile with a topology, such as v5p:4x8x8 or 8i:8; counts chips."""
+    program: Literal["train", "serve"] | None = None
+    """What runs; 8i serves and every other chip trains unless named."""
+    mesh: str | None = None
+    """Axis sizes, such as fsdp=16,tensor=4; the default is the nearest legal mesh."""
+    batch_size: int | None = None
+    """Training: sequences of a step. Default: 8192 tokens a device."""
+    seq_len: int = 4096
+    """Training: tokens of a sequence."""
+    remat: Literal["none", "dots", "full"] | None = None
+    """Training: what the backward pass recomputes; the profile's own by default."""
+    accumulate: int = 1
+    """Training: micro-batches of a step."""
+    format: str = "int4"
+    """Serving: how weights are stored."""
+    context: int = 4096
+    """Serving: positions that each sequence holds."""
+    prompt: int = 1024
+    """Serving: tokens of a prompt."""
+    json: Path | None = None
+    """Also write everything to this file."""
+
+
+def run(options: Options) -> None:
+    """Simulates and prints."""
+    result = simulate(options)
+    mesh = ", ".join(f"{axis}={size}" for axis, size in result["mesh"].items())
+    where = f"{options.model} under {result['profile']}, mesh {mesh}"
+    if result["role"] == "train":
+        _print_train(result, where)
+    else:
+        _print_serve(result, where, options)
+    for note in result["notes"]:
+        print(note)
+    save_json(options.json, result)
+
+
+def simulate(options: Options) -> dict[str, Any]:
+    """The result, JSON-ready. Raises UserError for what cannot be placed."""
+    import dataclasses
+
+    from tpu_stack.planner.backtest.calibration import Calibration
+    from tpu_stack.planner.request import place
+
+    role = options.program or ("serve" if options.profile.startswith("8i") else "train")
+    config, profile = place(options.model, options.profile, role, options.mesh, options.format)
+    if options.remat and role == "train":
+        profile = dataclasses.replace(profile, remat=options.remat)
+    fitted = Calibration.load()
+    found = _train if role == "train" else _serve
+    chip = profile.chip_facts
+    return {
+        "model": options.model,
+        "profile": profile.name,
+        "role": role,
+        "mesh": dict(profile.mesh),
+        "label": "projected",
+        "rung": "4 projected: a simulator with constants fitted to published results",
+        **found(options, config, profile, fitted.full),
+        "notes": _notes(role, chip, fitted),
+    }
+
+
+def _train(options: Options, config: Any, profile: Any, fit: Any) -> dict[str, Any]:
+    from tpu_stack.planner.simulate.program import simulate_train
+    from tpu_stack.planner.workload import Workload
+
+    work = Workload.of(
+        config, profile, profile, batch_size=options.batch_size, seq_len=options.seq_len
+    )
+    step = simulate_train(
+        config, profile, fit.train, batch=work.batch_size, seq_len=work.seq_len,
+        accumulate=options.accumulate,
+    )  # fmt: skip
+    return {"batch_size": work.batch_size, "seq_len": work.seq_len, "train_step": step}
+
+
+def _serve(options: Options, config: Any, profile: Any, fit: Any) -> dict[str, Any]:
+    from tpu_stack.planner.simulate.program import serve_job, simulate_decode, simulate_prefill
+    from tpu_stack.planner.tensors import tensor_rows
+    from tpu_stack.planner.traffic import serve_memory
+
+    job = serve_job(config, profile, options.format)
+    rows = tensor_rows(config, profile, profile, options.format)
+    capacity = int(profile.chip_facts.require("hbm_bytes")) // profile.chip_facts.devices(1)
+    decode = []
+    for batch in (job.replicas * size for size in BATCHES):
+        held = serve_memory(config, profile, rows, batch=batch, context=options.context)
+        total = sum(held.values())
+        step = simulate_decode(job, fit.train, fit.serve, batch=batch, context=options.context)
+        step |= {"bytes_per_device": total, "fits": total <= capacity}
+        decode.append(step)
+    return {
+        "format": options.format,
+        "context": options.context,
+        "hbm_bytes_per_device": capacity,
+        "prefill": simulate_prefill(job, fit.train, fit.serve, prompt=options.prompt),
+        "decode": decode,
+    }
+
+
+def _notes(role: str, chip: Any, fitted: Any) -> list[str]:
+    kinds = ("train",) if role == "train" else ("decode", "serve")
+    notes = []
+    if not any(f"{kind} {chip.name}" in fitted.seen for kind in kinds):
+        notes.append(
+            f"extrapolated: no published {' or '.join(kinds)} result on {chip.name} was calibrated"
+            " on; its constants are those of the nearest chips"
+        )
+    if chip.price_usd_per_hour is None:
+        notes.append(f"no price of {chip.name} is known, so no cost")
+    return notes
+
+
+def _print_train(result: dict[str, Any], where: str) -> None:
+    step = result["train_step"]
+    rows = [
+        [name, seconds_text(seconds), f"{seconds / step['step_s']:.1%}"]
+        for name, seconds in sorted(step["terms_s"].items(), key=lambda item: -item[1])
+        if seconds > 0
+    ]
+    rows.append(["step", seconds_text(step["step_s"]), "100.0%"])
+    batch = f"{result['batch_size']} x {result['seq_len']} tokens"
+    print_table(f"{where}, {batch} ({result['rung']})", ["term", "projected", "share"], rows)
+    rate = f"{step['tokens_per_s_per_chip']:,.0f} tokens/s per chip"
+    print(f"projected: {rate}, MFU {step['mfu']:.1%}{_economics(step)}")
+
+
+def _print_serve(result: dict[str, Any], where: str, options: Options) -> None:
+    rows = []
+    for step in result["decode"]:
+        largest = max(step["terms_s"], key=lambda name: step["terms_s"][name])
+        cost = step["usd_per_million_tokens"]
+        rows.append(
+            [step["batch"], f"{1e3 * step['step_s']:.2f} ms", f"{step['tokens_per_s']:,.0f}",
+             f"{step['tokens_per_s_per_chip']:,.0f}", largest,
+             bytes_text(step["bytes_per_device"]), "yes" if step["fits"] else "NO",
+             "-" if cost is None else f"${cost:.3f}"]
+        )  # fmt: skip
+    columns = ["batch", "ms per token", "tokens/s", "per chip", "largest term", "per device",
+               "fits", "per million"]  # fmt: skip
+    title = f"{where}, {options.format}, decode at {options.context} positions ({result['rung']})"
+    print_table(title, columns, rows)
+    prefill = result["prefill"]
+    through = f"a prompt of {prefill['prompt']} tokens is through in"
+    rate = f"{prefill['tokens_per_s_per_chip']:,.0f} tokens/s per chip"
+    energy = _economics(result["decode"][0], cost=False)
+    print(f"projected: {through} {seconds_text(prefill['seconds'])}, {rate}{energy}")
+
+
+def _economics(step: dict[str, Any], *, cost: bool = True) -> str:
+    text = ""
+    if cost and step["usd_per_million_tokens"] is not None:
+        text += f", ${step['usd_per_million_tokens']:.3f} per million tokens"
+    if step["perf_per_watt_vs_7x"] is not None:
+        text += f"; work per watt up to {step['perf_per_watt_vs_7x']:g} times 7x's (published)"
+    return text
