@@ -7,6 +7,8 @@ import pytest
 
 from tpu_stack.cli.main import main
 
+SHORT = ("--seq-len", "64")
+
 
 def _run(tmp_path, *argv):
     target = tmp_path / "out.json"
