@@ -8,7 +8,6 @@ VLIW bundles of the kernel's whole code, each loop body counted once; nothing is
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
 import re
@@ -17,6 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from tpu_stack.kernels.compiled.loops import DumpError, libtpu_version
 
 TOPOLOGY = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
 ENVIRONMENT = {
@@ -32,7 +33,7 @@ def compile_case(module: str, case: str, chip: str) -> dict[str, Any]:
 
     Returns: {"bundles": of all kernels, "kernels": {name: bundles}}, or {"error": one line}.
 
-    Raises: RuntimeError, naming the libtpu version, when the compiler's dump is not as expected.
+    Raises: DumpError when the compiler's dump is not as expected.
     """
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
@@ -63,7 +64,7 @@ def _child(module: str, cases: list[str], chip: str, env: dict[str, str]) -> dic
 def read_bundles(folder: Path, names: list[str]) -> dict[str, int]:
     """Static bundles of each kernel in `names` from the dump in `folder`.
 
-    Raises: RuntimeError, naming the libtpu version, when one is missing or not readable.
+    Raises: DumpError when one is missing or not readable.
     """
     found = {}
     for name in names:
@@ -71,10 +72,8 @@ def read_bundles(folder: Path, names: list[str]) -> dict[str, int]:
         text = files[0].read_text() if files else ""
         total = total_bundles(text)
         if total is None:
-            raise RuntimeError(
-                f"libtpu {libtpu_version()} left no readable schedule of {name} among "
-                f"{len(list(folder.iterdir()))} dump files"
-            )
+            count = len(list(folder.iterdir()))
+            raise DumpError(f"no readable schedule of {name} among {count} dump files")
         found[name] = total
     return found
 
@@ -83,14 +82,6 @@ def total_bundles(analysis: str) -> int | None:
     """The total that the compiler's schedule analysis states; None when it states none."""
     found = re.search(r"total scheduled bundles:\s*(\d+)", analysis)
     return int(found[1]) if found else None
-
-
-def libtpu_version() -> str:
-    """The installed libtpu's version, or "not installed"."""
-    try:
-        return importlib.metadata.version("libtpu")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def bench_main(module: str, about: str | None, cases: list[str], form: str) -> None:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tpu_stack.planner.kernels.bundles import DumpError, Schedule, loop_depths, read_schedules
+from tpu_stack.kernels.compiled.loops import DumpError, issued, loop_depths
+from tpu_stack.planner.kernels.bundles import Schedule, read_schedules
 from tpu_stack.planner.kernels.profile import profile_schedule
 from tpu_stack.planner.kernels.targets import libtpu_version
 
@@ -46,6 +47,13 @@ def test_an_empty_bundle_is_as_deep_as_its_shallower_neighbour():
         ["0 : {}", "0x1 LB: > { a }", "0x2 : {}", "0x3 LB: > > { b }", "0x4 : {}", "0x5 : > { c }"]
     )
     assert loop_depths(listing, "k") == ([0, 1, 1, 2, 1, 1], 2)
+
+
+def test_bundles_issued_multiply_loops_out(tmp_path):
+    dump(tmp_path)
+    assert issued(tmp_path, "kernel_int4", (28,)) == 4 * 28 + 4
+    with pytest.raises(DumpError, match="no final listing"):
+        issued(tmp_path, "another", (28,))
 
 
 def test_a_profile_names_the_unit_that_binds(tmp_path):

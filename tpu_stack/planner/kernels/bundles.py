@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tpu_stack.kernels.compiled import libtpu_version, total_bundles
+from tpu_stack.kernels.compiled import total_bundles
+from tpu_stack.kernels.compiled.loops import DumpError, loop_depths
 
 ANALYSIS = "schedule-analysis_final_bundles.txt"
 BUNDLES = "final_bundles.txt"
@@ -25,16 +26,8 @@ UNBOUNDED = 2**31 - 1
 """Steps that the compiler states for an axis of the grid that is known only when it runs."""
 
 _STEM = re.compile(r"^(\d+-.+?)-\d+-" + re.escape(ANALYSIS) + "$")
-_BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*:\s*((?:>\s*)*)\{(\s*\})?")
 _GRID = re.compile(r"iteration_bounds: \(([\d, ]+)\)")
 _VMEM = re.compile(r"space=vmem, size = 0x([0-9a-f]+)(?:, offset = 0x([0-9a-f]+))?")
-
-
-class DumpError(RuntimeError):
-    """The dump is not as this libtpu's reader expects. The message names the version."""
-
-    def __init__(self, what: str):
-        super().__init__(f"libtpu {libtpu_version()}: {what}")
 
 
 @dataclass(frozen=True)
@@ -179,37 +172,6 @@ def read_utilization(text: str, name: str) -> tuple[dict[str, int], list[list[in
     if len(units) != len(slots) or any(len(row) != len(units) for row in rows):
         raise DumpError(f"{name}: the utilization dump has rows that are not {len(units)} units")
     return dict(zip(units, slots, strict=True)), rows
-
-
-def loop_depths(code: str, name: str) -> tuple[list[int], int]:
-    """How deep in loops each bundle of a final listing is, and how many loops there are.
-
-    The listing marks depth with ">", but an empty bundle carries no mark: it is as deep as the
-    shallower of its neighbours. Raises DumpError for a listing without bundles.
-    """
-    marks: list[int | None] = []
-    loops = 0
-    for line in code.splitlines():
-        found = _BUNDLE.match(line)
-        if found:
-            depth = found[2].count(">")
-            marks.append(None if found[3] and not depth else depth)
-            loops += found[1] == "LB"
-    if not marks:
-        raise DumpError(f"{name}: the final listing has no bundles")
-    return _filled(marks), loops
-
-
-def _filled(marks: list[int | None]) -> list[int]:
-    after, following = 0, [0] * len(marks)
-    for i in range(len(marks) - 1, -1, -1):
-        following[i] = after
-        after = after if marks[i] is None else marks[i] or 0
-    depths, before = [], 0
-    for mark, ahead in zip(marks, following, strict=True):
-        before = min(before, ahead) if mark is None else mark
-        depths.append(before)
-    return depths
 
 
 def _region(rows: list[list[int]], capacity: dict[str, int]) -> Region:

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tpu_stack.kernels.compiled.loops import DumpError
 from tpu_stack.planner.compiler_child import CompilerChild
-from tpu_stack.planner.kernels.bundles import DumpError, Schedule, read_schedules
+from tpu_stack.planner.kernels.bundles import Schedule, read_schedules
 
 CHILD = f"{__package__}.compile_child"
 
