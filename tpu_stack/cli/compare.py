@@ -9,6 +9,7 @@ from typing import Any
 
 from tpu_stack.cli.compare_tables import print_comparison, print_why
 from tpu_stack.cli.console import progress, save_json
+from tpu_stack.files import write_text
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Options:
     """Tokens of each row that prefill runs (default 1024)."""
     why: str | None = None
     """Say only why this tensor is sharded as it is on both sides, such as blocks.mlp.w_up."""
+    html: Path | None = None
+    """Also write the comparison as one page that works offline: rooflines, breakdowns, tensors."""
     json: Path | None = None
     """Also write the comparison to this file."""
 
@@ -53,12 +56,16 @@ def run(options: Options) -> None:
     """Prints the comparison, or with `--why` one tensor's chain, and writes the files asked for."""
     if options.why is not None:
         print_why(why_sharded(options, options.why))
-        if options.json is None:
+        if options.json is None and options.html is None:
             return
     result = compare_profiles(options)
     if options.why is None:
         print_comparison(result)
     save_json(options.json, result)
+    if options.html is not None:
+        from tpu_stack.planner.report import render_comparison
+
+        write_text(options.html, render_comparison(result))
 
 
 def compare_profiles(options: Options) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tpu_stack.cli.console import print_table
+from tpu_stack.planner.report.words import move_text, spec_text
 from tpu_stack.units import bytes_text, seconds_text
 
 
@@ -55,16 +56,6 @@ def _print_profiles(result: dict[str, Any]) -> None:
     )
 
 
-def _spec_text(spec: list[Any], mesh: dict[str, int]) -> str:
-    """Mesh axes per dimension; axes of size 1, which split nothing, in brackets."""
-
-    def entry(names: Any) -> str:
-        names = [names] if isinstance(names, str) else names or []
-        return "+".join(n if mesh[n] > 1 else f"({n})" for n in names) or "-"
-
-    return ", ".join(map(entry, spec))
-
-
 def _tile_text(product: dict[str, Any] | None) -> str:
     """The kernel's tile for decode, bm x bk x bn; in brackets where the mesh takes XLA's dot."""
     if product is None or product["kernel"]["decode"]["tile"] is None:
@@ -80,9 +71,9 @@ def _print_tensors(result: dict[str, Any]) -> None:
         train, serve, product = row["train"], row["serve"], row["serve"]["matmul"]
         axes = ", ".join(axis or "-" for axis in row["logical_axes"])
         rows.append(
-            [row["name"], axes, _spec_text(train["spec"], result["train"]["mesh"]),
+            [row["name"], axes, spec_text(train["spec"], result["train"]["mesh"]),
              bytes_text(train["bytes_per_device"]), bytes_text(train["state_bytes_per_device"]),
-             _spec_text(serve["spec"], result["serve"]["mesh"]), serve["format"],
+             spec_text(serve["spec"], result["serve"]["mesh"]), serve["format"],
              product["support"] if product else "-", _tile_text(product),
              bytes_text(serve["bytes_per_device"]), bytes_text(row["reshard_bytes_per_device"]),
              bytes_text(row["reshard_bytes"])]
@@ -102,18 +93,6 @@ def _print_tensors(result: dict[str, Any]) -> None:
          f"on {result['serve']['chip']}", "decode tile", "packed", "reshard", "reshard in all"],
         rows,
     )  # fmt: skip
-
-
-def _move_text(move: dict[str, Any], mesh: dict[str, int]) -> str:
-    """ "all-gather fsdp 8 of 64": what moves, over which mesh axis, and how much of it."""
-    axes = move["axes"] or []
-    whole = 1
-    for axis in axes:
-        whole *= mesh[axis]
-    part = f" {move['ways']} of {whole}" if axes and whole != move["ways"] else ""
-    if move["kind"] in ("slice", "send"):
-        return f"{move['kind']} to {move['ways']}"
-    return " ".join([move["kind"], "+".join(axes)]) + part
 
 
 def _print_reshard(result: dict[str, Any]) -> None:
@@ -138,7 +117,7 @@ def _print_reshard(result: dict[str, Any]) -> None:
 
 def _move_cells(move: dict[str, Any], mesh: dict[str, int]) -> list[str]:
     return [
-        _move_text(move, mesh),
+        move_text(move, mesh),
         bytes_text(move["bytes"]),
         bytes_text(move["wire_bytes"]),
         seconds_text(move["seconds"]),

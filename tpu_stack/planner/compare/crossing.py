@@ -17,12 +17,20 @@ _SHOWN = (
 
 
 def two_by_two(programs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One cell per program and chip, from what `pricing.describe_program` says of each.
+    """One cell per program and chip, from what `pricing.describe_program` says of each program.
+
+    The chips come in the same order for every program: the page's columns rely on it.
 
     `of_best` is tokens/s a chip over the best among the chips that hold the program; None where it
     does not fit, as a rate that cannot be had is no rate.
     """
-    cells = [_cell(program, chip) for program in programs for chip in program["roofline"]]
+    chips = list(dict.fromkeys(chip for program in programs for chip in program["roofline"]))
+    cells = [
+        _cell(program, chip)
+        for program in programs
+        for chip in chips
+        if chip in program["roofline"]
+    ]
     for cell in cells:
         rates = [
             c["tokens_per_s_per_chip"]

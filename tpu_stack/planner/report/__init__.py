@@ -4,5 +4,6 @@
 """
 
 from tpu_stack.planner.report.demo import render
+from tpu_stack.planner.report.page import render_comparison
 
-__all__ = ["render"]
+__all__ = ["render", "render_comparison"]
