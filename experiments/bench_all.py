@@ -1,6 +1,7 @@
 """`make bench`: every benchmark in one run, with its peers beside it.
 
-Hardware: any CPU; the kernel's bundles need libtpu (Linux x86-64). Cost: about ten minutes.
+Hardware: any CPU; the kernel's bundles need libtpu (Linux x86-64). Cost: about half an hour.
+qwix is a peer where it is installed: `pip install qwix==0.1.8`.
 PyTorch is a peer where an interpreter that has it is named: `TORCH_PYTHON=/path/to/python`.
 
     python experiments/bench_all.py --data tinyshakespeare.txt --out runs/bench
