@@ -76,9 +76,8 @@ def test_columns_become_numbers_and_a_mesh(tmp_path):
         ({"layers": "3.5"}, "layers", "is not a whole number"),
         ({"layers": "-3"}, "layers", "is not a whole number"),
         ({"kind": "dream"}, "kind", "none of train, prefill, decode, serve"),
-        ({"chip": "v9"}, "chip", "none of v4"),
-        ({"metric": "ms_per_token"}, "metric", "none of tokens_per_s_per_chip"),
         ({"mesh": "fsdp"}, "mesh", "axis=devices"),
+        ({"mesh": "fsdp=-2"}, "mesh", "axis=devices"),
         ({"id": ""}, "id", "blank"),
     ],
 )
@@ -136,6 +135,44 @@ def test_a_blank_mesh_is_assumed_and_said(tmp_path):
     assert any("remat policy not given" in text for text in assumed)
 
 
+def test_an_open_axis_takes_what_the_others_leave(tmp_path):
+    (row,) = rows_of(tmp_path, LLAMA_8B | {"n_chips": 64, "mesh": "fsdp=-1;tensor=4"})
+    assert training.layout_of(row, []).text == "fsdp=16,tensor=4"
+
+
+def test_a_known_family_needs_no_notes(tmp_path):
+    """Kimi K2 has DeepSeek's attention and a dense layer; the columns alone do not say so."""
+    kimi = LLAMA_8B | {
+        "model": "Kimi-K2", "layers": 61, "d_model": 7168, "d_ff": 2048, "n_heads": 64,
+        "n_kv_heads": 64, "head_dim": "", "vocab": 163840, "experts": 384, "experts_active": 8,
+    }  # fmt: skip
+    (row,) = rows_of(tmp_path, kimi)
+    arch = recipe.architecture(row)
+    assert arch.total_parameters == pytest.approx(1.026e12, rel=0.01)  # its report: 1.04T
+    assert arch.latent is not None
+
+
+def test_what_cannot_fit_is_said(tmp_path):
+    rows = rows_of(
+        tmp_path, SERVE_70B | {"n_chips": 1, "mesh": "tensor=1"}, SERVE_70B | {"id": "b"}
+    )
+    large, fitting = (predict(row, Calibration.load()) for row in rows)
+    assert "does not fit: 141 GB" in large.extrapolated
+    assert "does not fit" not in fitting.extrapolated
+
+
+def test_decode_and_serving_are_told_in_either_metric(tmp_path):
+    for base, batch, chips in ((DECODE_70B, 8, 16), (SERVE_70B, 64, 8)):
+        ms, rate = rows_of(
+            tmp_path,
+            base | {"id": "ms", "metric": "ms_per_token"},
+            base | {"id": "rate", "metric": "out_tok_s_per_chip"},
+        )
+        ms_per_token = evaluate(ms, Fit(), [])
+        expected = batch / chips / (ms_per_token / 1e3)
+        assert evaluate(rate, Fit(), []) == pytest.approx(expected)
+
+
 def test_a_data_axis_that_counts_the_slices_is_understood(tmp_path):
     (row,) = rows_of(tmp_path, LLAMA_8B | {"n_chips": 64, "n_slices": 4, "mesh": "data=4;fsdp=16"})
     assert training.layout_of(row, []).text == "fsdp=16"
@@ -149,6 +186,9 @@ def test_a_data_axis_that_counts_the_slices_is_understood(tmp_path):
         ({"global_batch": ""}, "global_batch is blank"),
         ({"layers": ""}, "layers is blank"),
         ({"activation_precision": "int3"}, "int3"),
+        ({"chip": "v9"}, "unknown chip 'v9'"),
+        ({"metric": "ms_per_token"}, "none of tokens_per_s_per_chip"),
+        ({"experts": 8}, "experts_active is blank"),
     ],
 )
 def test_what_cannot_be_predicted_is_listed_with_its_reason(tmp_path, changes, reason):

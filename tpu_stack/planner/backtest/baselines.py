@@ -62,12 +62,17 @@ def roofline_value(row: Row) -> float:
         peak = get_chip(row.chip).require("bf16_flops_per_s")
         return training.in_metric(row, peak / flops)
     job, _ = serving.serve_job(row)
+    if row.metric not in ("ms_per_token", "out_tok_s_per_chip"):
+        raise UserError(f"no roofline for metric {row.metric!r}")
     if row.kind == "decode":
         batch, context = row.need("concurrency", "input_len")
-        return 1e3 * _step_s(job, batch, context)
+        step_s = _step_s(job, batch, context)
+        return 1e3 * step_s if row.metric == "ms_per_token" else batch / step_s / job.layout.chips
     traffic = serving.traffic_of(row, [])
     context = traffic.input_len + traffic.output_len / 2
     step_s = _step_s(job, traffic.concurrency, context)
+    if row.metric == "ms_per_token":
+        return 1e3 * step_s
     return traffic.concurrency / step_s / job.layout.chips
 
 

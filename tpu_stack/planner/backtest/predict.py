@@ -6,7 +6,7 @@
 from dataclasses import dataclass, field, replace
 
 from tpu_stack.errors import UserError
-from tpu_stack.planner.backtest import serving, training
+from tpu_stack.planner.backtest import recipe, serving, training
 from tpu_stack.planner.backtest.calibration import Calibration, Fit, family
 from tpu_stack.planner.backtest.table import Row
 from tpu_stack.planner.simulate.constants import Constants
@@ -47,8 +47,24 @@ def predict(row: Row, calibration: Calibration) -> Prediction:
         held_out=held_out,
         in_sample=value_all if held_out else None,
         assumed=assumed,
-        extrapolated=calibration.extrapolates(row),
+        extrapolated="; ".join(filter(None, (calibration.extrapolates(row), _too_large(row)))),
     )
+
+
+def _too_large(row: Row) -> str:
+    """That the weights alone, without optimizer or cache, exceed the memory of their chips."""
+    layout = training.layout_of(row, [], "fsdp" if row.kind == "train" else "tensor")
+    arch, chip = recipe.architecture(row), layout.chip
+    if row.kind == "train":
+        copies, width = layout.data * layout.slices, 4.0
+    else:
+        job, _ = serving.serve_job(row)
+        copies, width = job.replicas, job.weight_bytes
+    held = arch.total_parameters * width * copies / layout.chips
+    capacity = chip.require("hbm_bytes")
+    if held <= capacity:
+        return ""
+    return f"does not fit: {held / 1e9:.0f} GB of weights on chips of {capacity / 1e9:.0f} GB"
 
 
 def evaluate(row: Row, fit: Fit, assumed: list[str]) -> float:

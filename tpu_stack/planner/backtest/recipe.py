@@ -9,7 +9,9 @@ LatentAttention(q_rank=1536, kv_rank=512, nope=128, rope=64, value=128)
 """
 
 import re
+from typing import Any
 
+from tpu_stack.planner.backtest.known import known_facts
 from tpu_stack.planner.backtest.table import Row
 from tpu_stack.planner.simulate.architecture import Architecture, LatentAttention
 
@@ -20,82 +22,53 @@ SGD_BYTES = 12.0
 
 
 def architecture(row: Row) -> Architecture:
-    """The sizes in the row. Raises UserError naming a column that is blank and needed."""
-    notes = row.notes
+    """The sizes in the row, in its notes, and in its family's configs (`known`), in that order.
+
+    Raises UserError naming a column that is blank and needed.
+    """
     layers, width, d_ff, heads, vocab = map(
         int, row.need("layers", "d_model", "d_ff", "n_heads", "vocab")
     )
-    latent = _latent(row)
-    head_dim = int(row.number("head_dim") or (128 if latent else width // heads))
     experts = int(row.number("experts") or 0)
-    dense_layers, dense_ff = _dense_layers(notes, layers) if experts else (0, 0)
-    window, local_share = _window(row, notes)
-    found = re.search(r"global head_dim (\d+)", notes)
-    return Architecture(
-        layers=layers,
-        d_model=width,
-        d_ff=d_ff if experts else _widened(notes, d_ff, layers),
-        n_heads=heads,
-        n_kv_heads=int(row.number("n_kv_heads") or heads),
-        head_dim=head_dim,
-        vocab=vocab,
-        experts=experts,
-        active_experts=int(row.number("experts_active") or 0) if experts else 0,
-        shared_ff=_shared_ff(notes, d_ff) if experts else 0,
-        dense_layers=dense_layers,
-        dense_ff=dense_ff,
-        gated=row.number("mlp_gated") != 0,
-        tied=row.number("tied_embed") == 1,
-        window=window,
-        local_share=local_share,
-        global_head_dim=int(found[1]) if found else 0,
-        latent=latent,
-    )
+    columns: dict[str, Any] = {
+        "layers": layers,
+        "d_model": width,
+        "d_ff": d_ff,
+        "n_heads": heads,
+        "n_kv_heads": int(row.number("n_kv_heads") or heads),
+        "head_dim": int(row.number("head_dim") or max(1, width // heads)),
+        "vocab": vocab,
+        "experts": experts,
+        "active_experts": int(row.need("experts_active")[0]) if experts else 0,
+        "gated": row.number("mlp_gated") != 0,
+        "tied": row.number("tied_embed") == 1,
+    }
+    known = known_facts(row.text["model"])
+    if row.number("head_dim"):
+        known.pop("latent", None)
+    return Architecture(**(columns | known | _noted(row.notes, columns)))
 
 
-def _latent(row: Row) -> LatentAttention | None:
-    """Latent attention, where the notes or the model's name speak of it."""
-    name = row.text["model"].lower()
-    if "mla" not in re.findall(r"\w+", row.notes) and "deepseek" not in name:
-        return None
-    found = re.search(r"q_lora ?(\d+)", row.notes)
-    large = (row.number("layers") or 0) > 40  # DeepSeek-V2-Lite has no query compression
-    return LatentAttention(q_rank=int(found[1]) if found else (1536 if large else 0))
-
-
-def _dense_layers(notes: str, layers: int) -> tuple[int, int]:
-    """Layers without experts and the width of their MLP."""
-    found = re.search(r"first (\d+ )?layers? dense d_ff=(\d+)", notes)
-    if found:
-        return int(found[1] or 1), int(found[2])
-    if "moe every 2nd layer" in notes:
-        found = re.search(r"dense layers d_ff=(\d+)", notes)
-        return layers // 2, int(found[1]) if found else 0
-    return 0, 0
-
-
-def _widened(notes: str, d_ff: int, layers: int) -> int:
-    """The mean width of an MLP where layers that share keys and values have twice the width."""
-    found = re.search(r"(\d+) kv-shared layers, double-wide mlp", notes)
-    return d_ff * (layers + int(found[1])) // layers if found else d_ff
-
-
-def _shared_ff(notes: str, d_ff: int) -> int:
-    found = re.search(r"shared dense mlp (\d+)", notes)
-    if found:
-        return int(found[1])
-    found = re.search(r"(\d+) shared experts?", notes)
-    return int(found[1]) * d_ff if found else 0
-
-
-def _window(row: Row, notes: str) -> tuple[int, float]:
-    """Sliding window and the share of layers that have one."""
-    found = re.search(r"sliding(?: window)? (\d+)", notes)
-    if not found:
-        return 0, 0.0
-    name = row.text["model"].lower()
-    share = 0.5 if "alternating" in notes or "gemma2" in name or "gemma-2" in name else 5 / 6
-    return int(found[1]), share
+def _noted(notes: str, columns: dict[str, Any]) -> dict[str, Any]:
+    """Fields of an architecture that the notes state in a set phrase."""
+    found: dict[str, Any] = {}
+    if match := re.search(r"global head_dim (\d+)", notes):
+        found["global_head_dim"] = int(match[1])
+    if match := re.search(r"sliding(?: window)? (\d+)", notes):
+        found["window"] = int(match[1])
+    if match := re.search(r"q_lora ?(\d+)", notes):
+        found["latent"] = LatentAttention(q_rank=int(match[1]))
+    if "alternating" in notes:
+        found["local_share"] = 0.5
+    if not columns["experts"]:
+        return found
+    if match := re.search(r"first (\d+ )?layers? dense d_ff=(\d+)", notes):
+        found |= {"dense_layers": int(match[1] or 1), "dense_ff": int(match[2])}
+    if match := re.search(r"shared dense mlp (\d+)", notes):
+        found["shared_ff"] = int(match[1])
+    elif match := re.search(r"(\d+) shared experts?", notes):
+        found["shared_ff"] = int(match[1]) * columns["d_ff"]
+    return found
 
 
 def capacity(row: Row) -> float:

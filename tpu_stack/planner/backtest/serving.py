@@ -53,7 +53,7 @@ def _note(row: Row, pattern: str, text: str | None = None) -> float | None:
 def predict_decode(
     row: Row, job: ServeJob, constants: Constants, serving: ServeConstants, assumed: list[str]
 ) -> float:
-    """Milliseconds of a decode step."""
+    """The row's metric of a decode step."""
     batch = row.number("concurrency") or row.number("global_batch")
     if batch is None:
         raise UserError("concurrency is blank: the batch of a decode step is not known")
@@ -61,7 +61,21 @@ def predict_decode(
     if context is None:
         context = 2048.0
         assumed.append("context not given: 2048 positions were assumed")
-    return 1e3 * sum(decode_step(job, batch, context, constants, serving).values())
+    step_s = sum(decode_step(job, batch, context, constants, serving).values())
+    return _in_metric(row, step_s, batch / step_s / job.layout.chips)
+
+
+def _in_metric(row: Row, step_s: float, rate: float) -> float:
+    """A step's seconds, or its tokens a second per chip, as the row's metric says.
+
+    Raises UserError for a metric that is neither.
+    """
+    if row.metric == "ms_per_token":
+        return 1e3 * step_s
+    if row.metric in ("out_tok_s_per_chip", "tokens_per_s_per_chip"):
+        return rate
+    known = "ms_per_token, out_tok_s_per_chip"
+    raise UserError(f"metric {row.metric!r} of a {row.kind} row is none of {known}")
 
 
 def traffic_of(row: Row, assumed: list[str]) -> Traffic:
@@ -74,9 +88,9 @@ def traffic_of(row: Row, assumed: list[str]) -> Traffic:
         given, produced = RANDOM_RANGE * given, RANDOM_RANGE * produced
     limit = _note(row, r"max-num-seqs[= ](\d+)")
     replicas = row.mesh.get("data", 1)
-    concurrency = row.number("concurrency") or limit
+    concurrency = row.number("concurrency")
     if concurrency is None:
-        concurrency = DEFAULT_CONCURRENCY
+        concurrency = limit or DEFAULT_CONCURRENCY
         assumed.append(f"concurrency not given: {concurrency:g} sequences were assumed")
     if limit:
         concurrency = min(concurrency, limit * replicas)
@@ -90,9 +104,9 @@ def traffic_of(row: Row, assumed: list[str]) -> Traffic:
 def predict_serve(
     row: Row, job: ServeJob, constants: Constants, serving: ServeConstants, assumed: list[str]
 ) -> float:
-    """Output tokens a second per chip."""
-    traffic = traffic_of(row, assumed)
-    return serve_throughput(job, traffic, constants, serving).out_tokens_per_s_per_chip
+    """The row's metric of an engine's steady state."""
+    found = serve_throughput(job, traffic_of(row, assumed), constants, serving)
+    return _in_metric(row, sum(found.terms.values()), found.out_tokens_per_s_per_chip)
 
 
 def predict_prefill(row: Row, job: ServeJob, constants: Constants, assumed: list[str]) -> float:
@@ -104,6 +118,9 @@ def predict_prefill(row: Row, job: ServeJob, constants: Constants, assumed: list
     tokens_per_s = 1 / prefill_seconds(job, 1.0, length, constants) / job.chips_per_replica
     if row.metric == "tokens_per_s_per_chip":
         return tokens_per_s
+    if row.metric != "mfu":
+        known = "mfu, tokens_per_s_per_chip"
+        raise UserError(f"metric {row.metric!r} of a {row.kind} row is none of {known}")
     arch, chip = job.architecture, job.layout.chip
     flops = 2 * arch.matmul_parameters + arch.score_flops(length / 2, length / 2)
     return tokens_per_s * flops / chip.require("bf16_flops_per_s")

@@ -11,19 +11,13 @@ that a prediction needs may be blank, and what follows from a blank is said wher
 import csv
 import io
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tpu_stack.errors import UserError
-from tpu_stack.hardware.chips import CHIP_NAMES
 
 KINDS = ("train", "prefill", "decode", "serve")
-METRICS = {
-    "train": ("tokens_per_s_per_chip", "step_time_s", "mfu"),
-    "prefill": ("mfu", "tokens_per_s_per_chip"),
-    "decode": ("ms_per_token",),
-    "serve": ("out_tok_s_per_chip",),
-}
 REQUIRED = (
     "id", "kind", "model", "params_b", "layers", "d_model", "d_ff", "n_heads", "n_kv_heads",
     "head_dim", "vocab", "experts", "experts_active", "chip", "n_chips", "n_slices", "mesh",
@@ -43,8 +37,8 @@ class Row:
     """One published result. Numbers are None where the table is blank.
 
     Attributes:
-      n_chips: chips of all slices. mesh: axis -> JAX devices of a slice, as printed ("fsdp", ...;
-        "dcn_data" and "dcn_fsdp" count slices); empty where it is not printed.
+      mesh: axis -> JAX devices of a slice, as printed ("fsdp", ...; "dcn_data" and "dcn_fsdp" count
+        slices; -1 is what the other axes leave); empty where it is not printed.
       value: in the unit that `metric` names.
       text: every column as it stands in the file.
     """
@@ -82,7 +76,7 @@ def read_rows(path: Path) -> list[Row]:
     """All rows of the file, in order.
 
     Raises UserError with line and column for a missing column, a number that does not parse, an
-    unknown kind, chip or metric, a mesh that does not parse, or an id that stands twice.
+    unknown kind, a mesh that does not parse, or an id that stands twice.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -116,8 +110,6 @@ def _row(record: dict, where: str) -> Row:
     if not text["id"]:
         raise UserError(f"{where}, column 'id': blank; every row needs one")
     kind = _one_of(text, "kind", KINDS, where)
-    chip = _one_of(text, "chip", tuple(name for name in CHIP_NAMES if name != "cpu"), where)
-    metric = _one_of(text, "metric", METRICS[kind], where)
     numbers = {}
     for column in (*_COUNTS, *_AMOUNTS):
         value = _number(text, column, where, whole=column in _COUNTS)
@@ -126,7 +118,16 @@ def _row(record: dict, where: str) -> Row:
     for column in ("value", "n_chips"):
         if not numbers.get(column):
             raise UserError(f"{where}, column {column!r}: {text[column]!r}; it must be above 0")
-    return Row(text["id"], kind, chip, metric, numbers["value"], _mesh(text, where), numbers, text)
+    return Row(
+        text["id"],
+        kind,
+        text["chip"],
+        text["metric"],
+        numbers["value"],
+        _mesh(text, where),
+        numbers,
+        text,
+    )
 
 
 def _one_of(text: dict[str, str], column: str, known: tuple[str, ...], where: str) -> str:
@@ -155,7 +156,7 @@ def _mesh(text: dict[str, str], where: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for part in filter(None, text["mesh"].split(";")):
         axis, _, size = part.partition("=")
-        if not (axis.strip() and size.strip().isdigit() and int(size) > 0):
+        if not (axis.strip() and re.fullmatch(r" *(-1|[1-9]\d{0,8}) *", size)):
             raise UserError(
                 f"{where}, column 'mesh': {part[:40]!r} is not of the form axis=devices"
             )

@@ -67,14 +67,8 @@ def layout_of(row: Row, assumed: list[str], axis: str = "fsdp") -> Layout:
     chip, chips = get_chip(row.chip), int(row.need("n_chips")[0])
     slices = int(row.number("n_slices") or 1)
     per_slice = chip.devices(chips) // slices
-    sizes = dict.fromkeys(set(_AXES.values()), 1)
+    sizes = _sizes(row, per_slice)
     dcn_fsdp = row.mesh.get("dcn_fsdp", 1) > 1
-    for axis, size in row.mesh.items():
-        if axis in _DCN:
-            continue
-        if axis not in _AXES:
-            raise UserError(f"mesh axis {axis!r} is not one that the simulator knows")
-        sizes[_AXES[axis]] *= size
     if not row.mesh or prod(sizes.values()) == 1 < per_slice:
         assumed.append(f"mesh not given: {axis}={per_slice} was assumed")
         sizes[axis] = per_slice
@@ -85,6 +79,23 @@ def layout_of(row: Row, assumed: list[str], axis: str = "fsdp") -> Layout:
     return Layout(chip, chips, slices, dcn_fsdp=dcn_fsdp, **sizes)
 
 
+def _sizes(row: Row, per_slice: int) -> dict[str, int]:
+    """Axis of the simulator -> devices of a slice, -1 resolved."""
+    sizes, open_axis = dict.fromkeys(set(_AXES.values()), 1), ""
+    for axis, size in row.mesh.items():
+        if axis in _DCN:
+            continue
+        if axis not in _AXES:
+            raise UserError(f"mesh axis {axis!r} is not one that the simulator knows")
+        if size == -1:
+            open_axis = _AXES[axis]
+        else:
+            sizes[_AXES[axis]] *= size
+    if open_axis:
+        sizes[open_axis] *= max(1, per_slice // prod(sizes.values()))
+    return sizes
+
+
 def in_metric(row: Row, tokens_per_s_per_chip: float) -> float:
     """Tokens a second per chip as the row's metric."""
     if row.metric == "tokens_per_s_per_chip":
@@ -92,5 +103,8 @@ def in_metric(row: Row, tokens_per_s_per_chip: float) -> float:
     if row.metric == "step_time_s":
         batch, seq_len, chips = row.need("global_batch", "seq_len", "n_chips")
         return batch * seq_len / chips / tokens_per_s_per_chip
+    if row.metric != "mfu":
+        known = "tokens_per_s_per_chip, step_time_s, mfu"
+        raise UserError(f"metric {row.metric!r} of a {row.kind} row is none of {known}")
     peak = get_chip(row.chip).require("bf16_flops_per_s")
     return tokens_per_s_per_chip * recipe.flops_per_token(row, recipe.architecture(row)) / peak
