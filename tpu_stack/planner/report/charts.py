@@ -95,14 +95,16 @@ def _points(
     points = []
     for name, line in found.items():
         left, up = x.at(line["intensity_flops_per_byte"]), y.at(reached[name])
-        label_x = min(max(left, LEFT + _LABEL_WIDTH / 2), WIDTH - RIGHT - _LABEL_WIDTH / 2)
-        points.append(
-            {
-                "label": name, "x": left, "y": up, "bound": line["bound"],
-                "flops_per_s": reached[name], "intensity": line["intensity_flops_per_byte"],
-                "label_x": round(label_x, 1), "label_y": up + 21,
-            }
-        )  # fmt: skip
+        point = {
+            "label": name, "x": left, "y": up, "bound": line["bound"],
+            "flops_per_s": reached[name], "intensity": line["intensity_flops_per_byte"],
+        }  # fmt: skip
+        if line["intensity_flops_per_byte"] < line["ridge_flops_per_byte"]:
+            places = {"label_x": left + 9, "label_y": up + 17, "anchor": "start"}
+        else:  # the roof is flat here: below the point is free
+            inside = min(max(left, LEFT + _LABEL_WIDTH / 2), WIDTH - RIGHT - _LABEL_WIDTH / 2)
+            places = {"label_x": round(inside, 1), "label_y": up + 21, "anchor": "middle"}
+        points.append(point | places)
     points.sort(key=lambda point: point["label_y"])
     for above, below in pairwise(points):
         if abs(above["label_x"] - below["label_x"]) < _LABEL_WIDTH:
