@@ -7,5 +7,6 @@ ACTIONS = {
     "compile": "a program compiled by the TPU compiler: memory, collectives, cycles",
     "simulate": "a step's time on a chip, term by term; decode against batch",
     "backtest": "published TPU results beside what the simulator predicts",
+    "search": "the best mesh, batch, format and remat of all legal ones",
 }
 """Action -> one line of help; each is a module here with its own `Options` and `run`."""

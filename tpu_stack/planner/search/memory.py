@@ -1,0 +1,149 @@
+"""What a device must hold for a candidate, by formula: what does not fit is never simulated.
+
+`planner.traffic` counts what lives through a step; added here is what lives for a part of it, as
+XLA:TPU was seen to keep it: the largest of a layer's own and of the logits' working set in
+training, and in serving a second copy of the cache while it is updated. What depends on the mesh
+alone is counted once per mesh.
+
+>>> TrainMemory(config, profile, seq_len=4096).held(profile, batch=128, accumulate=1)
+"""
+
+from collections.abc import Mapping
+from functools import lru_cache
+from math import prod
+
+from tpu_stack.models.abstract import tensor_specs
+from tpu_stack.models.attention import CHUNK
+from tpu_stack.models.config import ModelConfig
+from tpu_stack.planner.tensors import tensor_rows, ways
+from tpu_stack.planner.traffic import cache_bytes, saved_activation_bytes
+from tpu_stack.serving.layout import bytes_per_device
+from tpu_stack.sharding.axes import BATCH, FFW, HEADS, KV_HEADS, LAYERS, VOCAB, TensorSpec
+from tpu_stack.sharding.profiles import Profile, get_profile
+
+BF16, F32 = 2, 4
+NONE_OVER_DOTS = 2
+"""Activations kept without remat over those of "dots": what norms, rope and gating put out."""
+
+Bytes = Mapping[str, float]
+
+
+def hbm_bytes_per_device(profile: Profile) -> int:
+    """HBM of one JAX device. Raises UserError where the chip has no such fact."""
+    chip = profile.chip_facts
+    return int(chip.require("hbm_bytes")) // chip.devices(1)
+
+
+@lru_cache(maxsize=16)
+def state_bytes_per_element(config: ModelConfig) -> Mapping[str, float]:
+    """Tensor -> bytes of its weight and the optimizer's moments, per element, as training has it.
+
+    The moments are sharded as the weight is, so that a mesh divides both alike.
+    """
+    train, serve = get_profile("v5e:1", "train"), get_profile("v5e:1", "serve")
+    rows = tensor_rows(config, train, serve, "bf16")
+    return {row.spec.name: row.state_bytes / row.spec.size for row in rows}
+
+
+class TrainMemory:
+    """Training on one mesh that divides every tensor."""
+
+    def __init__(self, config: ModelConfig, profile: Profile, seq_len: int):
+        self.config, self.seq_len = config, seq_len
+        self.state = self.kept = layers = self.table = 0
+        per_element = state_bytes_per_element(config)
+        for spec in tensor_specs(config):
+            kept, gathered = _elements(spec, profile)
+            self.state += round(kept * per_element[spec.name])
+            self.kept += kept
+            if gathered == kept:
+                continue
+            if spec.axes[0] == LAYERS:
+                layers += gathered
+            elif spec.name == "unembed" or config.tie_embeddings:
+                self.table = max(self.table, gathered)
+        self.layer = layers // config.n_layers
+
+    def held(self, profile: Profile, *, batch: int, accumulate: int) -> Bytes:
+        """Bytes by term. `profile` is the mesh's, with a remat of its own."""
+        rows = batch // accumulate // ways(profile, BATCH)
+        logits = F32 * rows * self.seq_len * self.config.vocab_size // ways(profile, VOCAB)
+        layer = self.layer * (2 * BF16 + F32)  # this layer's, the next one's, and its gradient
+        layer += layer_activations(self.config, profile, rows=rows, length=self.seq_len)
+        return {
+            "weights and optimizer state": self.state,
+            "bfloat16 weights": BF16 * self.kept,
+            "gradient": F32 * self.kept * (2 if accumulate > 1 else 1),
+            "saved activations": self._saved(profile, rows, batch // accumulate),
+            "working set": max(layer, logits + 2 * BF16 * self.table),
+        }
+
+    def _saved(self, profile: Profile, rows: int, batch: int) -> int:
+        saved = saved_activation_bytes(self.config, profile, batch=batch, seq_len=self.seq_len)
+        if profile.remat != "none":
+            return saved
+        saved *= NONE_OVER_DOTS
+        if not _chunked(self.seq_len):  # the chunked path keeps no scores, whatever the remat
+            saved += self.config.n_layers * _score_bytes(self.config, profile, rows, self.seq_len)
+        return saved
+
+
+class ServeMemory:
+    """Serving on one mesh from weights of one format.
+
+    Raises UserError when a tensor, or the groups of its scales, do not divide the mesh.
+    """
+
+    def __init__(self, config: ModelConfig, profile: Profile, format: str):
+        self.config, self.profile, self.format = config, profile, format
+        self.weights = bytes_per_device(config, format, profile)
+
+    def held(self, *, batch: int, context: int, tokens_per_row: int) -> Bytes:
+        """Bytes by term. `tokens_per_row` are run at once: 1, or a prompt."""
+        config, profile = self.config, self.profile
+        rows = batch // ways(profile, BATCH)
+        cache = cache_bytes(config, profile, batch=batch, context=context)
+        return {
+            "packed weights": self.weights,
+            "kv cache": cache,
+            "kv cache while it is updated": cache,
+            "logits": F32 * rows * config.vocab_size // ways(profile, VOCAB),
+            "working set": layer_activations(
+                config, profile, rows=rows, length=tokens_per_row, keys=context
+            ),
+        }
+
+
+def layer_activations(
+    config: ModelConfig, profile: Profile, *, rows: int, length: int, keys: int | None = None
+) -> int:
+    """Bytes of what one layer holds at once: its matmuls' results, and one chunk's scores, and in
+    training (`keys` None) the gradient of each."""
+    width = 3 * config.d_model + config.n_heads * config.head_dim // ways(profile, HEADS)
+    width += 2 * config.n_kv_heads * config.head_dim // ways(profile, KV_HEADS)
+    width += (2 if config.gated_mlp else 1) * config.d_ff // ways(profile, FFW)
+    once = BF16 * rows * length * width + _score_bytes(config, profile, rows, length, keys)
+    return once if keys else 2 * once
+
+
+def _chunked(length: int) -> bool:
+    """Whether `models.attention.attend` runs so many queries in chunks."""
+    return length > CHUNK and length % CHUNK == 0
+
+
+def _score_bytes(
+    config: ModelConfig, profile: Profile, rows: int, length: int, keys: int | None = None
+) -> int:
+    """The scores that one layer holds at once."""
+    queries = CHUNK if _chunked(length) else length
+    heads = config.n_heads // ways(profile, HEADS)
+    return F32 * rows * heads * queries * (keys or length)
+
+
+def _elements(spec: TensorSpec, profile: Profile) -> tuple[int, int]:
+    """Of a tensor: what a training device keeps, and what it has once gathered over the batch
+    axes."""
+    batch_axes = profile.rules.mesh_axes(BATCH)
+    split = [name for axis in spec.axes for name in profile.rules.mesh_axes(axis)]
+    kept = spec.size // prod(profile.mesh[name] for name in split)
+    return kept, kept * prod(profile.mesh[name] for name in split if name in batch_axes)
