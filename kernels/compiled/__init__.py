@@ -1,8 +1,9 @@
 """Compiles a kernel for a TPU that is not there and reads its static cost (rung 3, compiled).
 
 A `bench.py` module offers `program(case)`, returning a function and its abstract arguments;
-each is compiled in a child process, because a bad kernel can abort the process. The figure is the
-VLIW bundles of the kernel's whole code, each loop body counted once; nothing is run or timed.
+each is compiled in a child process, because a bad kernel can abort the process. The figures are the
+VLIW bundles of the kernel's whole code, each loop body counted once, and, where the module knows
+how often its loops turn, those that one call issues; nothing is run or timed.
 
 >>> compile_case("tpu_stack.kernels.kv_attention.bench", "int8", "v6e")  # {"bundles": 812, ...}
 """
@@ -14,12 +15,14 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tpu_stack.kernels.compiled.loops import DumpError, libtpu_version
+from tpu_stack.kernels.compiled.loops import DumpError, issued, libtpu_version
 
 TOPOLOGY = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
+DEVICE_KIND = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "7x": "TPU7x"}
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -28,10 +31,16 @@ ENVIRONMENT = {
 }
 
 
-def compile_case(module: str, case: str, chip: str) -> dict[str, Any]:
+def compile_case(
+    module: str, case: str, chip: str, trips: Sequence[int] | None = None
+) -> dict[str, Any]:
     """Compiles `program(case)` of `module` for `chip`, a key of `TOPOLOGY`.
 
-    Returns: {"bundles": of all kernels, "kernels": {name: bundles}}, or {"error": one line}.
+    Args:
+      trips: turns of the kernel's loops, as `loops.issued` takes them.
+
+    Returns: {"bundles": of all kernels, "kernels": {name: bundles}} and, given trips, "issued"; or
+      {"error": one line}.
 
     Raises: DumpError when the compiler's dump is not as expected.
     """
@@ -41,7 +50,10 @@ def compile_case(module: str, case: str, chip: str) -> dict[str, Any]:
         if isinstance(result, str):
             return {"error": result}
         kernels = read_bundles(Path(folder), result)
-        return {"bundles": sum(kernels.values()), "kernels": kernels}
+        row: dict[str, Any] = {"bundles": sum(kernels.values()), "kernels": kernels}
+        if trips is not None:
+            row["issued"] = sum(issued(Path(folder), name, trips) for name in kernels)
+        return row
 
 
 def refusals(module: str, cases: list[str], chip: str) -> dict[str, str]:
@@ -84,32 +96,65 @@ def total_bundles(analysis: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def bench_main(module: str, about: str | None, cases: list[str], form: str) -> None:
+def bench_main(
+    module: str,
+    about: str | None,
+    cases: list[str],
+    form: str,
+    trips: Callable[[str, str], Sequence[int]] | None = None,
+    peers: dict[str, str] | None = None,
+) -> None:
     """The command line of a bench module: `table` of the cases and chips that are asked for.
 
     Args:
       about: its docstring.
       cases: the ones by default, each of the form that `form` states.
+      trips: the turns of the loops in a case's kernel on a chip.
+      peers: by a peer's case, the case of ours that does the same.
     """
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--chips", nargs="+", choices=sorted(TOPOLOGY), default=list(TOPOLOGY))
     parser.add_argument("--cases", nargs="+", default=cases, help=form)
     parser.add_argument("--json", type=Path, help="also write the rows here")
     args = parser.parse_args()
-    table(module, args.cases, args.chips, args.json)
+    print(f"libtpu {libtpu_version()}; rung 3 (compiled, not measured)")
+    print(f"{'case':40} {'chip':5} {'bundles':>9} {'issued':>10}")
+    rows = _rows(module, args.cases, args.chips, trips)
+    _compare(rows, peers or {})
+    print("GPU: nothing was measured")
+    if args.json is not None:
+        _save(args.json, {"libtpu": libtpu_version(), "rung": 3, "module": module, "rows": rows})
 
 
-def table(module: str, cases: list[str], chips: list[str], json_file: Path | None) -> None:
-    """Prints a row per case and chip, and writes them to `json_file` when there is one."""
-    print(f"libtpu {libtpu_version()}; rung 3 (compiled, not measured); bundles, each loop once")
+def _rows(
+    module: str,
+    cases: list[str],
+    chips: list[str],
+    trips: Callable[[str, str], Sequence[int]] | None,
+) -> list[dict[str, Any]]:
+    """A row per case and chip, printed as they come."""
     rows = []
     for case in cases:
         for chip in chips:
-            rows.append({"case": case, "chip": chip, **compile_case(module, case, chip)})
-            told = rows[-1].get("error") or rows[-1]["bundles"]
-            print(f"{case:32} {chip:5} {told}", flush=True)
-    if json_file is not None:
-        report = {"libtpu": libtpu_version(), "rung": 3, "module": module, "rows": rows}
-        partial = json_file.with_name(json_file.name + ".partial")
-        partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        partial.replace(json_file)
+            row = compile_case(module, case, chip, None if trips is None else trips(case, chip))
+            rows.append({"case": case, "chip": chip, **row})
+            told = f"{row.get('bundles')!s:>9} {row.get('issued', '-')!s:>10}"
+            print(f"{case:40} {chip:5} {row.get('error') or told}", flush=True)
+    return rows
+
+
+def _compare(rows: list[dict[str, Any]], peers: dict[str, str]) -> None:
+    """Gives each peer's row `ratio`, our bundles issued over its, and prints them."""
+    ours = {(row["chip"], row["case"]): row["issued"] for row in rows if "issued" in row}
+    for row in rows:
+        key = (row["chip"], peers.get(row["case"]))
+        if key in ours and "issued" in row:
+            row["ratio"] = round(ours[key] / row["issued"], 3)
+            slower = "  SLOWER" if row["ratio"] > 1 else ""
+            print(f"{row['chip']:5} ours over {row['case']}: {row['ratio']:.2f} issued{slower}")
+
+
+def _save(path: Path, report: dict[str, Any]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(report | {"gpu": "nothing was measured"}, indent=2) + "\n")
+    partial.replace(path)

@@ -4,21 +4,22 @@ python -m tpu_stack.kernels.grouped_matmul.bench --chips v6e 7x --json bench.jso
 """
 
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox import gmm
 
-from tpu_stack.kernels.compiled import bench_main
+from tpu_stack.kernels.compiled import DEVICE_KIND, bench_main
 from tpu_stack.kernels.grouped_matmul import grouped_matmul, make_grouped_plan
 from tpu_stack.kernels.quantized_matmul.cases import FORMATS, abstract_operands
 
 NAMES = ("bfloat16", "int8", "fp8_e4m3", "int4", "mxfp4", "nvfp4", "int2", "ternary", "int1")
 CASES = [f"{name},bfloat16,8,{m},2048,1024,-" for name in NAMES for m in (16, 4096)]
-PEERS = [f"megablox,bfloat16,8,{m},2048,1024,-" for m in (16, 4096)]
-"""megablox is the peer: JAX's own kernel for bfloat16 weights, with this kernel's tiles. Bundles
-count each loop once; what the compiler refuses is a row that says so."""
+PEERS = {f"megablox,bfloat16,8,{m},2048,1024,-": CASES[i] for i, m in enumerate((16, 4096))}
+"""megablox is the peer: JAX's own kernel for bfloat16 weights, with this kernel's tiles. What the
+compiler refuses is a row that says so."""
 
 
 def program(case: str) -> tuple[Any, list[jax.ShapeDtypeStruct]]:
@@ -66,10 +67,30 @@ def _call(x, values, group_sizes, *rest, names: tuple[str, ...], options: dict[s
     return grouped_matmul(x, values, given.pop("scales", None), group_sizes, **given, **options)
 
 
+def trips(case: str, chip: str) -> tuple[int, ...]:
+    """Steps of the grid when all experts get as many rows, megablox's being the same."""
+    experts, m = (int(size) for size in case.split(",")[2:4])
+    call, (x, values, groups, *rest) = program(case.replace("megablox", "bfloat16"))
+    given: dict[str, Any] = dict(zip(call.keywords["names"], rest, strict=True))
+    options = {k: v for k, v in call.keywords["options"].items() if k != "interpret"}
+    scales = given.pop("scales", None)
+    plan = make_grouped_plan(x, values, scales, groups, kind=DEVICE_KIND[chip], **options, **given)
+    ends = list(accumulate(m // experts + (e < m % experts) for e in range(experts)))
+    starts = [0, *ends[:-1]]
+    visits = sum(
+        (end - 1) // plan.bm - start // plan.bm + 1
+        for start, end in zip(starts, ends, strict=True)
+        if end > start
+    )
+    return (plan.grid[1] * visits * plan.grid[2],)
+
+
 if __name__ == "__main__":
     bench_main(
         "tpu_stack.kernels.grouped_matmul.bench",
         __doc__,
         [*CASES, *PEERS],
         "FORMAT,X_DTYPE,E,M,K,N,t|-",
+        trips,
+        PEERS,
     )
