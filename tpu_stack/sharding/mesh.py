@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from tpu_stack.errors import UserError
@@ -54,7 +55,11 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     auto = (AxisType.Auto,) * len(sizes)
     shape = tuple(sizes.values())
     if devices[0].platform == "tpu" and needed == len(devices):
-        return jax.make_mesh(shape, tuple(sizes), axis_types=auto, devices=devices)
+        try:
+            return jax.make_mesh(shape, tuple(sizes), axis_types=auto, devices=devices)
+        except NotImplementedError:  # an axis that fits no whole axes of the torus, as 8 on 4x4
+            laid_out = create_device_mesh(shape, devices, allow_split_physical_axes=True)
+            return Mesh(laid_out, tuple(sizes), axis_types=auto)
     return Mesh(np.array(devices[:needed]).reshape(shape), tuple(sizes), axis_types=auto)
 
 

@@ -11,13 +11,12 @@ import json
 import pickle
 import resource
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import mesh_utils, topologies
-from jax.sharding import AxisType, Mesh
+from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from tpu_stack.errors import UserError
 from tpu_stack.planner.aot.request import CompileRequest
@@ -50,7 +49,7 @@ def compile_here(request: CompileRequest, folder: Path) -> dict[str, Any]:
     """Compiles; returns memory in bytes of one device, and what tracing counted."""
     say(stage="starting the TPU compiler")
     topology = topology_of(request.profile)
-    mesh = _mesh(request.profile.mesh, _devices(topology.name))
+    mesh = make_mesh(request.profile.mesh, _devices(topology.name))
     say(stage="tracing")
     traced = trace(request, mesh)
     say(stage="compiling")
@@ -77,16 +76,6 @@ def _devices(topology: str) -> list[Any]:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"the TPU compiler has no topology {topology}: {error}") from error
-
-
-def _mesh(sizes: Mapping[str, int], devices: list[Any]) -> Mesh:
-    """`make_mesh`; an axis that fits no whole axes of the torus (8 on 4x4) splits one."""
-    try:
-        return make_mesh(sizes, devices)
-    except NotImplementedError:
-        shape = tuple(sizes.values())
-        laid_out = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-        return Mesh(laid_out, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def main(folder: Path) -> None:
