@@ -56,7 +56,7 @@ def _paired(x: Array, values: Array, scales: Array, row_scales: Any, plan: Plan,
 
 
 def _call(x: Array, values: Array, scales: Array, row_scales: Any, plan: Plan, interpret: Any):
-    operands = [x.astype(plan.operands[0]), _whole_blocks(as_stored(values, plan.storage), plan)]
+    operands = [x.astype(plan.operands[0]), _whole_blocks(values, plan)]
     if plan.scale_mode == "input":
         factor = scales.astype(jnp.float32).reshape(1, -1)
         operands[0] = (x.astype(jnp.float32) * factor).astype(plan.operands[0])
@@ -192,7 +192,8 @@ def _kernel(x_ref, w_ref, *refs, plan: Plan, compiled: bool):
 
 def _weight(w_ref: Any, left: Array, plan: Plan, dtype: str) -> Array:
     """The block in `dtype`, without scales; zero past K where it could be NaN there."""
-    w = widen(w_ref[...], plan.storage, dtype)
+    # e2m1 is seen as int4 here and not outside, where XLA would copy the weight at every call.
+    w = widen(as_stored(w_ref[...], plan.storage), plan.storage, dtype)
     if plan.k_edge and plan.storage.name == "float8":
         w = _zero_past(w, 1 if plan.transpose else 0, left)
     return w
