@@ -2,8 +2,8 @@
 
 `planner.traffic` counts what lives through a step; added here is what lives for a part of it, as
 XLA:TPU was seen to keep it: the largest of a layer's own and of the logits' working set in
-training, and in serving a second copy of the cache while it is updated. What depends on the mesh
-alone is counted once per mesh.
+training, and in serving a second copy of the cache while it is updated, with the largest of scores,
+widths and sorted logits beside it. What depends on the mesh alone is counted once per mesh.
 
 >>> TrainMemory(config, profile, seq_len=4096).held(profile, batch=128, accumulate=1)
 """
@@ -69,7 +69,7 @@ class TrainMemory:
         rows = batch // accumulate // ways(profile, BATCH)
         logits = F32 * rows * self.seq_len * self.config.vocab_size // ways(profile, VOCAB)
         layer = self.layer * (2 * BF16 + F32)  # this layer's, the next one's, and its gradient
-        layer += layer_activations(self.config, profile, rows=rows, length=self.seq_len)
+        layer += _layer_activations(self.config, profile, rows, self.seq_len)
         return {
             "weights and optimizer state": self.state,
             "bfloat16 weights": BF16 * self.kept,
@@ -107,23 +107,31 @@ class ServeMemory:
             "packed weights": self.weights,
             "kv cache": cache,
             "kv cache while it is updated": cache,
-            "logits": F32 * rows * config.vocab_size // ways(profile, VOCAB),
-            "working set": layer_activations(
-                config, profile, rows=rows, length=tokens_per_row, keys=context
-            ),
+            "working set": self._working_set(rows, context, tokens_per_row),
         }
 
+    def _working_set(self, rows: int, context: int, tokens: int) -> int:
+        """The largest of a layer's scores (products, mask, masked and softmax), its MLP's widths,
+        and whole rows of logits, sorted with their tokens."""
+        config, profile = self.config, self.profile
+        queries = CHUNK if _chunked(tokens) else tokens
+        scores = rows * config.n_heads // ways(profile, HEADS) * queries * context
+        hidden = BF16 * rows * tokens * config.d_model
+        widths = (3 if config.gated_mlp else 2) * config.d_ff // ways(profile, FFW)
+        return max(
+            (4 * F32 + 1) * scores + hidden,
+            BF16 * rows * tokens * widths + 3 * hidden,
+            2 * F32 * rows * config.vocab_size,
+        )
 
-def layer_activations(
-    config: ModelConfig, profile: Profile, *, rows: int, length: int, keys: int | None = None
-) -> int:
-    """Bytes of what one layer holds at once: its matmuls' results, and one chunk's scores, and in
-    training (`keys` None) the gradient of each."""
+
+def _layer_activations(config: ModelConfig, profile: Profile, rows: int, length: int) -> int:
+    """Bytes that one layer holds at once in training: its matmuls' results, one chunk's scores, and
+    the gradient of each."""
     width = 3 * config.d_model + config.n_heads * config.head_dim // ways(profile, HEADS)
     width += 2 * config.n_kv_heads * config.head_dim // ways(profile, KV_HEADS)
     width += (2 if config.gated_mlp else 1) * config.d_ff // ways(profile, FFW)
-    once = BF16 * rows * length * width + _score_bytes(config, profile, rows, length, keys)
-    return once if keys else 2 * once
+    return 2 * (BF16 * rows * length * width + _score_bytes(config, profile, rows, length))
 
 
 def _chunked(length: int) -> bool:
@@ -131,13 +139,10 @@ def _chunked(length: int) -> bool:
     return length > CHUNK and length % CHUNK == 0
 
 
-def _score_bytes(
-    config: ModelConfig, profile: Profile, rows: int, length: int, keys: int | None = None
-) -> int:
-    """The scores that one layer holds at once."""
+def _score_bytes(config: ModelConfig, profile: Profile, rows: int, length: int) -> int:
+    """The scores that one layer of training holds at once."""
     queries = CHUNK if _chunked(length) else length
-    heads = config.n_heads // ways(profile, HEADS)
-    return F32 * rows * heads * queries * (keys or length)
+    return F32 * rows * config.n_heads // ways(profile, HEADS) * queries * length
 
 
 def _elements(spec: TensorSpec, profile: Profile) -> tuple[int, int]:

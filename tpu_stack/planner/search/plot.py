@@ -10,7 +10,7 @@ from tpu_stack.errors import UserError
 from tpu_stack.files import replacing_file
 from tpu_stack.planner.search.candidate import Plan
 from tpu_stack.planner.search.find import Found
-from tpu_stack.planner.search.goals import LATENCY, Objective
+from tpu_stack.planner.search.goals import COST, LATENCY, Objective
 
 SUFFIXES = (".png", ".svg", ".pdf")
 LABELS = 8
@@ -47,7 +47,7 @@ def write_plot(found: Found, path: Path) -> None:
         (goal.second, axes.xaxis, axes.set_xscale),
         (goal.first, axes.yaxis, axes.set_yscale),
     ):
-        if objective is LATENCY:
+        if objective in (LATENCY, COST):
             scale("log")
             axis.set_major_formatter("{x:g}")
     axes.margins(x=0.06, y=0.1)
