@@ -173,7 +173,8 @@ def algorithms(years: float) -> Factor:
     low, central, high = (2 ** (12 * years / months) for months in (14, 8, 5))
     return Factor(
         "algorithms", low, central, high, "assumption",
-        "compute to reach a given loss halves every 8 months, 95% interval 5 to 14, fitted over"
+        "compute to reach a given loss halves every 8 months, 95% interval 5 to 14 (in the NeurIPS"
+        " version, 90% interval 2 to 22), fitted over"
         " 2012-2023 (Ho et al. 2024, arXiv 2403.05812)",
         "a rate of twelve years holds for as long again, although it was partly gained by scale",
     )  # fmt: skip
@@ -184,8 +185,8 @@ def spending_history(years: float) -> Factor:
     low, central, high = (rate**years for rate in (2.0, 2.4, 2.9))
     return Factor(
         "spending", low, central, high, "assumption",
-        "amortized cost of the largest training runs grew 2.4x a year, 2.0 to 2.9, 2016-2024"
-        " (Cottier et al. 2024, arXiv 2405.21015)",
+        "amortized cost of the largest training runs grew 2.4x a year, 90% interval 2.0 to 2.9,"
+        " 2016-2024 (Cottier et al. 2024, arXiv 2405.21015)",
         "ten years of it would be thousands of times today's budgets: not a forecast",
     )  # fmt: skip
 

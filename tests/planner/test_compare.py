@@ -8,6 +8,8 @@ import pytest
 from tpu_stack.cli.compare import Options, compare_profiles, print_comparison
 from tpu_stack.cli.main import main
 from tpu_stack.planner.compare.crossing import two_by_two
+from tpu_stack.planner.compare.simulated import on_chip
+from tpu_stack.sharding.profiles import get_profile
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,7 @@ def test_the_result_is_json_and_names_every_rung(nano):
     assert json.loads(json.dumps(nano, allow_nan=False)) == nano
     assert set(nano["rungs"]) == {
         "tensors", "flops", "model_flops", "hbm_bytes", "collectives", "roofline", "memory",
-        "products", "reshard", "two_by_two",
+        "products", "reshard", "two_by_two", "simulated",
     }  # fmt: skip
     assert nano["train"]["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2}
     assert (nano["train"]["mesh_by"], nano["serve"]["mesh_by"]) == ("given", "profile default")
@@ -85,6 +87,27 @@ def test_the_two_by_two_has_every_program_on_both_chips(nano, too_large):
         best = max(c["tokens_per_s_per_chip"] for (p, _), c in cells.items() if p == program)
         assert cell["of_best"] == pytest.approx(cell["tokens_per_s_per_chip"] / best)
     assert {cell["chip"] for cell in too_large["two_by_two"]} == {"v5e"}
+
+
+def test_every_cell_is_simulated_too_and_never_beats_its_roofline(nano, too_large):
+    for cell in (*nano["two_by_two"], *too_large["two_by_two"]):
+        found = cell["simulated"]
+        assert sum(found["terms_s"].values()) == pytest.approx(found["step_s"])
+        assert found["label"] == "projected"
+        tokens = cell["tokens_per_s_per_chip"] * cell["time_s"]
+        assert found["tokens_per_s_per_chip"] * found["step_s"] == pytest.approx(tokens)
+        # of the roofline, what the simulator has as well; it takes no collective's least hops
+        parts = cell["breakdown"]
+        assert found["step_s"] >= parts["memory_s"] + parts["compute_s"]
+        assert found["extrapolated"] == (cell["chip"] in ("8t", "8i"))
+    best = [c for c in nano["two_by_two"] if c["simulated"]["of_best"] == 1]
+    assert {cell["program"] for cell in best} == {"train_step", "prefill", "decode"}
+
+
+def test_a_profile_moves_to_another_chip_with_its_devices():
+    moved = on_chip(get_profile("8t:4x4x4", "train"), "8i")
+    assert (moved.name, moved.chips, moved.devices) == ("8i:32", 32, 64)
+    assert on_chip(get_profile("8i:8", "serve"), "8t").chips == 16
 
 
 def test_what_does_not_fit_has_no_rate_to_compare():

@@ -13,7 +13,7 @@ import pytest
 from tpu_stack.cli import compare as verb
 from tpu_stack.cli.main import main
 from tpu_stack.planner.report import render_comparison
-from tpu_stack.planner.report.charts import Axis, memory_bars, roofline_chart, time_bars
+from tpu_stack.planner.report.charts import Axis, memory_bars, roofline_chart, term_bars, time_bars
 from tpu_stack.planner.report.words import move_text, spec_text
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
@@ -60,10 +60,19 @@ def test_the_page_needs_nothing_else(page):
 
 
 def test_every_part_is_there_with_its_rung(page, nano):
-    for part in ("two-by-two", "rooflines", "times", "memory", "tensors", "why", "reshard"):
+    for part in (
+        "two-by-two",
+        "rooflines",
+        "times",
+        "simulated",
+        "memory",
+        "tensors",
+        "why",
+        "reshard",
+    ):
         assert f'id="{part}"' in page
     assert page.count("<svg") == 2  # one roofline a chip
-    for key in ("two_by_two", "roofline", "memory", "tensors", "products", "reshard"):
+    for key in ("two_by_two", "roofline", "simulated", "memory", "tensors", "products", "reshard"):
         assert nano["rungs"][key] in unescape(page)
     assert "projected" in page
     assert "dimension 1, 192: embed -&gt; fsdp=4 -&gt; 4 x 48" in page
@@ -97,7 +106,7 @@ def test_a_chip_that_cannot_hold_a_program_says_so(nano):
     cell = next(
         c for c in changed["two_by_two"] if (c["program"], c["chip"]) == ("decode", "8t")
     )  # fmt: skip
-    cell.update(unavailable=reason, fits=False)
+    cell.update(unavailable=reason, fits=False, simulated=None)
     page = render_comparison(changed)
     assert page.count(reason) == 2  # in the 2 x 2 and among the bars
     assert page.count(">decode</text>") == 1
@@ -137,6 +146,12 @@ def test_bars_add_up(nano):
             assert whole <= 100.0001
             longest = max(longest, whole)
         assert longest == pytest.approx(100)
+    for group in term_bars(nano["two_by_two"]):
+        widths = [sum(part["percent"] for part in bar["parts"]) for bar in group["bars"]]
+        assert max(widths) == pytest.approx(100)
+        for bar, width in zip(group["bars"], widths, strict=True):
+            assert sum(part["seconds"] for part in bar["parts"]) == pytest.approx(bar["step_s"])
+            assert 0 < width <= 100.0001
     for bar in memory_bars(nano["programs"]):
         assert sum(part["percent"] for part in bar["parts"]) == pytest.approx(100 * bar["share"])
     over = json.loads(json.dumps(nano["programs"][:1]))

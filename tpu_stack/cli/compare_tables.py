@@ -109,7 +109,7 @@ def _print_reshard(result: dict[str, Any]) -> None:
             ["total", f"{total['kind']} {over}".strip(), bytes_text(total["bytes_per_device"]),
              bytes_text(total["wire_bytes_per_device"]), seconds_text(total["seconds"])]
         )  # fmt: skip
-    columns = ["reshard", "move", "payload per device", "sent per device", "projected time"]
+    columns = ["reshard", "move", "payload per device", "moved per device", "projected time"]
     print_table(f"\nfrom training to serving layout ({result['rungs']['reshard']})", columns, rows)
     for chip in plan["network_figure_missing_for"]:
         print(f"no network rate is published for {chip}: the send is timed by the other side alone")
@@ -191,7 +191,7 @@ def _print_two_by_two(result: dict[str, Any]) -> None:
     for cell in result["two_by_two"]:
         own = "" if cell["own"] else " (other)"
         if "unavailable" in cell:
-            rows.append([cell["program"], cell["chip"] + own, *["-"] * 6, cell["unavailable"]])
+            rows.append([cell["program"], cell["chip"] + own, *["-"] * 7, cell["unavailable"]])
             continue
         parts = cell["breakdown"]
         split = ", ".join(
@@ -201,11 +201,13 @@ def _print_two_by_two(result: dict[str, Any]) -> None:
         rows.append(
             [cell["program"], cell["chip"] + own, f"{cell['memory_share']:.1%}",
              seconds_text(cell["time_s"]), seconds_text(cell["time_no_overlap_s"]),
-             f"{cell['tokens_per_s_per_chip']:,.0f}", best, cell["bound"], split]
+             f"{cell['tokens_per_s_per_chip']:,.0f}", best, cell["bound"],
+             f"{cell['simulated']['tokens_per_s_per_chip']:,.0f}", split]
         )  # fmt: skip
     columns = ["2 x 2", "chip", "HBM", "projected time", "nothing overlapped", "tokens/s a chip",
-               "of the best", "bound", "time goes to"]  # fmt: skip
+               "of the best", "bound", "simulated", "time goes to"]  # fmt: skip
     print_table(f"\neach program on either chip ({result['rungs']['two_by_two']})", columns, rows)
+    print(f"simulated tokens/s a chip: {result['rungs']['simulated']}")
 
 
 BREAKDOWN: Sequence[tuple[str, str]] = (

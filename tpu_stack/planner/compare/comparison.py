@@ -18,6 +18,7 @@ from tpu_stack.planner.compare import reshard
 from tpu_stack.planner.compare.crossing import two_by_two
 from tpu_stack.planner.compare.placement import chain
 from tpu_stack.planner.compare.products import rows_per_device, serve_product, train_product
+from tpu_stack.planner.compare.simulated import add_simulated
 from tpu_stack.planner.pricing import ProgramCost, describe_program, memory_of
 from tpu_stack.planner.programs import (
     MAX_EMULATED_DEVICES,
@@ -49,6 +50,7 @@ RUNGS = {
     "products": "exact: the chip facts' operand types, and the kernel's own plan for the shapes",
     "reshard": "4 projected: bytes exact by shapes and specs, times by link facts",
     "two_by_two": "4 projected: the rooflines of both chips, per chip",
+    "simulated": "4 projected: a simulator with constants fitted to published results",
 }
 
 
@@ -89,7 +91,7 @@ def compare(request: Request, done: Callable[[str], None] = lambda step: None) -
         "tensors": [_tensor_json(row, request) for row in rows],
         "totals": _totals(rows, request),
         "programs": described,
-        "two_by_two": two_by_two(described),
+        "two_by_two": add_simulated(two_by_two(described), request),
         "reshard": reshard.plan(rows, train, serve),
         "memory": memory,
         "rungs": RUNGS,

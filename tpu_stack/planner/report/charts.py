@@ -143,6 +143,33 @@ def time_bars(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return groups
 
 
+def term_bars(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The simulated steps as bars, program by program; the bars of a program share a scale.
+
+    Terms under half a percent of the program's longest step are drawn and named together.
+    """
+    groups = []
+    for program in dict.fromkeys(cell["program"] for cell in cells):
+        members = [c for c in cells if c["program"] == program and c["simulated"]]
+        longest = max(cell["simulated"]["step_s"] for cell in members)
+        bars = []
+        for cell in members:
+            found = cell["simulated"]
+            terms = {k: v for k, v in found["terms_s"].items() if v >= 0.005 * longest}
+            rest = found["step_s"] - sum(terms.values())
+            terms |= {"the rest": rest} if rest > 1e-9 * longest else {}
+            parts = [
+                {"name": name, "seconds": seconds, "percent": 100 * seconds / longest}
+                for name, seconds in terms.items()
+            ]
+            bars.append(
+                {"chip": cell["chip"], "own": cell["own"], "parts": parts, **found,
+                 "fits": cell["fits"]}
+            )  # fmt: skip
+        groups.append({"program": program, "bars": bars})
+    return groups
+
+
 def memory_bars(programs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """What each program holds on each chip against its HBM.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 
-from tpu_stack.planner.report.charts import PARTS, memory_bars, roofline_chart, time_bars
+from tpu_stack.planner.report.charts import PARTS, memory_bars, roofline_chart, term_bars, time_bars
 from tpu_stack.planner.report.words import move_text, spec_text
 from tpu_stack.units import bytes_text, seconds_text, si_text
 
@@ -33,6 +33,7 @@ def render_comparison(result: dict[str, Any]) -> str:
         chips=list(dict.fromkeys(cell["chip"] for cell in result["two_by_two"])),
         rooflines=[roofline_chart(chip, result["programs"]) for chip in chips],
         times=time_bars(result["two_by_two"]),
+        terms=term_bars(result["two_by_two"]),
         memories=memory_bars(result["programs"]),
         part_names=[name for name, _ in PARTS],
     )
