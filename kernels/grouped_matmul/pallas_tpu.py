@@ -58,7 +58,7 @@ def pallas_grouped_matmul(
             in_specs=_in_specs(plan),
             out_specs=pl.BlockSpec(block, lambda j, s, k, e, rows, *_: (rows[s], j)),
             scratch_shapes=[
-                pltpu.VMEM(block, jnp.dtype(plan.accumulator)),
+                *([pltpu.VMEM(block, jnp.dtype(plan.accumulator))] if _accumulates(plan) else []),
                 *([pltpu.VMEM(words, jnp.uint32)] if words else []),
             ],
         ),
@@ -92,7 +92,8 @@ def _in_specs(plan: Plan) -> list[pl.BlockSpec]:
         return block[s], k
 
     def w_index(j, s, k, expert, block, weight, *_):
-        k = jnp.where(expert[s] == weight[s], k, last)  # the rows of nobody: what is there stays
+        if last:  # at the rows of nobody what is there stays
+            k = jnp.where(expert[s] == weight[s], k, last)
         return (weight[s], j, k) if plan.transpose else (weight[s], k, j)
 
     specs = [
@@ -107,6 +108,11 @@ def _in_specs(plan: Plan) -> list[pl.BlockSpec]:
     if plan.row_scaled:
         specs.append(pl.BlockSpec((plan.bm, 1), lambda j, s, k, e, block, *_: (block[s], 0)))
     return specs
+
+
+def _accumulates(plan: Plan) -> bool:
+    """Whether a result is the sum of several blocks of K, kept in VMEM meanwhile."""
+    return plan.grid[2] > 1
 
 
 def _weight_bits(plan: Plan) -> int:
@@ -129,23 +135,19 @@ def _kernel(
 ):
     """One visit at one block of K: acc[bm, bn] += x @ w, and at the last its rows are stored."""
     *refs, words_ref = refs if scale_words(plan) else (*refs, None)
-    x_ref, w_ref, *factors, o_ref, acc_ref = refs
+    *refs, acc_ref = refs if _accumulates(plan) else (*refs, None)
+    x_ref, w_ref, *factors, o_ref = refs
     step, k = pl.program_id(1), pl.program_id(2)
     expert, block = expert_ref[step], block_ref[step]
+    somebody = expert < experts
 
-    @pl.when(k == 0)
-    def _():
-        acc_ref[...] = jnp.zeros_like(acc_ref)
-
-    @pl.when(expert < experts)
-    def _():
+    def product() -> jax.Array:
         s_ref = None if plan.scale_mode in ("input", "after") else factors[0]
         left = plan.k - k * plan.bk
-        acc_ref[...] += block_product(x_ref[...], w_ref, s_ref, words_ref, left, plan, compiled)
+        return block_product(x_ref[...], w_ref, s_ref, words_ref, left, plan, compiled)
 
-    @pl.when(k == plan.grid[2] - 1)
-    def _():
-        y = acc_ref[...].astype(jnp.float32)
+    def store(total: jax.Array) -> None:
+        y = total.astype(jnp.float32)
         if plan.unit != 1:
             y = y * plan.unit
         if plan.scale_mode == "after":
@@ -153,7 +155,25 @@ def _kernel(
         if plan.row_scaled:
             y = y * factors[-1][...]
         row = block * plan.bm + jax.lax.broadcasted_iota(jnp.int32, o_ref.shape, 0)
-        own = (row >= bounds_ref[expert]) & (row < bounds_ref[expert + 1]) & (expert < experts)
+        own = (row >= bounds_ref[expert]) & (row < bounds_ref[expert + 1]) & somebody
         first = (step == 0) | (block_ref[jnp.maximum(step - 1, 0)] != block)
         before = jnp.where(first, jnp.zeros_like(o_ref), o_ref[...])
         o_ref[...] = jnp.where(own, y.astype(o_ref.dtype), before)
+
+    if acc_ref is None:
+        # One block of K: no sum to keep in VMEM between steps. The rows of nobody are multiplied
+        # too, by the weight that is there, and not stored.
+        store(product())
+        return
+
+    @pl.when(k == 0)
+    def _():
+        acc_ref[...] = jnp.zeros_like(acc_ref)
+
+    @pl.when(somebody)
+    def _():
+        acc_ref[...] += product()
+
+    @pl.when(k == plan.grid[2] - 1)
+    def _():
+        store(acc_ref[...])
