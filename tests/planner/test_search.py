@@ -8,8 +8,10 @@ import pytest
 from tpu_stack.errors import UserError
 from tpu_stack.models.abstract import tensor_specs
 from tpu_stack.models.presets import get_preset
+from tpu_stack.planner.memory.predict import Verdict
 from tpu_stack.planner.search import GOALS, Ask, search
 from tpu_stack.planner.search.candidate import Candidate, Plan
+from tpu_stack.planner.search.check import request_of, settle
 from tpu_stack.planner.search.goals import COST_OF_TRAINING, goal_of
 from tpu_stack.planner.search.score import Scorer, read_as
 from tpu_stack.planner.search.space import MAX_TOKENS, batches, legal_meshes, meshes
@@ -185,3 +187,29 @@ def test_every_goal_ranks_its_own_programs():
     assert GOALS["decode-latency"].rank([two, one]) == [one, two]
     assert GOALS["decode-throughput"].rank([one, two]) == [two, one]
     assert GOALS["cost"].front([one, two]) == [two, one]
+
+
+def test_what_is_shown_is_checked_with_the_planners_memory(train):
+    """So `plan search` and `plan memory` say the same of it."""
+    assert all(plan.checked for plan in train.front)
+    assert all(plan.checked for plan in train.best[:8])
+    plan = train.best[0]
+    verdict = Verdict.of(request_of(LLAMA, plan.candidate))
+    assert verdict.fits
+    assert plan.held_bytes == verdict.prediction.total_bytes
+    assert plan.capacity == verdict.limit_bytes
+
+
+def test_a_plan_that_is_too_large_after_all_is_left_out():
+    question = DECODE.read()
+    profile = question.profiles[0]
+    rows = 4096  # of 4096 positions: half a gigabyte of cache a row, far more than there is
+    large, small = (
+        Plan(Candidate("decode", profile, n, n, 4096, format="int4"), {"a": s}, {"x": 1}, 2**35)
+        for n, s in ((rows, 1.0), (1, 1.0))
+    )
+    left_out = []
+    assert [p.candidate for p in settle(question, [large, small], 8, left_out.append)] == [
+        small.candidate
+    ]
+    assert [plan.candidate for plan in left_out] == [large.candidate]

@@ -4,9 +4,8 @@ import dataclasses
 
 import pytest
 
-from tpu_stack.hardware.chips import get_chip
 from tpu_stack.models.presets import get_preset
-from tpu_stack.planner.search.memory import ServeMemory, TrainMemory, hbm_bytes_per_device
+from tpu_stack.planner.search.memory import ServeMemory, TrainMemory
 from tpu_stack.planner.tensors import tensor_rows
 from tpu_stack.planner.traffic import serve_memory, train_memory
 from tpu_stack.sharding.profiles import get_profile
@@ -66,9 +65,3 @@ def test_the_compilers_totals():
         profile = get_profile(f"v5e:{chips}", "serve")
         held = ServeMemory(qwen, profile, "int4").held(batch=batch, context=1024, tokens_per_row=1)
         assert sum(held.values()) == pytest.approx(total, rel=0.1)
-
-
-def test_two_devices_share_a_chips_memory():
-    for name, devices in (("7x", 2), ("v6e", 1)):
-        hbm = get_chip(name).require("hbm_bytes")
-        assert hbm_bytes_per_device(get_profile(f"{name}:4")) == hbm // devices

@@ -22,9 +22,10 @@ Row = list[str]
 class Options:
     """Try every legal mesh, batch, weight format (serving) and remat (training) of a model on some
     chips with the simulator; print the best and the Pareto front; compile the best few on request.
-    Memory is a formula's, time the calibrated simulator's: projected. Cost is in USD per million
-    tokens at the on-demand price of the chip facts; with --goal cost, slices of half, a quarter ...
-    as many chips are tried too. Exit status 2: nothing is possible, and the line says what is near.
+    Memory is predicted from shapes, time is the calibrated simulator's: projected. Cost is in USD
+    per million tokens at the on-demand price of the chip facts; with --goal cost, slices of half, a
+    quarter ... as many chips are tried too. Exit status 2: nothing is possible, and the line says
+    what is near.
 
     Models: nano, llama3_8b, llama3_70b, qwen3_0_6b, qwen3_8b, qwen3_32b, gemma3_1b, gemma3_27b.
 
@@ -81,7 +82,7 @@ def run(options: Options) -> None:
         check_path(options.plot)
     ask = _ask(options)
     with _bar() as done:
-        found = search(ask, done)
+        found = search(ask, done, show=max(options.top, options.confirm))
     confirmed: list[Confirmation] = []
     if options.confirm:
         with _spinner() as stage:
@@ -182,7 +183,7 @@ def _print_end(found: "Found") -> None:
     for note in found.notes:
         print(note)
     print(
-        "times are projected (rung 4) by the calibrated simulator, memory is by formula;"
+        "times are projected (rung 4) by the calibrated simulator, memory is predicted from shapes;"
         " nothing is measured."
     )
 

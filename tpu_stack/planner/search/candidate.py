@@ -73,13 +73,15 @@ class Plan:
 
     Attributes:
       terms: seconds of a step by what they go to; they sum to `step_s`.
-      memory: bytes a device holds, by term. capacity: bytes it has.
+      memory: bytes a device holds, by term. capacity: bytes that a program may use of it.
+      checked: whether `memory` is `planner.memory`'s word, rather than the search's quick count.
     """
 
     candidate: Candidate
     terms: Mapping[str, float]
     memory: Mapping[str, float]
     capacity: int
+    checked: bool = False
 
     @cached_property
     def step_s(self) -> float:
@@ -141,6 +143,7 @@ class Plan:
             "tokens_per_s_per_chip": self.tokens_per_s_per_chip,
             "usd_per_million_tokens": self.usd_per_million_tokens,
             "memory_bytes_per_device": dict(self.memory),
-            "hbm_bytes_per_device": self.capacity,
+            "usable_bytes_per_device": self.capacity,
             "headroom": self.headroom,
+            "memory_checked": self.checked,
         }

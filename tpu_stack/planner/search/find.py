@@ -12,13 +12,14 @@ from typing import Any
 
 from tpu_stack.errors import UserError
 from tpu_stack.models.abstract import tensor_specs
+from tpu_stack.planner.memory.predict import limit_of
 from tpu_stack.planner.search.ask import Ask, Question
 from tpu_stack.planner.search.candidate import Candidate, Plan
+from tpu_stack.planner.search.check import one_of_each, settle
 from tpu_stack.planner.search.memory import (
     Bytes,
     ServeMemory,
     TrainMemory,
-    hbm_bytes_per_device,
     state_bytes_per_element,
 )
 from tpu_stack.planner.search.score import Scorer, extrapolation
@@ -55,13 +56,8 @@ class Found:
 
     @cached_property
     def best(self) -> list[Plan]:
-        """The best plan of every slice, mesh and format or remat: batches differ by little."""
-        found: dict[tuple[str, ...], Plan] = {}
-        for plan in self.plans:
-            profile = plan.candidate.profile
-            key = (profile.name, plan.candidate.mesh, profile.remat, plan.candidate.format)
-            found.setdefault(key, plan)
-        return list(found.values())
+        """The best plan of every slice, mesh and format or remat."""
+        return one_of_each(self.plans)
 
     @property
     def rate(self) -> float:
@@ -100,6 +96,10 @@ class _Tally:
         self.ways: set[int] = set()
         self.refusals: list[str] = []
 
+    def not_after_all(self, plan: Plan) -> None:
+        """Notes a plan whose checked memory does not fit."""
+        self.too_large(plan.candidate, plan.memory, plan.capacity)
+
     def too_large(self, candidate: Candidate, memory: Bytes, capacity: int) -> None:
         """Notes a candidate that does not fit."""
         if self.smallest is not None:
@@ -108,11 +108,25 @@ class _Tally:
                 return
         self.smallest = (candidate, memory, capacity)
 
+    def nothing_fits(self) -> str:
+        """What to say where nothing does."""
+        assert self.smallest is not None
+        candidate, memory, capacity = self.smallest
+        term = max(memory, key=lambda name: memory[name])
+        return (
+            f"nothing fits; the nearest, {candidate.text}, needs"
+            f" {bytes_text(sum(memory.values()))} of {bytes_text(capacity)} a device,"
+            f" {bytes_text(memory[term])} of it for {term}"
+        )
 
-def search(ask: Ask, done: Callable[[int, int], None] = lambda done, of: None) -> Found:
+
+def search(
+    ask: Ask, done: Callable[[int, int], None] = lambda done, of: None, show: int = 8
+) -> Found:
     """Tries everything legal.
 
     Args:
+      show: how many of `Found.best` are checked with `planner.memory`; the front always is.
       done: told how many of how many (slice, format) pairs are through.
 
     Raises: UserError for a bad question, and, with what comes nearest, where no mesh is legal, no
@@ -127,15 +141,18 @@ def search(ask: Ask, done: Callable[[int, int], None] = lambda done, of: None) -
         _try_slice(question, profile, format, tally)
     seconds = time.perf_counter() - start
     done(len(pairs), len(pairs))
-    plans = _quick_enough(question, tally)
+    fitting = len(tally.plans)
+    plans = settle(question, _quick_enough(question, tally), show, tally.not_after_all)
+    if not plans:
+        raise UserError(tally.nothing_fits())
     return Found(
         question,
-        question.goal.rank(plans),
+        plans,
         question.goal.front(plans),
         tally.meshes,
         tally.legal,
         tally.candidates,
-        len(tally.plans),
+        fitting,
         seconds,
         _notes(question),
     )
@@ -155,7 +172,7 @@ def _try_slice(question: Question, profile: Profile, format: str, tally: _Tally)
         tally.legal += 1
         tally.ways.add(ways(placed, BATCH))
         scorer = Scorer.of(config, placed, question.ask.flash)
-        capacity = hbm_bytes_per_device(placed)
+        capacity = limit_of(placed)
         for candidate, memory in tried:
             tally.candidates += 1
             if sum(memory.values()) > capacity:
@@ -204,14 +221,7 @@ def _quick_enough(question: Question, tally: _Tally) -> list[Plan]:
     if not tally.candidates:
         raise UserError(_nearest_batch(question.ask.batches, tally.ways))
     if not tally.plans:
-        assert tally.smallest is not None
-        candidate, memory, capacity = tally.smallest
-        term = max(memory, key=lambda name: memory[name])
-        raise UserError(
-            f"nothing fits; the nearest, {candidate.text}, needs"
-            f" {bytes_text(sum(memory.values()))} of {bytes_text(capacity)} a device,"
-            f" {bytes_text(memory[term])} of it for {term}"
-        )
+        raise UserError(tally.nothing_fits())
     limit = question.ask.latency_s
     quick = [plan for plan in tally.plans if limit is None or plan.step_s <= limit]
     if limit is not None and not quick:

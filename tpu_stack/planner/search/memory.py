@@ -1,4 +1,7 @@
-"""What a device must hold for a candidate, by formula: what does not fit is never simulated.
+"""A quick count of what a device must hold: what does not fit is never simulated.
+
+`planner.memory` predicts it term by term in milliseconds, which is too slow for every candidate;
+this takes microseconds, and is followed by the other for what is shown (`search.check`).
 
 `planner.traffic` counts what lives through a step; added here is what lives for a part of it, as
 XLA:TPU was seen to keep it: the largest of a layer's own and of the logits' working set in
@@ -26,12 +29,6 @@ NONE_OVER_DOTS = 2
 """Activations kept without remat over those of "dots": what norms, rope and gating put out."""
 
 Bytes = Mapping[str, float]
-
-
-def hbm_bytes_per_device(profile: Profile) -> int:
-    """HBM of one JAX device. Raises UserError where the chip has no such fact."""
-    chip = profile.chip_facts
-    return int(chip.require("hbm_bytes")) // chip.devices(1)
 
 
 @lru_cache(maxsize=16)
