@@ -134,6 +134,13 @@ def test_fewer_than_four_bits_gain_no_time():
         assert read_as(name) == kind
 
 
+def test_of_equally_quick_formats_the_one_with_more_bits_comes_first():
+    found = search(replace(DECODE, formats=("int1", "int4"), batches=(8,)))
+    one, two = found.plans[:2]
+    assert one.step_s == two.step_s
+    assert (one.candidate.format, two.candidate.format) == ("int4", "int1")
+
+
 def test_an_asked_compile_is_the_candidate():
     found = search(replace(TRAIN, batches=(64,)))
     split = next(p for p in found.plans if p.candidate.accumulate == 2)

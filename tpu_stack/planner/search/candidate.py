@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from tpu_stack.planner.aot.asked import Asked
+from tpu_stack.quant.formats import get_format
 from tpu_stack.sharding.mesh import mesh_text
 from tpu_stack.sharding.profiles import Profile
 
@@ -46,6 +47,11 @@ class Candidate:
             return self.format
         split = f", {self.accumulate} micro-batches" if self.accumulate > 1 else ""
         return f"remat {self.profile.remat}{split}"
+
+    @property
+    def weight_bits(self) -> int:
+        """Bits of a served weight; 0 for training."""
+        return get_format(self.format).bits if self.format else 0
 
     @property
     def text(self) -> str:

@@ -22,7 +22,7 @@ from tpu_stack.planner.search.memory import (
     TrainMemory,
     state_bytes_per_element,
 )
-from tpu_stack.planner.search.score import Scorer, extrapolation
+from tpu_stack.planner.search.score import Scorer, notes
 from tpu_stack.planner.search.space import batches, legal_meshes, meshes, training_choices
 from tpu_stack.planner.tensors import ways, with_groups
 from tpu_stack.sharding.axes import BATCH
@@ -154,7 +154,7 @@ def search(
         tally.candidates,
         fitting,
         seconds,
-        _notes(question),
+        notes(question),
     )
 
 
@@ -239,19 +239,3 @@ def _nearest_batch(given: tuple[int, ...], splits: set[int]) -> str:
     best = min(near, key=lambda size: min(abs(size - batch) for batch in given))
     asked = ", ".join(map(str, given))
     return f"--batch {asked}: no legal mesh splits it evenly; the nearest that works is {best}"
-
-
-def _notes(question: Question) -> tuple[str, ...]:
-    """Extrapolation and missing facts, each once, with the slices that it is about."""
-    about: dict[str, list[str]] = {}
-    for profile in question.profiles:
-        beyond = extrapolation(question.config, profile, question.program)
-        if beyond:
-            about.setdefault(f"extrapolated: {beyond}", []).append(profile.name)
-        if profile.chip_facts.price_usd_per_hour is None:
-            about.setdefault("no source gives a price, so no cost", []).append(profile.name)
-    notes = [f"{', '.join(names)}: {text}" for text, names in about.items()]
-    if question.program != "train":
-        return (*notes, "activations are bfloat16, whatever the weights are")
-    attention = "a flash kernel" if question.ask.flash else "scores written to memory"
-    return (*notes, f"attention is taken to be {attention}")

@@ -56,10 +56,12 @@ class Goal:
     second: Objective
 
     def rank(self, plans: Iterable[Plan]) -> list[Plan]:
-        """Best first."""
-        return sorted(
-            plans, key=lambda p: (self.first.value(p), self.second.value(p)), reverse=True
-        )
+        """Best first; of plans that are equal in both, the one with more bits a weight."""
+
+        def key(plan: Plan) -> tuple[float, float, int]:
+            return self.first.value(plan), self.second.value(plan), plan.candidate.weight_bits
+
+        return sorted(plans, key=key, reverse=True)
 
     def front(self, plans: Iterable[Plan]) -> list[Plan]:
         """The Pareto front, best first: each next plan is worse by `first`, better by `second`."""

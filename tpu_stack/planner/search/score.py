@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.planner.backtest.calibration import Calibration, Fit
 from tpu_stack.planner.backtest.table import Row
+from tpu_stack.planner.search.ask import Question
 from tpu_stack.planner.search.candidate import Candidate
 from tpu_stack.planner.simulate.architecture import Architecture
 from tpu_stack.planner.simulate.decode import (
@@ -114,3 +115,19 @@ def extrapolation(config: ModelConfig, profile: Profile, program: str) -> str:
     }
     row = Row("search", program, profile.chip, "", 0.0, {}, numbers, {})
     return Calibration.load().extrapolates(row)
+
+
+def notes(question: Question) -> tuple[str, ...]:
+    """Extrapolation and missing facts, each once, with the slices that it is about."""
+    about: dict[str, list[str]] = {}
+    for profile in question.profiles:
+        beyond = extrapolation(question.config, profile, question.program)
+        if beyond:
+            about.setdefault(f"extrapolated: {beyond}", []).append(profile.name)
+        if profile.chip_facts.price_usd_per_hour is None:
+            about.setdefault("no source gives a price, so no cost", []).append(profile.name)
+    found = [f"{', '.join(names)}: {text}" for text, names in about.items()]
+    if question.program != "train":
+        return (*found, "activations are bfloat16, whatever the weights are")
+    attention = "a flash kernel" if question.ask.flash else "scores written to memory"
+    return (*found, f"attention is taken to be {attention}")
