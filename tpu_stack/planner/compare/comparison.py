@@ -110,6 +110,7 @@ _DEFINITIONS = {
     "roofline.time_s": "the largest of compute, memory and ici: all overlapped, the least possible",
     "roofline.time_no_overlap_s": "the same with the collectives added",
     "roofline.breakdown": "compute, memory beyond it, collectives beyond both: sums to time_s",
+    "two_by_two.simulated": "exposed time by term; prefill is its products, without collectives",
     "two_by_two.of_best": "tokens/s per chip over the best chip's, among those that hold it",
     "roofline.mfu": "model FLOPs over peak at time_s, an upper bound",
     "roofline.bound_by_hops": "ici bounds by latency: at bandwidth alone it would not",

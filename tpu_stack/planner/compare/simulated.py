@@ -2,7 +2,8 @@
 
 The roofline is the least time possible; this is the time that published results of like programs
 took, carried over. Terms are exposed time and sum to the step. Always projected, and extrapolated
-for a chip on which no published result was calibrated: 8t and 8i take 7x's constants.
+for a chip on which no published result was calibrated: 8t and 8i take 7x's constants. Prefill is
+its products alone, so where collectives bind it may undercut its roofline.
 
 >>> add_simulated(two_by_two(programs), request)
 """
