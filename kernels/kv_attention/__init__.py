@@ -38,7 +38,8 @@ def kv_attention(
 
     The query is the token at position lengths - 1, whose key and value are in the cache already.
     Query head n reads key head n // (N / K). Scores and softmax are float32; pages are widened to
-    q's dtype, in which the two products are taken, accumulated in float32. Online softmax: Milakov
+    q's dtype, in which the two products are taken, accumulated in float32; float8 pages of a
+    multiple of 32 tokens meet bfloat16 queries as they are. Online softmax: Milakov
     and Gimelshein 2018 (arXiv:1805.02867); pages: vLLM (arXiv:2309.06180).
 
     Scales are per token and head. They then multiply the scores and the softmax's weights, [G,

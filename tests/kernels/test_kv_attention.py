@@ -74,6 +74,13 @@ def test_head_and_page_sizes(h, page, table):
     check(operands("int8", h=h, page=page, table=table, lengths=[page * table, 5]))
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 33}, {"window": 6}], ids=str)
+def test_float8_pages_of_whole_tiles_are_not_widened(options):
+    """Lengths and windows that end at each of the four tokens in a word, NaN beyond."""
+    lengths = [0, 37, 38, 39, 40, 96]
+    check(operands("float8_e4m3fn", page=32, table=3, lengths=lengths), tiles=(2, 1), **options)
+
+
 @pytest.mark.parametrize("window", [1, 16, 17, 33, 80, 1000])
 def test_a_window_at_every_edge_of_a_block(window):
     arguments = operands(lengths=range(64, 81, 4))
