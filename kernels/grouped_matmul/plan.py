@@ -62,6 +62,7 @@ def make_grouped_plan(
         offset=offset,
         rows=rows,
         kind=kind,
+        quarters=False,
     )
     plan = replace(plan, m=m)
     operands = _operands(plan)

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from tpu_stack.kernels.quantized_matmul import scaling
+from tpu_stack.kernels.quantized_matmul import quarters, scaling
 from tpu_stack.kernels.quantized_matmul.plan import LANES, ROWS, SUBLANES, Plan
 from tpu_stack.kernels.quantized_matmul.widen import WORD_ROWS, as_stored, widen
 
@@ -32,7 +32,7 @@ def pallas_quantized_matmul(
 
     row_scales: float32 [M, 1] when `plan.row_scaled`: x_scales times tensor_scale.
     """
-    if plan.k_edge and plan.m < ROWS:
+    if (plan.k_edge or plan.quarters) and plan.m < ROWS:
         # Mosaic cannot mask a block taller than its array ("Sublane broadcast"). With no ragged K
         # nothing is masked, and so few rows cost little to copy. So too for the scales below.
         padded = replace(plan, m=ROWS, bm=ROWS)
@@ -40,6 +40,8 @@ def pallas_quantized_matmul(
         x = jnp.pad(x, rows)
         row_scales = None if row_scales is None else jnp.pad(row_scales, rows)
         return pallas_quantized_matmul(x, values, scales, row_scales, padded, interpret)[: plan.m]
+    if plan.quarters:
+        return _quarters(x, values, scales, row_scales, plan, interpret)
     if plan.paired:
         return _paired(x, values, scales, row_scales, plan, interpret)
     return _call(x, values, scales, row_scales, plan, interpret)
@@ -55,13 +57,35 @@ def _paired(x: Array, values: Array, scales: Array, row_scales: Any, plan: Plan,
     return _call(scaling.pair_rows(x), values, scales, row_scales, plan, interpret)
 
 
-def _call(x: Array, values: Array, scales: Array, row_scales: Any, plan: Plan, interpret: Any):
+def _quarters(x: Array, values: Array, scales: Array, row_scales: Any, plan: Plan, interpret: Any):
+    """`_call` with x's columns in the order of `quarters.quarter_bytes`, and x's sums over groups.
+
+    x gets whole blocks first, of zeros: past the array there is no order to keep.
+    """
+    ends = ((0, -plan.m % plan.bm), (0, -plan.k % plan.bk))
+    wide = jnp.pad(x.astype(jnp.bfloat16), ends)
+    x, sums = quarters.order_rows(wide, plan.group, plan.bk, plan.bm, interpret)
+    return _call(x, values, scales, row_scales, plan, interpret, sums)
+
+
+def _call(
+    x: Array,
+    values: Array,
+    scales: Array,
+    row_scales: Any,
+    plan: Plan,
+    interpret: Any,
+    sums: Array | None = None,
+):
+    """One `pallas_call`; sums [blocks of K, M, groups of a block] when `plan.quarters`."""
     operands = [x.astype(plan.operands[0]), _whole_blocks(values, plan)]
     if plan.scale_mode == "input":
         factor = scales.astype(jnp.float32).reshape(1, -1)
         operands[0] = (x.astype(jnp.float32) * factor).astype(plan.operands[0])
     else:
         operands.append(_flat_scales(scales, plan))
+    if sums is not None:
+        operands.append(sums)
     if row_scales is not None:
         operands.append(row_scales)
     return pl.pallas_call(
@@ -124,6 +148,9 @@ def _in_specs(plan: Plan) -> list[pl.BlockSpec]:
     elif plan.scale_mode != "input":
         rows, columns = (plan.bn, plan.bk) if plan.transpose else (plan.bk, plan.bn)
         specs.append(pl.BlockSpec((rows // plan.group, columns), w_index))
+    if plan.quarters:
+        groups = plan.bk // plan.group
+        specs.append(pl.BlockSpec((None, plan.bm, groups), lambda i, j, k: (k, i, 0)))
     if plan.row_scaled:
         specs.append(pl.BlockSpec((plan.bm, 1), lambda i, j, k: (i, 0)))
     return specs
@@ -155,7 +182,7 @@ def _kernel(x_ref, w_ref, *refs, plan: Plan, compiled: bool):
     k = pl.program_id(2)
     x = x_ref[...]
     left = plan.k - k * plan.bk  # elements of K from this block's first on
-    if plan.k_edge:
+    if plan.k_edge and not plan.quarters:
         # Paired K is padded to whole tiles of words, and in another order within each.
         tiles = plan.paired and not plan.transpose
         x = _zero_past(x, 1, pl.cdiv(left, WORD_ROWS) * WORD_ROWS if tiles else left)
@@ -168,6 +195,8 @@ def _kernel(x_ref, w_ref, *refs, plan: Plan, compiled: bool):
         w, unit = _scaled_weight(w_ref, factors[0], scratch, left, plan, compiled)
         y = _dot(x, w, plan)
         acc_ref[...] += y if unit is None else y * unit
+    elif plan.quarters:
+        acc_ref[...] += _quarter_products(x, w_ref, factors, scratch[1], left, plan, compiled)
     elif plan.scale_mode == "after_group":
         w = _weight(w_ref, left, plan, plan.operands[1])
         scales = scaling.edge_scales(factors[0], left, plan)
@@ -221,6 +250,22 @@ def _scaled_weight(
     w = _weight(w_ref, left, plan, "bfloat16")
     w = scaling.scaled_by_words(w, words_ref, plan.group, compiled)
     return w.astype(plan.operands[1]), unit
+
+
+def _quarter_products(
+    x: Array, w_ref: Any, factors: Any, words_ref: Any, left: Array, plan: Plan, compiled: bool
+) -> Array:
+    """What the block adds when 2-bit weights are bytes, in units of 2."""
+    scales = scaling.edge_scales(factors[0], left, plan)
+    words_ref[...] = jax.lax.bitcast_convert_type(scales, jnp.uint32)
+
+    def scale_of(group: int) -> Array:
+        words = scaling.spread(words_ref, group, compiled)
+        return jax.lax.bitcast_convert_type(words, jnp.float32)
+
+    sums = factors[1][...] * quarters.center(plan.storage.name == "half")
+    offsets = quarters.group_offsets(sums, scales, exact=plan.scales_dtype != "float32")
+    return quarters.group_products(x, w_ref, scale_of, plan.group) - offsets
 
 
 def _zero_past(block: Array, axis: int, left: Any) -> Array:

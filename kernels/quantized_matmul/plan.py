@@ -82,7 +82,7 @@ class Plan:
     @property
     def unit(self) -> float:
         """What 1 means in the widened weight."""
-        return self.storage.unit(self.operands[1])
+        return 2.0 if self.quarters else self.storage.unit(self.operands[1])
 
     @property
     def accumulator(self) -> str:
@@ -95,13 +95,20 @@ class Plan:
 
     @property
     def words(self) -> int:
-        """Rows of the scratch of scales as words that "before" uses in bfloat16; 0: no scratch."""
+        """Rows of the scratch of scales as words, which `quarters` and "before" in bfloat16 use."""
+        if self.quarters:
+            return self.bk // self.group
         if self.scale_mode != "before" or self.operands[1] == "float32":
             return 0
         rows = self.bn if self.transpose else self.bk
         if not self.paired:
             return rows // self.group if self.group % 16 == 0 else 0
         return rows // self.group if self.group >= WORD_ROWS else rows // self.group // 2
+
+    @property
+    def quarters(self) -> bool:
+        """Whether 2-bit weights become float8_e5m2 by shifts; see `quarters.py`."""
+        return self.storage.dtype == "int2" and self.operands[1] == "float8_e5m2"
 
     @property
     def shifted(self) -> bool:
@@ -135,10 +142,12 @@ def make_plan(
     offset: float = 0.0,
     rows: int | None = None,
     kind: str | None = None,
+    quarters: bool = True,
 ) -> Plan:
     """Validates one call and chooses its types and blocks; arguments as in `quantized_matmul`.
 
     kind: the device kind to plan for; None: the one that is traced for.
+    quarters: whether the kernel to plan for has `Plan.quarters`.
     """
     kind = kind or device_kind()
     if x.ndim != 2 or values.ndim != 2:
@@ -151,9 +160,13 @@ def make_plan(
         raise ValueError(f"x {x.shape} does not fit values {values.shape}, transpose={transpose}")
     group = _group(shape, scales.shape)
     entry = tuned(kind, _format(values.dtype, offset), x.shape[0])
-    mode = _scale_mode(shape[0], group, transpose, scale_mode, entry["after_group_from"])
+    quarters = quarters and _quarters(x, storage, group, transpose, entry)
+    after_from = entry["quarters_from"] if quarters else entry["after_group_from"]
+    mode = _scale_mode(shape[0], group, transpose, scale_mode, after_from)
     power = "bfloat16" if transpose or group % 16 else scales.dtype
     operands = choose_operands(x.dtype, storage, mode, kind, power)
+    if quarters and mode == "after_group":
+        operands = ("bfloat16", "float8_e5m2")
     if operands[1] == "int8" and k > MAX_INT8_K:
         raise ValueError(f"int8 activations: K = {k} may overflow int32; at most {MAX_INT8_K}")
     blocks = _blocks(x, k, n, group, mode, transpose, storage, tiles, entry)
@@ -165,6 +178,17 @@ def make_plan(
         *blocks,
         out.name,
     )
+
+
+def _quarters(x: Any, storage: Storage, group: int, transpose: bool, entry: dict[str, Any]) -> bool:
+    """Whether `Plan.quarters` may be asked for: where tiles.json says from which group it pays.
+
+    Groups of x's sums lie in the lanes of one register. int8 activations stay exact integers.
+    """
+    fits = group in (32, 64, 128) or (group > 0 and group % 256 == 0)
+    wide = jnp.dtype(x.dtype).name in ("bfloat16", "float8_e4m3fn")
+    two_bits = storage.dtype == "int2" and entry["bk"] <= LANES * max(group, 1)
+    return entry["quarters_from"] is not None and two_bits and fits and wide and not transpose
 
 
 def _format(dtype: Any, offset: float) -> str:

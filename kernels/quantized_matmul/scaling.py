@@ -80,7 +80,7 @@ def scaled_by_words(w: Array, words_ref: Any, group: int, stride_zero: bool) -> 
     rows, columns = w.shape
     parts = []
     for i in range(rows // group):
-        scale = pltpu.bitcast(_spread(words_ref, i, stride_zero), jnp.bfloat16)
+        scale = pltpu.bitcast(spread(words_ref, i, stride_zero), jnp.bfloat16)
         block = w[i * group : (i + 1) * group].reshape(group // 16, 16, columns)
         parts.append((block * scale[None]).reshape(group, columns))
     return jnp.concatenate(parts, 0)
@@ -116,7 +116,7 @@ def signed_scales(words: Array, words_ref: Any, group: int, stride_zero: bool) -
             row = tile * per_tile + _TILE * j // group
             if group >= WORD_ROWS:
                 row = tile * WORD_ROWS // group
-            scale = _spread(words_ref, row, stride_zero)
+            scale = spread(words_ref, row, stride_zero)
             sign = jnp.left_shift(block, 15 - j) & jnp.int32(-(2**31) + 2**15)
             parts.append(pltpu.bitcast(pltpu.bitcast(sign, jnp.uint32) ^ scale, jnp.bfloat16))
     return jnp.concatenate(parts, 0)
@@ -134,7 +134,7 @@ def unpair_rows(y: Array) -> Array:
     return y.reshape(m, k // WORD_ROWS, WORD_ROWS // 2, 2).swapaxes(2, 3).reshape(m, k)
 
 
-def _spread(words_ref: Any, row: int, stride_zero: bool) -> Array:
+def spread(words_ref: Any, row: int, stride_zero: bool) -> Array:
     """One row in all sublanes. The interpreter knows no stride of 0, and takes the other way."""
     if stride_zero:
         return words_ref[pl.ds(row, _TILE, stride=0), :]

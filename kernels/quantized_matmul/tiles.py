@@ -18,8 +18,10 @@ def read_tiles() -> dict[str, Any]:
 def tuned(kind: str, weight: str, m: int) -> dict[str, Any]:
     """The entry of a device kind, a format and a regime; "default" stands in for what is missing.
 
-    Returns: {"bm", "bk", "bn", "after_group_from"}, the last being the narrowest group that gets
-      a product of its own by default, wasting what it leaves of the MXU's depth; None: none does.
+    Returns: {"bm", "bk", "bn", "after_group_from", "quarters_from"}. `after_group_from` is the
+      narrowest group that gets a product of its own by default, wasting what it leaves of the
+      MXU's depth; None: none does. `quarters_from` is the same for 2-bit weights as bytes
+      (`quarters.py`); None: never as bytes, whatever is asked.
     """
     table = read_tiles()["tiles"]
     regime = "decode" if m <= DECODE_M else "prefill"
