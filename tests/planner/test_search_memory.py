@@ -54,12 +54,17 @@ def test_micro_batches_and_remat_save_activations():
 
 def test_the_compilers_totals():
     """libtpu 0.0.52's own totals, from `tpu-stack plan compile`: a train step of llama3_8b for
-    v5p:4x4x4 (batch 128, remat full), and decode of qwen3_0_6b from int4 on v5e (batch 8 on one
+    v5p:4x4x4 (batch 128, remat full; for v5p:64 256 in
+    two micro-batches, none), and decode of qwen3_0_6b from int4 on v5e (batch 8 on one
     chip, 16 on tensor=4; context 1024). These are the cases that the formulas were made to
     look like; others are further off."""
     profile = get_profile("v5p:4x4x4", "train")
     found = TrainMemory(LLAMA, profile, 4096).held(profile, batch=128, accumulate=1)
     assert sum(found.values()) == pytest.approx(10_447_807_332, rel=0.1)
+    for mesh, total in (("fsdp=64", 84.22), ("data=2,fsdp=32", 86.19), ("data=4,fsdp=16", 90.39)):
+        profile = dataclasses.replace(get_profile("v5p:64", "train").with_mesh(mesh), remat="none")
+        found = TrainMemory(LLAMA, profile, 4096).held(profile, batch=256, accumulate=2)
+        assert sum(found.values()) == pytest.approx(total * 2**30, rel=0.05)
     qwen = get_preset("qwen3_0_6b")
     for chips, batch, total in (("1", 8, 2_296_348_550), ("2x2", 16, 1_052_629_000)):
         profile = get_profile(f"v5e:{chips}", "serve")
