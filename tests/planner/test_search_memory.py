@@ -53,11 +53,12 @@ def test_micro_batches_and_remat_save_activations():
 
 
 def test_the_compilers_totals():
-    """libtpu 0.0.52's own totals, from `tpu-stack plan compile`: a train step of llama3_8b for
-    v5p:4x4x4 (batch 128, remat full; for v5p:64 256 in
-    two micro-batches, none), and decode of qwen3_0_6b from int4 on v5e (batch 8 on one
-    chip, 16 on tensor=4; context 1024). These are the cases that the formulas were made to
-    look like; others are further off."""
+    """libtpu 0.0.52's own totals, from `tpu-stack plan compile` and `plan search --confirm`.
+
+    A train step of llama3_8b for v5p:4x4x4 (batch 128, remat full) and v5p:64 (256 in two
+    micro-batches, remat none); decode of qwen3_0_6b from int4 on v5e (batch 8 on one chip, 16 on
+    tensor=4; context 1024). These are the cases that the count was made to look like.
+    """
     profile = get_profile("v5p:4x4x4", "train")
     found = TrainMemory(LLAMA, profile, 4096).held(profile, batch=128, accumulate=1)
     assert sum(found.values()) == pytest.approx(10_447_807_332, rel=0.1)
