@@ -5,6 +5,7 @@
 
 ACTIONS = {
     "compile": "a program compiled by the TPU compiler: memory, collectives, cycles",
+    "memory": "whether a program fits, what holds the memory, what would fit",
     "simulate": "a step's time on a chip, term by term; decode against batch",
     "backtest": "published TPU results beside what the simulator predicts",
     "search": "the best mesh, batch, format and remat of all legal ones",

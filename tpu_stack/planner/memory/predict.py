@@ -12,11 +12,11 @@ from tpu_stack.planner.memory.serve import predict_serve
 from tpu_stack.planner.memory.train import predict_train
 from tpu_stack.sharding.profiles import Profile
 
-COMPILER_LIMITS = {"v4": 30.75, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
+COMPILER_LIMITS = {"v4": 30.75, "v5e": 15.75, "v5p": 95.74, "v6e": 31.24}
 """Chip -> GiB of a device's HBM that the compiler gives to a program; the rest is the runtime's.
 
-v5e: its own out-of-memory message (libtpu 0.0.52). v4, v5p, v6e: "of 30.75G hbm" and the like in
-out-of-memory messages that others published. Others: all the HBM that the chip facts give."""
+v5e, v6e: its own out-of-memory messages (libtpu 0.0.52). v4, v5p: "of 30.75G hbm" and the like in
+messages that others published. Others: all the HBM that the chip facts give."""
 
 
 def limit_of(profile: Profile) -> int:

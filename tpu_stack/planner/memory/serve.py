@@ -16,6 +16,7 @@ from tpu_stack.models.abstract import tensor_specs
 from tpu_stack.models.attention import CHUNK
 from tpu_stack.models.cache import CACHE_AXES, cache_shape
 from tpu_stack.planner.aot.request import CompileRequest
+from tpu_stack.planner.aot.target import PROXY
 from tpu_stack.planner.memory.prediction import Prediction, Term, array, axes_text, local, shard
 from tpu_stack.planner.memory.tiles import padded_bytes
 from tpu_stack.planner.tensors import ways
@@ -27,6 +28,11 @@ from tpu_stack.sharding.profiles import Profile
 
 CODE_BYTES = 9 * 2**20
 """The program: 2 to 11 MiB over the cases that were compiled; it follows no size of the model."""
+
+
+MASK_IN_PRODUCT = ("v5p",)
+"""Chips whose compiler was seen to mask scores inside the product that makes them; v6e's was seen
+not to. Of the others no prefill was compiled: they are taken for the larger (libtpu 0.0.52)."""
 
 
 def predict_serve(request: CompileRequest) -> Prediction:
@@ -85,17 +91,19 @@ def _split(
 def _attention(request: CompileRequest, tokens: int) -> tuple[Term, ...]:
     """One layer's attention of `tokens` of each row over the whole cache.
 
-    Four arrays of scores: products, masked, what masks them and their softmax. The compiler makes
-    the masking value and the mask as large as the scores, once, before the loop over layers.
+    Two arrays of scores, the masked products and their softmax, where masking is part of the
+    product; elsewhere four, and a mask: the products unmasked and a masking value of that size.
     """
     config, profile = request.config, request.profile
     rows = request.batch // ways(profile, BATCH)
     queries = CHUNK if tokens > CHUNK and tokens % CHUNK == 0 else tokens
     scores = (rows, config.n_heads // ways(profile, HEADS), queries, request.context)
     split = f"one layer, {axes_text((BATCH, HEADS), profile)}"
+    fused = PROXY.get(profile.chip, profile.chip) in MASK_IN_PRODUCT
+    mask = () if fused else (array("mask, as large as the scores", "bool", scores, split),)
     return (
-        array("attention scores", "float32", scores, split, 4),
-        array("mask, as large as the scores", "bool", scores, split),
+        array("attention scores", "float32", scores, split, 2 if fused else 4),
+        *mask,
         array("hidden states", "bfloat16", (rows, tokens, config.d_model),
               axes_text((BATCH,), profile)),
     )  # fmt: skip

@@ -1,0 +1,222 @@
+"""`tpu-stack plan memory`: will a program fit, what holds the memory, and what would fit."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tpu_stack.cli.console import print_table, save_json
+from tpu_stack.units import bytes_text
+
+TOP = 10
+
+
+@dataclass(frozen=True)
+class Options:
+    """Predict what a program holds on one device, by formula and in milliseconds; where it does not
+    fit, the nearest changes that do, each checked. Exit status 1: it does not fit.
+
+    --confirm asks the TPU compiler too, of the program and of every change. --cases shows twelve
+    programs' predictions beside what the compiler gave them.
+
+    Example: tpu-stack plan memory --model llama3_8b --profile v5e:4x4 --program train
+    """
+
+    model: str = "llama3_8b"
+    """Preset."""
+    profile: str = "v5p:4x4x4"
+    """NAME:TOPOLOGY, counting chips."""
+    program: Literal["train", "prefill", "decode"] = "train"
+    """Which program."""
+    mesh: str | None = None
+    """Axis sizes, such as fsdp=16,tensor=4; the default is the profile's, made to divide."""
+    format: str = "int4"
+    """What serving stores the weights as; any format of `tpu-stack pack`."""
+    batch_size: int | None = None
+    """Sequences per train step; the default makes about 8192 tokens a device."""
+    seq_len: int | None = None
+    """Tokens per training sequence (default 4096)."""
+    accumulate: int = 1
+    """Micro-batches a train step is split into."""
+    remat: Literal["full", "dots", "none"] | None = None
+    """What the backward pass recomputes (default: the profile's)."""
+    serve_batch: int | None = None
+    """Rows decoded together (default 16 per way of the data axis)."""
+    context: int | None = None
+    """Positions that the cache holds per row (default 4096)."""
+    prompt: int | None = None
+    """Tokens of each row that prefill runs (default 1024)."""
+    confirm: bool = False
+    """Compile it too, and every change offered; with --cases, renew their record."""
+    cases: bool = False
+    """Show the twelve cases instead of a model."""
+    timeout: float = 1800.0
+    """Seconds after which a compile is ended."""
+    json: Path | None = None
+    """Also write the result to this file."""
+
+
+def run(options: Options) -> int:
+    """Prints the verdict; returns 0 when it fits, else 1."""
+    from rich.console import Console
+
+    with Console(stderr=True).status("predicting") as status:
+        stage = status.update
+        if options.cases and options.confirm:
+            _renew_cases(options, stage)
+        result = None if options.cases else _look(options, stage)
+    if result is None:
+        return _print_cases(options)
+    save_json(options.json, result)
+    _print_terms(options, result)
+    _print_changes(result)
+    _print_compiled(result)
+    return 0 if result.get("compiled", result)["fits"] else 1
+
+
+def _look(options: Options, stage: Callable[[str], None]) -> dict[str, Any]:
+    """The verdict as JSON: predicted, the changes, and compiled where that was asked for."""
+    from tpu_stack.planner.aot.asked import Asked
+    from tpu_stack.planner.aot.request import make_request
+    from tpu_stack.planner.memory.changes import changes
+    from tpu_stack.planner.memory.predict import Verdict
+
+    asked = Asked(
+        options.model, options.profile, options.program, options.mesh, options.format,
+        options.batch_size, options.seq_len, options.accumulate, options.remat,
+        options.serve_batch, options.context, options.prompt,
+    )  # fmt: skip
+    verdict = Verdict.of(make_request(asked))
+    result: dict[str, Any] = {"asked": asdict(asked), **_verdict_json(verdict)}
+    if options.confirm:
+        result["compiled"] = _compiled_json(verdict, options, stage)
+    result["changes"] = []
+    for change in changes(verdict.request):
+        row: dict[str, Any] = {"kind": change.kind, "text": change.text, "keeps": change.keeps}
+        row |= _verdict_json(change.verdict, terms=False)
+        if options.confirm:
+            row["compiled"] = _compiled_json(change.verdict, options, stage)
+        result["changes"].append(row)
+    return result
+
+
+def _verdict_json(verdict: Any, terms: bool = True) -> dict[str, Any]:
+    prediction = verdict.prediction
+    found = {
+        "mesh": dict(verdict.request.profile.mesh),
+        "fits": verdict.fits,
+        "total_bytes": prediction.total_bytes,
+        "limit_bytes": verdict.limit_bytes,
+        "over_bytes": max(0, verdict.over_bytes),
+        "moment": prediction.moment,
+    }
+    if terms:
+        found["terms"] = [asdict(term) for term in prediction.at_most]
+        found["code_bytes"] = prediction.code
+    return found
+
+
+def _compiled_json(verdict: Any, options: Options, stage: Callable[[str], None]) -> dict[str, Any]:
+    from tpu_stack.planner.memory.confirm import confirm
+
+    return asdict(confirm(verdict.request, timeout_s=options.timeout, stage=stage))
+
+
+def _print_terms(options: Options, result: dict[str, Any]) -> None:
+    limit = result["limit_bytes"]
+    rows = [
+        [t["name"], bytes_text(t["bytes"]), f"{t['bytes'] / limit:.1%}", t["shape"], t["owner"]]
+        for t in result["terms"]
+    ]
+    rows.append(["the program itself", bytes_text(result["code_bytes"]), "", "", ""])
+    total = result["total_bytes"]
+    rows.append(["in all, predicted", bytes_text(total), f"{total / limit:.1%}",
+                 f"at the {result['moment']}", f"of {bytes_text(limit)} of HBM"])  # fmt: skip
+    mesh = ",".join(f"{axis}={size}" for axis, size in result["mesh"].items())
+    print_table(
+        f"{options.model}, {options.program}, {options.profile}, {mesh}: one device",
+        ["what", "bytes", "of HBM", "shape", "layers and mesh axes"],
+        rows,
+    )
+    if result["fits"]:
+        print(f"\nFITS: {bytes_text(limit - total)} to spare, predicted (rung 4)")
+        return
+    first, second = result["terms"][:2]
+    print(
+        f"\nDOES NOT FIT: {bytes_text(result['over_bytes'])} too much, predicted (rung 4);"
+        f" most of it is {first['name']} ({bytes_text(first['bytes'])}, {first['owner']})"
+        f" and {second['name']} ({bytes_text(second['bytes'])}, {second['owner']})"
+    )
+
+
+def _print_changes(result: dict[str, Any]) -> None:
+    if result["fits"]:
+        return
+    rows = []
+    for change in result["changes"]:
+        row = [change["text"], change["keeps"], bytes_text(change["total_bytes"])]
+        compiled = change.get("compiled")
+        if compiled:
+            row.append(f"{bytes_text(compiled['total_bytes'])}, {_fits_text(compiled['fits'])}")
+        rows.append(row)
+    columns = ["change", "keeps", "then holds, predicted"]
+    columns += ["compiled"] if rows and len(rows[0]) > len(columns) else []
+    if rows:
+        print_table("\nthe nearest changes that fit, one at a time", columns, rows)
+    else:
+        print("no single change fits: more chips, or two changes together")
+
+
+def _fits_text(fits: bool) -> str:
+    return "fits" if fits else "does not fit"
+
+
+def _print_compiled(result: dict[str, Any]) -> None:
+    compiled = result.get("compiled")
+    if not compiled:
+        return
+    rows = [[bytes_text(b["bytes"]), b["shape"], b["what"], b["owner"]]
+            for b in compiled["largest"][:TOP]]  # fmt: skip
+    if rows:
+        columns = ["bytes", "shape on one device", "what", "layers and axes"]
+        print_table("\nthe largest buffers when it holds the most, compiled", columns, rows)
+    off = result["total_bytes"] / compiled["total_bytes"] - 1
+    how = "" if compiled["exact"] else " (the compiler gave up; its figure)"
+    print(
+        f"compiled (rung 3): {bytes_text(compiled['total_bytes'])}{how},"
+        f" {_fits_text(compiled['fits'])}; predicted {off:+.1%}"
+    )
+
+
+def _renew_cases(options: Options, stage: Callable[[str], None]) -> None:
+    """Compiles every case and records what came of it."""
+    from tpu_stack.planner.memory.cases import CASES, record
+
+    for case in CASES:
+        record(case, options.timeout, lambda name, case=case: stage(f"{case.name}: {name}"))
+
+
+def _print_cases(options: Options) -> int:
+    """Prints the cases; returns 0 when all are within 10% and agree."""
+    from tpu_stack.planner.memory.cases import rows
+
+    found = rows()
+    table = [
+        [row.case.name, row.case.asked.model, row.case.asked.profile,
+         bytes_text(row.verdict.prediction.total_bytes),
+         bytes_text(row.compiled["total_bytes"]) if row.compiled else "not compiled",
+         f"{row.error:+.1%}" if row.error is not None else "-",
+         _fits_text(row.verdict.fits), {True: "yes", False: "NO", None: "-"}[row.agrees],
+         "read to write the formulas" if row.case.seen else "predicted first"]
+        for row in found
+    ]  # fmt: skip
+    columns = ["case", "model", "profile", "predicted", "compiled", "error", "verdict", "agrees",
+               "the compiled program was"]  # fmt: skip
+    print_table("memory per device, predicted beside the compiler's", columns, table)
+    save_json(options.json, {"rows": [
+        {"name": row.case.name, **_verdict_json(row.verdict, terms=False), "error": row.error,
+         "agrees": row.agrees, "seen": row.case.seen, "compiled": row.compiled}
+        for row in found
+    ]})  # fmt: skip
+    good = all(row.error is not None and abs(row.error) <= 0.1 and row.agrees for row in found)
+    return 0 if good else 1
