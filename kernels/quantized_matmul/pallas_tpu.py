@@ -116,13 +116,14 @@ def _call(
 
 
 def _whole_blocks(values: Array, plan: Plan) -> Array:
-    """`values`, int2 padded to whole blocks of rows: at some ragged ones (384 rows in blocks of
-    512) Mosaic aborts, "rank >= 2". It costs a copy, at ragged shapes only."""
-    rows = plan.weight_block[0]
-    if plan.storage.dtype != "int2" or values.shape[0] % rows == 0:
+    """`values`, int2 padded to whole blocks of rows and whole lanes of columns: at some ragged
+    ones (384 rows in blocks of 512, 1000 columns) Mosaic aborts, "rank >= 2" or "span_buffer". It
+    costs a copy, at ragged shapes only."""
+    ends = [(0, -values.shape[0] % plan.weight_block[0]), (0, -values.shape[1] % LANES)]
+    if plan.storage.dtype != "int2" or ends == [(0, 0), (0, 0)]:
         return values
     wide = values.astype(jnp.int8)  # XLA:TPU has no scalar of int2 to pad with
-    return jnp.pad(wide, ((0, -values.shape[0] % rows), (0, 0))).astype(values.dtype)
+    return jnp.pad(wide, ends).astype(values.dtype)
 
 
 def _flat_scales(scales: Array, plan: Plan) -> Array:

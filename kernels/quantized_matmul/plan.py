@@ -160,7 +160,7 @@ def make_plan(
         raise ValueError(f"x {x.shape} does not fit values {values.shape}, transpose={transpose}")
     group = _group(shape, scales.shape)
     entry = tuned(kind, _format(values.dtype, offset), x.shape[0])
-    quarters = quarters and _quarters(x, storage, group, transpose, entry)
+    quarters = quarters and _quarters(x, storage, n, group, transpose, entry)
     after_from = entry["quarters_from"] if quarters else entry["after_group_from"]
     mode = _scale_mode(shape[0], group, transpose, scale_mode, after_from)
     power = "bfloat16" if transpose or group % 16 else scales.dtype
@@ -180,12 +180,16 @@ def make_plan(
     )
 
 
-def _quarters(x: Any, storage: Storage, group: int, transpose: bool, entry: dict[str, Any]) -> bool:
+def _quarters(
+    x: Any, storage: Storage, n: int, group: int, transpose: bool, entry: dict[str, Any]
+) -> bool:
     """Whether `Plan.quarters` may be asked for: where tiles.json says from which group it pays.
 
     Groups of x's sums lie in the lanes of one register. int8 activations stay exact integers.
+    Columns are whole lanes: where they and K are both ragged Mosaic aborts, "span_buffer".
     """
     fits = group in (32, 64, 128) or (group > 0 and group % 256 == 0)
+    fits = fits and n % LANES == 0
     wide = jnp.dtype(x.dtype).name in ("bfloat16", "float8_e4m3fn")
     two_bits = storage.dtype == "int2" and entry["bk"] <= LANES * max(group, 1)
     return entry["quarters_from"] is not None and two_bits and fits and wide and not transpose

@@ -21,11 +21,11 @@ sums round, of terms up to seven times the result's (a byte is 2 to 3.5, a weigh
 @pytest.mark.parametrize(
     ("name", "shape", "tiles"),
     [
-        ("int2_g64", (1, 512, 130), None),
-        ("int2_g128", (3, 640, 72), None),
-        ("ternary", (16, 96, 40), None),
-        ("ternary_g64", (17, 1152, 200), (16, 1024, 128)),
-        ("int2", (20, 544, 140), (16, 256, 128)),
+        ("int2_g64", (1, 512, 256), None),
+        ("int2_g128", (3, 640, 128), None),
+        ("ternary", (16, 96, 128), None),
+        ("ternary_g64", (17, 1152, 384), (16, 1024, 256)),
+        ("int2", (20, 544, 384), (16, 256, 256)),
     ],
 )
 def test_bytes_are_right_at_ragged_shapes(name, shape, tiles, monkeypatch):
@@ -47,8 +47,8 @@ def test_bytes_with_wide_groups_and_float32_scales(scales_dtype, monkeypatch):
     monkeypatch.setattr(planning, "device_kind", lambda: KIND)
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(5, 512)), jnp.bfloat16)
-    values = jnp.asarray(rng.integers(-2, 2, (512, 60)), jnp.int8).astype(jnp.int2)
-    scales = jnp.asarray(rng.normal(size=(2, 1, 60)), scales_dtype)
+    values = jnp.asarray(rng.integers(-2, 2, (512, 128)), jnp.int8).astype(jnp.int2)
+    scales = jnp.asarray(rng.normal(size=(2, 1, 128)), scales_dtype)
     y = quantized_matmul(
         x, values, scales, offset=0.5, scale_mode="after_group", out_dtype=jnp.float32,
         interpret=True,
@@ -57,8 +57,8 @@ def test_bytes_with_wide_groups_and_float32_scales(scales_dtype, monkeypatch):
     assert np.linalg.norm(np.asarray(y, np.float64) - want) <= EXACT * np.linalg.norm(want)
 
 
-def plan_of(name: str, activation: str, kind: str, **keywords):
-    x, values, scales, arrays = abstract_operands(FORMATS[name], activation, 16, 2048, 512)
+def plan_of(name: str, activation: str, kind: str, n: int = 512, **keywords):
+    x, values, scales, arrays = abstract_operands(FORMATS[name], activation, 16, 2048, n)
     offset = FORMATS[name].offset
     return make_plan(x, values, scales, offset=offset, kind=kind, **arrays, **keywords)
 
@@ -70,5 +70,6 @@ def test_bytes_only_where_the_tiles_say_so():
     assert plan_of("ternary_g128", "float8_e4m3fn", KIND).quarters
     assert not plan_of("int2", "bfloat16", KIND).quarters  # copies of x outweigh the bytes
     assert not plan_of("int2_g128", "bfloat16", "TPU7x").quarters
+    assert not plan_of("int2_g128", "bfloat16", KIND, n=500).quarters
     assert not plan_of("int2_g128", "bfloat16", KIND, quarters=False).quarters
     assert plan_of("int2_g128", "int8", KIND).operands == ("int8", "int8")
