@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
+from tpu_stack.kernels.compiled import read_bundles
 from tpu_stack.kernels.quantized_matmul import bench, quantized_matmul
 from tpu_stack.kernels.quantized_matmul.cases import ACTIVATIONS, FORMATS
 from tpu_stack.kernels.quantized_matmul.plan import read_tiles
@@ -152,13 +153,13 @@ def test_a_decode_block_takes_no_longer_than_its_bytes(chip, case):
 
 def test_a_dump_that_is_not_as_expected_is_named(tmp_path):
     with pytest.raises(RuntimeError, match="no readable schedule of quantized_matmul among 0"):
-        bench.read_bundles(tmp_path, [bench.KERNEL])
+        read_bundles(tmp_path, ["quantized_matmul"])
     bad = tmp_path / "1-quantized_matmul_int4_before.1-70-schedule-analysis_final_bundles.txt"
     bad.write_text("something else")
     with pytest.raises(RuntimeError, match="among 1 dump files"):
-        bench.read_bundles(tmp_path, [bench.KERNEL])
+        read_bundles(tmp_path, ["quantized_matmul"])
     bad.write_text("Schedule analysis:\n\ttotal scheduled bundles:    1077\n")
-    assert bench.read_bundles(tmp_path, [bench.KERNEL]) == {bench.KERNEL: 1077}
+    assert read_bundles(tmp_path, ["quantized_matmul"]) == {"quantized_matmul": 1077}
 
 
 @pytest.mark.parametrize(
