@@ -1,7 +1,8 @@
 """Twelve programs whose memory the compiler has given, beside the prediction.
 
-`cases.json` holds the compiler's figures and its version, taken from compiled programs; the predictor
-does not read them. `tpu-stack plan memory --cases --confirm` compiles every case and records it anew.
+`cases.json` holds the compiler's figures and its version, taken from compiled programs; the
+predictor does not read them. `tpu-stack plan memory --cases --confirm` compiles every case and
+records it anew.
 
 >>> [(row.case.name, row.error) for row in rows()]
 """
