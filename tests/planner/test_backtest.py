@@ -245,6 +245,13 @@ def test_a_row_of_the_fit_is_predicted_without_its_family(tmp_path):
     assert predict(row, unknown).held_out == ""
 
 
+def test_a_known_id_under_another_model_is_a_new_row(tmp_path):
+    (row,) = rows_of(tmp_path, LLAMA_8B | {"model": "Unheard-of 8B"})
+    known = Calibration(Fit(), {"llama3": Fit()}, frozenset({"a"}), {})
+    assert predict(row, known).held_out == ""
+    assert predict(row, known).value == evaluate(row, Fit(), [])
+
+
 def test_extrapolation_is_said(tmp_path):
     seen, larger, unseen = rows_of(
         tmp_path,

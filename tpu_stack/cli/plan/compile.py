@@ -4,9 +4,10 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tpu_stack.cli.console import print_table, save_json
+from tpu_stack.cli.plan.asking import ProgramOptions
 from tpu_stack.errors import UserError
 from tpu_stack.units import bytes_text, seconds_text
 
@@ -14,7 +15,7 @@ TOP = 10
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(ProgramOptions):
     """Compile the train step, prefill or decode of a model for a TPU slice that is not here, with
     the compiler of libtpu: what memory it takes, what it communicates and for which tensor, what
     its fusions cost. Answers are kept on disk. Exit status 1: no program came of it.
@@ -24,32 +25,6 @@ class Options:
     Example: tpu-stack plan compile --model llama3_8b --profile v5p:4x4x4 --program train
     """
 
-    model: str = "llama3_8b"
-    """Preset to compile."""
-    profile: str = "v5p:4x4x4"
-    """NAME:TOPOLOGY, counting chips."""
-    program: Literal["train", "prefill", "decode"] = "train"
-    """Which program."""
-    mesh: str | None = None
-    """Axis sizes, such as fsdp=16,tensor=4; the default is the profile's, made to divide."""
-    format: str = "int4"
-    """What serving stores the weights as; any format of `tpu-stack pack`."""
-    batch_size: int | None = None
-    """Sequences per train step; the default makes about 8192 tokens a device."""
-    seq_len: int | None = None
-    """Tokens per training sequence (default 4096)."""
-    accumulate: int = 1
-    """Micro-batches a train step is split into."""
-    remat: Literal["full", "dots", "none"] | None = None
-    """What the backward pass recomputes (default: the profile's)."""
-    serve_batch: int | None = None
-    """Rows decoded together (default 16 per way of the data axis)."""
-    context: int | None = None
-    """Positions that the cache holds per row (default 4096)."""
-    prompt: int | None = None
-    """Tokens of each row that prefill runs (default 1024)."""
-    timeout: float = 1800.0
-    """Seconds after which the compile is ended."""
     cache: Path | None = None
     """Folder of kept results (default ~/.cache/tpu-stack/aot)."""
     json: Path | None = None
@@ -58,14 +33,10 @@ class Options:
 
 def run(options: Options) -> int:
     """Prints what came of it; returns 0 when there is a program, else 1."""
-    from tpu_stack.planner.aot.asked import Asked, compile_asked
+    from tpu_stack.planner.aot.asked import compile_asked
     from tpu_stack.planner.aot.result import Compiled, CompilerMissing, as_json
 
-    asked = Asked(
-        options.model, options.profile, options.program, options.mesh, options.format,
-        options.batch_size, options.seq_len, options.accumulate, options.remat,
-        options.serve_batch, options.context, options.prompt,
-    )  # fmt: skip
+    asked = options.asked()
     with _spinner() as stage:
         result = compile_asked(asked, cache=options.cache, timeout_s=options.timeout, stage=stage)
     save_json(options.json, {"asked": vars(asked), **as_json(result)})

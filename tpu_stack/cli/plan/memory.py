@@ -3,16 +3,17 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tpu_stack.cli.console import print_table, save_json
+from tpu_stack.cli.plan.asking import ProgramOptions
 from tpu_stack.units import bytes_text
 
 TOP = 10
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(ProgramOptions):
     """Predict what a program holds on one device, by formula and in milliseconds; where it does not
     fit, the nearest changes that do, each checked. Exit status 1: it does not fit.
 
@@ -22,36 +23,10 @@ class Options:
     Example: tpu-stack plan memory --model llama3_8b --profile v5e:4x4 --program train
     """
 
-    model: str = "llama3_8b"
-    """Preset."""
-    profile: str = "v5p:4x4x4"
-    """NAME:TOPOLOGY, counting chips."""
-    program: Literal["train", "prefill", "decode"] = "train"
-    """Which program."""
-    mesh: str | None = None
-    """Axis sizes, such as fsdp=16,tensor=4; the default is the profile's, made to divide."""
-    format: str = "int4"
-    """What serving stores the weights as; any format of `tpu-stack pack`."""
-    batch_size: int | None = None
-    """Sequences per train step; the default makes about 8192 tokens a device."""
-    seq_len: int | None = None
-    """Tokens per training sequence (default 4096)."""
-    accumulate: int = 1
-    """Micro-batches a train step is split into."""
-    remat: Literal["full", "dots", "none"] | None = None
-    """What the backward pass recomputes (default: the profile's)."""
-    serve_batch: int | None = None
-    """Rows decoded together (default 16 per way of the data axis)."""
-    context: int | None = None
-    """Positions that the cache holds per row (default 4096)."""
-    prompt: int | None = None
-    """Tokens of each row that prefill runs (default 1024)."""
     confirm: bool = False
     """Compile it too, and every change offered; with --cases, renew their record."""
     cases: bool = False
     """Show the twelve cases instead of a model."""
-    timeout: float = 1800.0
-    """Seconds after which a compile is ended."""
     json: Path | None = None
     """Also write the result to this file."""
 
@@ -76,16 +51,11 @@ def run(options: Options) -> int:
 
 def _look(options: Options, stage: Callable[[str], None]) -> dict[str, Any]:
     """The verdict as JSON: predicted, the changes, and compiled where that was asked for."""
-    from tpu_stack.planner.aot.asked import Asked
     from tpu_stack.planner.aot.request import make_request
     from tpu_stack.planner.memory.changes import changes
     from tpu_stack.planner.memory.predict import Verdict
 
-    asked = Asked(
-        options.model, options.profile, options.program, options.mesh, options.format,
-        options.batch_size, options.seq_len, options.accumulate, options.remat,
-        options.serve_batch, options.context, options.prompt,
-    )  # fmt: skip
+    asked = options.asked()
     verdict = Verdict.of(make_request(asked))
     result: dict[str, Any] = {"asked": asdict(asked), **_verdict_json(verdict)}
     if options.confirm:

@@ -40,7 +40,8 @@ def predict(row: Row, calibration: Calibration) -> Prediction:
         value_all = evaluate(row, calibration.full, assumed)
     except UserError as error:
         return Prediction(reason=str(error))
-    held_out = family(row) if row.id in calibration.rows else ""
+    fitted_on = row.id in calibration.rows and family(row) in calibration.without
+    held_out = family(row) if fitted_on else ""
     value = evaluate(row, calibration.without[held_out], []) if held_out else value_all
     return Prediction(
         value,

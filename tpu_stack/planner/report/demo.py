@@ -4,28 +4,14 @@
 """
 
 import io
-from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from tpu_stack.units import bytes_text, seconds_text, si_text
-
-TEMPLATE = Path(__file__).with_name("demo.html.jinja")
+from tpu_stack.planner.report.templates import template
 
 
 def render(report: dict[str, Any]) -> str:
     """The page for a report as `tpu-stack demo` writes it."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATE.parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(bytes=bytes_text, seconds=seconds_text, si=si_text)
-    page = environment.get_template(TEMPLATE.name)
-    return page.render(
+    return template("demo.html.jinja").render(
         report=report,
         loss_curve=loss_curve(report["train"]),
         format_bars=format_bars(report["eval"]),
