@@ -8,7 +8,7 @@ import pytest
 from tpu_stack.hardware.chips import get_chip
 from tpu_stack.planner.aot.exposure import Exposure, exposures, links_of
 from tpu_stack.planner.hlo_cycles import Costs, operations
-from tpu_stack.planner.hlo_frames import Frames
+from tpu_stack.planner.hlo_frames import Frames, Source
 from tpu_stack.planner.hlo_loops import Scope
 from tpu_stack.planner.hlo_program import ProgramReport, read_program
 from tpu_stack.planner.hlo_serves import argument_name
@@ -193,3 +193,19 @@ ENTRY %main (p: s32[]) -> s32[] {
 def test_a_report_survives_json():
     report = read_program((DATA / "v5e_2x4_mlp_step.hlo.txt").read_text(), MESH)
     assert ProgramReport.from_json(json.loads(json.dumps(report.as_json()))) == report
+
+
+@pytest.mark.parametrize(
+    ("place", "inside"),
+    [
+        ("/a/tpu_stack/models/layers.py:8", "models/layers.py:8"),
+        ("/a/tpu_stack/tpu_stack/models/layers.py:8", "models/layers.py:8"),
+        ("/a/site-packages/tpu_stack/training/step.py:8", "training/step.py:8"),
+        ("/a/tpu_stack/.venv/lib/site-packages/jax/_src/lax.py:8", ""),
+        ("/a/tpu_stack/tests/planner/test_x.py:8", ""),
+        ("/a/models/layers.py:8", ""),
+    ],
+)
+def test_the_package_is_found_in_a_checkout_of_any_name(place, inside):
+    source = Frames({1: (Source("f", place), 0)}).source("stack_frame_id=1")
+    assert (source.place if source else "") == inside

@@ -79,12 +79,22 @@ class Frames:
     def source(self, attributes: str) -> Source | None:
         """The innermost frame in a model, a trainer or a server, else in the package, else None."""
         own = [
-            Source(_short(frame.function), frame.place.split(_PACKAGE, 1)[1])
+            Source(_short(frame.function), place)
             for frame in self.stack(attributes)
-            if _PACKAGE in frame.place
+            if (place := _in_package(frame.place))
         ]
         preferred = [frame for frame in own if frame.place.startswith(_PREFERRED)]
         return next(iter(preferred or own), None)
+
+
+def _in_package(place: str) -> str:
+    """`/a/tpu_stack/tpu_stack/models/layers.py:8` as `models/layers.py:8`; "" outside the package.
+
+    A checkout may be called as the package is, and hold tests and an environment of its own.
+    """
+    _, found, inside = place.rpartition(_PACKAGE)
+    known = found and (ROOT / inside.partition("/")[0].partition(":")[0]).exists()
+    return inside if known else ""
 
 
 def _short(function: str) -> str:
