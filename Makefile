@@ -44,13 +44,13 @@ $(VENV)/base: requirements.lock pyproject.toml | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/dev: requirements.lock pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[dev,aot]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[dev,aot,serve]'
 	@touch $@ $(VENV)/base
 
 # Pins for Python 3.12 and newer on every platform; no index addresses.
 lock: $(VENV)/dev
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile pyproject.toml --extra dev --extra aot --universal --python-version 3.12 \
+	$(BIN)/uv pip compile pyproject.toml --extra dev --extra aot --extra serve --universal --python-version 3.12 \
 	  --no-header --no-annotate --no-emit-index-url --no-emit-find-links -o requirements.lock
 
 clean:

@@ -109,7 +109,7 @@ def _dequantize_then_dot(
 
 def _qwix_dot(name: str, activation: str, shape: tuple[int, ...]) -> Peer:
     """x as it is, or as a QArray with a scale per row; qwix keeps scales in float32."""
-    import qwix
+    import qwix  # pyright: ignore  (optional: lint must pass without it)
 
     case = FORMATS[name]
     if case.offset or case.values == "int32":
@@ -132,7 +132,7 @@ def _qwix_dot(name: str, activation: str, shape: tuple[int, ...]) -> Peer:
 
 def _qwix_kernel(name: str, activation: str, shape: tuple[int, ...]) -> Peer:
     """qwix's kernel with the coarsest scales it takes: one for x and one per 128 columns."""
-    from qwix.contrib.kernels.quantized_matmul import quantized_matmul
+    from qwix.contrib.kernels import quantized_matmul as kernel  # pyright: ignore
 
     if (name, activation) != ("int8", "int8"):
         raise ValueError(f"qwix's kernel multiplies int8 by int8, not {activation} by {name}")
@@ -144,5 +144,5 @@ def _qwix_kernel(name: str, activation: str, shape: tuple[int, ...]) -> Peer:
         _array((k, n), "int8"),
         _array((1, n // 128), "float32"),
     )
-    function = partial(quantized_matmul, bm=bm, bk=bk, bn=bn, dtype=jnp.bfloat16)
+    function = partial(kernel.quantized_matmul, bm=bm, bk=bk, bn=bn, dtype=jnp.bfloat16)
     return Peer(function, operands, math.prod((-(-m // bm), -(-n // bn), -(-k // bk))))
