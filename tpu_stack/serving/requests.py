@@ -1,0 +1,182 @@
+"""What a client asks of the engine, and what the engine tells it: tokens in, tokens out.
+
+Text, stop strings and chat templates live above (`text_stream.py`, `http/`); the engine knows ids
+only.
+
+>>> request = GenerationRequest(prompt=(1, 2, 3), max_tokens=16)
+>>> ticket = service.submit(request, listener)  # listener(Event) runs on the engine's thread
+"""
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+from tpu_stack.errors import UserError
+
+MAX_LOGPROBS = 20
+"""Alternatives per token that one request may ask for, as OpenAI's API allows."""
+MAX_BIASES = 300
+"""Tokens that one request may bias, as OpenAI's API allows."""
+
+FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
+_ids = itertools.count(1)
+
+
+def _require(holds: bool, name: str, value: object, wanted: str) -> None:
+    if not holds:
+        raise UserError(f"{name} is {value}; it must {wanted}")
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen. The order is: logit bias, penalties, temperature, truncation.
+
+    Attributes:
+      temperature: 0 is greedy.
+      top_k: keep the k likeliest tokens; 0 keeps all. top_p: keep the smallest set of this total
+        probability. min_p: drop tokens less likely than this share of the likeliest (Nguyen et al.
+        2024, arXiv:2407.01082).
+      repetition_penalty: logits of tokens seen in prompt or output are divided by it when positive,
+        multiplied when negative (Keskar et al. 2019, arXiv:1909.05858); 1 does nothing.
+      presence_penalty, frequency_penalty: subtracted from logits of tokens in the output, once and
+        per occurrence, as in OpenAI's API.
+      logit_bias: token id -> added to its logit.
+      seed: token number i of a sequence is drawn with a key of (seed, i) alone, so a request's
+        output does not depend on its neighbours.
+      logprobs: None for none; n for each token's log-probability and those of the n likeliest,
+        under the model's own distribution, before bias, penalties and temperature.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
+    seed: int = 0
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        finite = math.isfinite
+        t, r = self.temperature, self.repetition_penalty
+        _require(finite(t) and t >= 0, "temperature", t, "be at least 0 and finite")
+        _require(0 <= self.top_k < 2**31, "top_k", self.top_k, "lie in 0 to 2147483647")
+        _require(0 < self.top_p <= 1, "top_p", self.top_p, "lie in (0, 1]")
+        _require(0 <= self.min_p <= 1, "min_p", self.min_p, "lie in [0, 1]")
+        _require(finite(r) and r > 0, "repetition_penalty", r, "be positive and finite")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            _require(-2 <= value <= 2, name, value, "lie in -2 to 2")
+        _require(0 <= self.seed < 2**32, "seed", self.seed, "lie in 0 to 4294967295")
+        count = len(self.logit_bias)
+        _require(count <= MAX_BIASES, "logit_bias's size", count, f"be at most {MAX_BIASES}")
+        for token, bias in self.logit_bias.items():
+            _require(token >= 0, "logit_bias's token", token, "be a token id")
+            _require(
+                -100 <= bias <= 100, f"logit_bias of token {token}", bias, "lie in -100 to 100"
+            )
+        n = self.logprobs
+        _require(n is None or 0 <= n <= MAX_LOGPROBS, "logprobs", n, f"lie in 0 to {MAX_LOGPROBS}")
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether logits change before the draw: biases or penalties."""
+        return bool(
+            self.logit_bias
+            or self.repetition_penalty != 1
+            or self.presence_penalty
+            or self.frequency_penalty
+        )
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One sequence to continue.
+
+    Attributes:
+      prompt: token ids, at least one.
+      max_tokens: new tokens at most.
+      stop_tokens: ids that end the output and are not part of it.
+      priority: lower goes first, and is preempted last.
+      client: whose request it is; clients of one priority share the engine fairly.
+      deadline_s: seconds after submission at which it is given up, waiting or running; None: never.
+      id: names it in errors and logs.
+    """
+
+    prompt: tuple[int, ...]
+    max_tokens: int = 16
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop_tokens: frozenset[int] = frozenset()
+    priority: int = 0
+    client: str = ""
+    deadline_s: float | None = None
+    id: str = field(default_factory=lambda: f"request-{next(_ids)}")
+
+    def __post_init__(self) -> None:
+        _require(len(self.prompt) > 0, "the prompt's length", 0, "be at least one token")
+        _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "be at least 1")
+        d = self.deadline_s
+        _require(d is None or (math.isfinite(d) and d > 0), "deadline_s", d, "be positive")
+
+    def check(self, vocab_size: int, max_length: int) -> None:
+        """Raises UserError when the prompt does not fit the model's vocabulary or window."""
+        size = len(self.prompt)
+        _require(
+            size < max_length,
+            "the prompt's length",
+            f"{size} tokens",
+            f"be under {max_length}, the window, to leave room for one more",
+        )
+        for what, ids in (("prompt", self.prompt), ("logit_bias", self.sampling.logit_bias)):
+            bad = next((token for token in ids if not 0 <= token < vocab_size), None)
+            _require(bad is None, f"a token of the {what}", bad, f"lie in 0 to {vocab_size - 1}")
+
+
+@dataclass(frozen=True)
+class Token:
+    """A new token. `logprob` and `top` (id, log-probability), likeliest first, where asked for."""
+
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The last event of a request.
+
+    Attributes:
+      reason: "stop" for a stop token, "length" for max_tokens or the window's end.
+      prompt_tokens, new_tokens: counts; a stop token is not counted.
+      cached_tokens: prompt tokens whose keys and values another request had computed.
+      detail: what went wrong, for "error".
+    """
+
+    reason: FinishReason
+    prompt_tokens: int
+    new_tokens: int
+    cached_tokens: int = 0
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Restarted:
+    """All tokens so far are void: the weights changed, and generation begins anew."""
+
+
+Event = Token | Finished | Restarted
+
+
+class QueueFull(UserError):
+    """No more requests are taken now; `retry_after_s` says when to try again."""
+
+    def __init__(self, waiting: int, retry_after_s: float):
+        super().__init__(
+            f"the queue is full: {waiting} requests wait; retry in {retry_after_s:g} s"
+        )
+        self.retry_after_s = retry_after_s

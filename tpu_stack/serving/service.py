@@ -1,0 +1,103 @@
+"""What stands between an engine and its clients: a thread-safe door to submit, cancel and watch.
+
+The HTTP server, the benchmark and RL rollouts talk to this protocol, never to an engine's parts.
+
+>>> ticket = service.submit(GenerationRequest(prompt), listener)
+>>> service.cancel(ticket)
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from tpu_stack.serving.requests import Event, GenerationRequest
+
+Listener = Callable[[Event], None]
+"""Called on the engine's thread, in order; it must be quick and must not raise."""
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A submitted request."""
+
+    number: int
+    request: GenerationRequest
+
+
+@dataclass(frozen=True)
+class Stats:
+    """A snapshot of an engine. Counters only grow; gauges say how things stand.
+
+    Attributes:
+      waiting, running: requests in the queue (preempted ones too) and in slots.
+      slots: requests that decode at once.
+      pages, pages_free, pages_cached: of the key/value cache; cached ones hold prefixes that
+        nobody uses now, and are given up when pages run out.
+      prompt_tokens, cached_prompt_tokens, new_tokens: counters. Prompt tokens computed are the
+        first less the second.
+      submitted, preempted: counters. finished: counter per reason.
+      decode_steps, prefill_steps: programs run. decode_rows: the rows of all decode steps that
+        held a request.
+      drafted, accepted: tokens proposed by speculation, and those kept.
+      programs: compiled programs. recompilations: those compiled after warm-up.
+      step_s, host_s: seconds in decode steps, and the part of it in which the host kept the device
+        waiting.
+      generation: how often weights were replaced.
+    """
+
+    waiting: int = 0
+    running: int = 0
+    slots: int = 0
+    pages: int = 0
+    pages_free: int = 0
+    pages_cached: int = 0
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    new_tokens: int = 0
+    submitted: int = 0
+    preempted: int = 0
+    finished: dict[str, int] = field(default_factory=dict)
+    decode_steps: int = 0
+    decode_rows: int = 0
+    prefill_steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    programs: int = 0
+    recompilations: int = 0
+    step_s: float = 0.0
+    host_s: float = 0.0
+    generation: int = 0
+
+
+class Service(Protocol):
+    """An engine behind its thread."""
+
+    @property
+    def max_length(self) -> int:
+        """Prompt and output tokens of one request, at most."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids lie in [0, vocab_size)."""
+        ...
+
+    def submit(self, request: GenerationRequest, listener: Listener) -> Ticket:
+        """Queues a request. Raises QueueFull, or UserError for a request it cannot serve."""
+        ...
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Ends a request with reason "cancelled"; nothing happens when it has finished."""
+        ...
+
+    def stats(self) -> Stats:
+        """How things stand; cheap, from any thread."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-ready facts that do not change: profile, mesh, format, page size and so on."""
+        ...
+
+    def close(self, drain_s: float | None = None) -> None:
+        """Takes no more requests, waits up to `drain_s` for those it has, cancels the rest."""
+        ...
