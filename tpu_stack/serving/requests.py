@@ -77,9 +77,7 @@ class SamplingParams:
         _require(count <= MAX_BIASES, "logit_bias's size", count, f"be at most {MAX_BIASES}")
         for token, bias in self.logit_bias.items():
             _require(token >= 0, "logit_bias's token", token, "be a token id")
-            _require(
-                -100 <= bias <= 100, f"logit_bias of token {token}", bias, "lie in -100 to 100"
-            )
+            _require(-100 <= bias <= 100, f"the bias of token {token}", bias, "lie in -100 to 100")
         n = self.logprobs
         _require(n is None or 0 <= n <= MAX_LOGPROBS, "logprobs", n, f"lie in 0 to {MAX_LOGPROBS}")
 
