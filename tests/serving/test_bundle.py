@@ -15,6 +15,7 @@ import pytest
 import safetensors
 from serving_model import STEP, serving
 
+from tpu_stack.data.chat_format import CHAT, ChatFormat
 from tpu_stack.errors import UserError
 from tpu_stack.models.abstract import tensor_specs
 from tpu_stack.quant import quantize
@@ -415,3 +416,21 @@ def test_no_bundle(tmp_path, trained):
     for path in (tmp_path, tmp_path / "nothing", trained.run):
         with pytest.raises(UserError, match=r"is not a bundle: it has no manifest\.json"):
             Bundle.open(path)
+
+
+def test_the_chat_format_is_carried_into_the_bundle(trained, tmp_path):
+    run, chat = tmp_path / "run", ChatFormat("{{ messages }}", "<s>", "</s>", (2,), True)
+    shutil.copytree(trained.run, run)
+    (run / CHAT).write_text(chat.to_json())
+    pack(run, "bf16", *serving(MESH), tmp_path / "bundle")
+    assert Bundle.open(tmp_path / "bundle").chat == chat
+    for damage in (lambda file: file.write_text(ChatFormat(add_bos=True).to_json()), Path.unlink):
+        file = tmp_path / "bundle" / CHAT
+        file.chmod(0o644)
+        damage(file)
+        with pytest.raises(UserError, match=r"chat\.json is damaged"):
+            _ = Bundle.open(tmp_path / "bundle").chat
+
+
+def test_a_bundle_without_a_chat_format_has_the_empty_one(bundles):
+    assert Bundle.open(bundles["int4"]).chat == ChatFormat()

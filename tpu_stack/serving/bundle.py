@@ -1,7 +1,8 @@
 """Bundles: frozen, packed, checksummed, read-only weights with all that serving them needs.
 
-A folder of `manifest.json`, `tokenizer.json` and `weights-NNNNN.safetensors`. Tensors are read one
-at a time and verified before they reach a device, so a damaged one is named.
+A folder of `manifest.json`, `tokenizer.json`, `weights-NNNNN.safetensors` and, for a model that was
+taught to chat, `chat.json`. Tensors are read one at a time and verified before they reach a device,
+so a damaged one is named.
 
 >>> bundle = Bundle.open(Path("bundle"))
 >>> params = bundle.load(profile, mesh)
@@ -23,6 +24,7 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from tpu_stack.data.chat_format import CHAT, ChatFormat
 from tpu_stack.data.tokenizer import Tokenizer
 from tpu_stack.errors import UserError
 from tpu_stack.files import replacing_folder
@@ -51,17 +53,24 @@ def write_bundle(
     source: dict[str, Any],
     tensors: Iterable[tuple[str, Tensor]],
     rotation: int = 0,
+    chat: ChatFormat | None = None,
 ) -> Manifest:
     """Writes a bundle to `out`, whole or not at all; its files are made read-only.
 
     `tensors` are (name, host array or QTensor of host arrays), consumed one at a time; `rotation`
-    is what `pack` was asked for.
+    is what `pack` was asked for. An empty `chat` is not written.
     """
+    chat = chat or ChatFormat()
+    chat_digest = None if chat == ChatFormat() else chat.digest()
     if out.exists():
         raise UserError(f"{out} exists; a bundle is never overwritten, choose another --out")
     with replacing_folder(out) as partial:
         entries = dict(_write_weights(partial, tensors))
-        manifest = Manifest(config, format, source, tokenizer.digest(), entries, rotation)
+        manifest = Manifest(
+            config, format, source, tokenizer.digest(), entries, rotation, chat_digest
+        )
+        if chat_digest is not None:
+            (partial / CHAT).write_text(chat.to_json(), encoding="utf-8")
         (partial / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
         (partial / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         for file in partial.iterdir():
@@ -159,6 +168,17 @@ class Bundle:
         if tokenizer.digest() != self.manifest.tokenizer_digest:
             raise UserError(f"{path} is damaged: its digest does not match the manifest")
         return tokenizer
+
+    @cached_property
+    def chat(self) -> ChatFormat:
+        """How to write a conversation; empty where the bundle has no chat.json.
+
+        Raises UserError when the file was changed, is missing, or was put there later.
+        """
+        chat, wanted = ChatFormat.read(self.path), self.manifest.chat_digest
+        if (None if chat == ChatFormat() else chat.digest()) != wanted:
+            raise UserError(f"{self.path / CHAT} is damaged: its digest does not match")
+        return chat
 
     def load(self, profile: Profile, mesh: Mesh) -> dict[str, Any]:
         """The verified parameter tree, sharded by `profile` on `mesh`, one tensor at a time.

@@ -52,7 +52,10 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything about a bundle but its bytes. Self-contained: no training run is needed."""
+    """Everything about a bundle but its bytes. Self-contained: no training run is needed.
+
+    `chat_digest` is None where the bundle has no chat.json.
+    """
 
     config: ModelConfig
     format: str
@@ -60,6 +63,7 @@ class Manifest:
     tokenizer_digest: str
     tensors: dict[str, TensorEntry]
     rotation: int = 0
+    chat_digest: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -76,6 +80,7 @@ class Manifest:
             "rotation": self.rotation,
             "source": self.source,
             "tokenizer_digest": self.tokenizer_digest,
+            "chat_digest": self.chat_digest,
             "tensors": {name: asdict(entry) for name, entry in self.tensors.items()},
         }
         return json.dumps(dict(body, digest=_digest(body)), indent=1) + "\n"
@@ -107,6 +112,7 @@ class Manifest:
             body["tokenizer_digest"],
             tensors,
             body.get("rotation", 0),
+            body.get("chat_digest"),
         )
 
 

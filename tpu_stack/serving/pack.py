@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from tpu_stack.checkpoint.store import CheckpointStore
+from tpu_stack.data.chat_format import ChatFormat
 from tpu_stack.data.tokenizer import Tokenizer
 from tpu_stack.models.abstract import map_specs, tensor_of, tensor_specs
 from tpu_stack.models.config import ModelConfig
@@ -70,9 +71,10 @@ def pack(
         PackedLayout.of(config, format, profile, mesh, rotation)
         params = restore_for_serving(store, step, config, profile, mesh)
     tokenizer = Tokenizer.from_json(meta["tokenizer"], where=f"the tokenizer of {run}")
+    chat = ChatFormat.read(run)
     source = {"step": step, "profile": profile.name, "mesh": dict(profile.mesh)}
     tensors = _quantized(config, params, format, rotation, listener)
-    return write_bundle(out, config, format, tokenizer, source, tensors, rotation)
+    return write_bundle(out, config, format, tokenizer, source, tensors, rotation, chat)
 
 
 def _quantized(
