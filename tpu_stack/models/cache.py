@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from tpu_stack.models.attention import Mask, attend
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.sharding.axes import BATCH, KV_HEADS
 
@@ -30,6 +31,22 @@ class Cache:
     def length(self) -> int:
         """S: positions a row can hold."""
         return self.k.shape[2]
+
+    def attend(
+        self,
+        layer: Int[Array, ""],
+        q_BTNH: Float[Array, "B T N H"],
+        k_BTKH: Float[Array, "B T K H"],
+        v_BTKH: Float[Array, "B T K H"],
+        mask: Mask,
+        *,
+        scale: float,
+        softcap: float | None,
+    ) -> tuple[Float[Array, "B T N H"], "Cache"]:
+        """Writes the new keys and values at the queries' positions, then attends to all so far."""
+        cache = self.write(layer, mask.q_positions, k_BTKH, v_BTKH)
+        k, v = cache.read(layer, q_BTNH.dtype)
+        return attend(q_BTNH, k, v, mask, scale=scale, softcap=softcap), cache
 
     def write(
         self,

@@ -17,9 +17,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from tpu_stack.models.attention import Mask
-from tpu_stack.models.cache import Cache
 from tpu_stack.models.config import ModelConfig
-from tpu_stack.models.layers import Block, LayerContext, RMSNorm
+from tpu_stack.models.layers import AnyCache, Block, LayerContext, RMSNorm
 from tpu_stack.models.rope import inverse_frequencies, rope_tables
 from tpu_stack.models.weights import weight
 from tpu_stack.quant.matmul import matmul, take
@@ -43,17 +42,17 @@ class Decoder(nnx.Module):
         if not config.tie_embeddings:
             self.unembed = weight(rngs, (D, V), (EMBED, VOCAB), std=D**-0.5)
 
-    def hidden(
+    def hidden[C: AnyCache](
         self,
         tokens_BT: Int[Array, "B T"],
         positions_BT: Int[Array, "B T"],
         segments_BT: Int[Array, "B T"] | None = None,
-        cache: Cache | None = None,
+        cache: C | None = None,
         *,
         dtype: Any = jnp.float32,
         remat: Remat = "none",
         unroll: int = 1,
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+    ) -> tuple[Float[Array, "B T D"], C | None]:
         """Final-norm hidden states [B, T, D] in `dtype`, and the cache with this call's keys."""
         config = self.config
         x_BTD = take(self.embed.get_value(), tokens_BT, dtype)
@@ -72,8 +71,9 @@ class Decoder(nnx.Module):
         kinds = jnp.asarray([kind == "local" for kind in config.layer_kinds], jnp.int32)
         per_layer = (stacked, jnp.arange(config.n_layers), kinds)
         step = _with_remat(layer_step, remat)
-        (x_BTD, cache), _ = jax.lax.scan(step, (x_BTD, cache), per_layer, unroll=unroll)
-        return self.final_norm(x_BTD), cache
+        carry: Any = (x_BTD, cache)
+        carry, _ = jax.lax.scan(step, carry, per_layer, unroll=unroll)
+        return self.final_norm(carry[0]), carry[1]
 
     def logits(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Hidden states to float32 logits, soft-capped where the config asks for it."""
@@ -99,7 +99,7 @@ def _layer_contexts(
     config: ModelConfig,
     positions_BT: Int[Array, "B T"],
     segments_BT: Int[Array, "B T"] | None,
-    cache: Cache | None,
+    cache: AnyCache | None,
 ):
     """A function (layer, is_local) -> LayerContext that shares what layers have in common."""
     present = set(config.layer_kinds)

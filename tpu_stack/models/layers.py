@@ -8,6 +8,7 @@ array (training) or a packed `QTensor` (serving).
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +18,14 @@ from jaxtyping import Array, Float, Int
 from tpu_stack.models.attention import Mask, attend
 from tpu_stack.models.cache import Cache
 from tpu_stack.models.config import ModelConfig
+from tpu_stack.models.paged_cache import PagedCache
 from tpu_stack.models.rope import rotate
 from tpu_stack.models.weights import norm_scale, weight
 from tpu_stack.quant.matmul import matmul
 from tpu_stack.sharding.axes import BATCH, EMBED, FFW, HEADS, KV_HEADS, LAYERS
 from tpu_stack.sharding.constrain import constrain
+
+AnyCache = Cache | PagedCache
 
 
 @jax.tree_util.register_dataclass
@@ -79,8 +83,8 @@ class Attention(nnx.Module):
             self.k_norm = RMSNorm((L, H), config)
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], context: LayerContext, cache: Cache | None
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        self, x_BTD: Float[Array, "B T D"], context: LayerContext, cache: AnyCache | None
+    ) -> tuple[Float[Array, "B T D"], AnyCache | None]:
         config = self.config
         B, T, _ = x_BTD.shape
         q = matmul(x_BTD, self.wq.get_value()).reshape(B, T, config.n_heads, config.head_dim)
@@ -93,11 +97,12 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q = rotate(q, context.cos, context.sin)
         k = rotate(k, context.cos, context.sin)
-        if cache is not None:
-            cache = cache.write(context.layer, context.positions, k, v)
-            k, v = cache.read(context.layer, x_BTD.dtype)
         scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
-        out = attend(q, k, v, context.mask, scale=scale, softcap=config.attention_softcap)
+        how: Any = {"scale": scale, "softcap": config.attention_softcap}
+        if cache is None:
+            out = attend(q, k, v, context.mask, **how)
+        else:
+            out, cache = cache.attend(context.layer, q, k, v, context.mask, **how)
         out = constrain(out, BATCH, None, HEADS, None)
         return matmul(
             out.reshape(B, T, config.n_heads * config.head_dim), self.wo.get_value()
@@ -140,8 +145,8 @@ class Block(nnx.Module):
             self.mlp_post_norm = RMSNorm(shape, config)
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], context: LayerContext, cache: Cache | None
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        self, x_BTD: Float[Array, "B T D"], context: LayerContext, cache: AnyCache | None
+    ) -> tuple[Float[Array, "B T D"], AnyCache | None]:
         mixed, cache = self.attention(self.attention_norm(x_BTD), context, cache)
         if self.config.post_norms:
             mixed = self.attention_post_norm(mixed)

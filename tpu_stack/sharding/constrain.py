@@ -30,6 +30,11 @@ def sharding_scope(mesh: Mesh, rules: Rules) -> Iterator[None]:
         _SCOPE.reset(token)
 
 
+def current_scope() -> tuple[Mesh, Rules] | None:
+    """The mesh and rules in force, for code that splits its own work (`shard_map`)."""
+    return _SCOPE.get()
+
+
 def constrain(x: Array, *axes: str | None) -> Array:
     """`x`, constrained to the layout of its logical `axes` where a scope is in force."""
     scope = _SCOPE.get()
