@@ -1,5 +1,7 @@
 """The paged cache against the contiguous one and against float64, page by page and row by row."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,6 @@ import numpy as np
 import pytest
 
 from tpu_stack.kernels.kv_attention import reference_kv_attention
-from tpu_stack.models.attention import Mask
 from tpu_stack.models.cache import init_cache
 from tpu_stack.models.decoder import bind, init_params
 from tpu_stack.models.paged_attention import paged_attend
@@ -34,6 +35,7 @@ def _paged(config, rows: int, dtype: str = "float32"):
 def _run(config, params, cache, tokens, positions):
     model = bind(config, params)
     hidden, cache = model.hidden(tokens, positions, cache=cache, dtype=jnp.float32)
+    assert cache is not None
     return model.logits(hidden), cache
 
 
@@ -91,7 +93,7 @@ def test_attention_over_pages_matches_float64(dtype, window, softcap):
     for layer in range(config.n_layers):
         cache = cache.write(jnp.int32(layer), positions, k + layer, v - layer)
     q = jnp.asarray(rng.normal(size=(5, config.n_heads, config.head_dim)), jnp.float32)
-    scales = None if cache.k_scales is None else (cache.k_scales, cache.v_scales)
+    scales: Any = None if cache.k_scales is None else (cache.k_scales, cache.v_scales)
     shifted = tables + 2 * PAGES
     got = paged_attend(
         q[:, None],
@@ -129,7 +131,7 @@ def test_a_row_is_the_same_bits_beside_any_neighbours():
     """Longer neighbours lengthen the walk over blocks; what lies out of sight adds exactly 0."""
     rng = np.random.default_rng(0)
     shape = (CONFIG.n_kv_heads, PAGES, PAGE, CONFIG.head_dim)
-    pages = tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(2))
+    pages = (jnp.asarray(rng.normal(size=shape)), jnp.asarray(rng.normal(size=shape)))
     q = jnp.asarray(rng.normal(size=(3, 1, 4, CONFIG.head_dim)), jnp.float32)
     how = {"scale": 0.25, "softcap": None}
     run = jax.jit(

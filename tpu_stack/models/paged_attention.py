@@ -8,6 +8,7 @@ sight adds exactly nothing, so a row's result does not depend on how long its ne
 >>> out_BTNH = paged_attend(q, (k_pages, v_pages), None, tables, positions, None, scale=0.1)
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -127,9 +128,11 @@ def _attend_kernel(
     operands = (q, *pages, jnp.repeat(tables_BM, T, axis=0), positions_BT.reshape(-1) + 1)
     operands += scales or ()
 
+    heads = (HEADS_AXES, KV_HEADS, KV_HEADS, None, None, KV_HEADS, KV_HEADS)
+
     def call(window: int | None):
         kernel = partial(kv_attention, window=window, softcap=softcap, scale=scale, interpret=False)
-        return partial(_on_heads, kernel)
+        return on_heads(kernel, heads[: len(operands)], HEADS_AXES)
 
     if window is None or isinstance(window, int):
         out = call(window)(*operands)
@@ -138,20 +141,29 @@ def _attend_kernel(
     return out.reshape(B, T, N, H)
 
 
-def _on_heads(run: Any, *operands: Any) -> Array:
-    """`run`, on each device's own heads where a mesh is in force."""
+HEADS_AXES = (None, HEADS)
+"""Logical axes of the kernel's queries and output, [B, N, H]."""
+
+
+def on_heads(function: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[..., Any]:
+    """`function`, run by each device on its own heads where a mesh is in force.
+
+    Args:
+      inputs, outputs: the first logical axes of every argument and result: a name, a tuple, or
+        None for what every device has whole.
+    """
     scope = current_scope()
     if scope is None or scope[0].size == 1:
-        return run(*operands)
+        return function
     mesh, rules = scope
-    heads, kv = (rules.partition_spec((axis,))[0] for axis in (HEADS, KV_HEADS))
-    none = PartitionSpec()
-    kv_spec = PartitionSpec(kv)
-    specs = (PartitionSpec(None, heads), kv_spec, kv_spec, none, none, kv_spec, kv_spec)
+
+    def spec(axes: Any) -> PartitionSpec:
+        return rules.partition_spec(axes if isinstance(axes, tuple) else (axes,))
+
+    def specs(tree: Any) -> Any:
+        return jax.tree.map(spec, tree, is_leaf=lambda x: x is None or not isinstance(x, dict))
+
+    in_specs = tuple(specs(each) for each in inputs)
     return jax.shard_map(
-        run,
-        mesh=mesh,
-        in_specs=specs[: len(operands)],
-        out_specs=PartitionSpec(None, heads),
-        check_vma=False,
-    )(*operands)
+        function, mesh=mesh, in_specs=in_specs, out_specs=specs(outputs), check_vma=False
+    )

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from tpu_stack.models.attention import Mask
 from tpu_stack.models.config import ModelConfig
-from tpu_stack.models.paged_attention import paged_attend
+from tpu_stack.models.paged_attention import on_heads, paged_attend
 from tpu_stack.sharding.axes import KV_HEADS
 
 PAGES_AXES = (KV_HEADS, None, None, None)
@@ -96,28 +96,50 @@ class PagedCache:
         v_BTKH: Float[Array, "B T K H"],
     ) -> "PagedCache":
         """The cache with these keys and values at their positions."""
+        rows_BT = self._rows(layer, positions_BT)
+        k_KBTH, v_KBTH = (jnp.moveaxis(x, 2, 0) for x in (k_BTKH, v_BTKH))
+        if self.k_scales is None or self.v_scales is None:
+            arrays, new = {"k": self.k, "v": self.v}, {"k": k_KBTH, "v": v_KBTH}
+        else:
+            arrays = {
+                "k": self.k,
+                "v": self.v,
+                "k_scales": self.k_scales,
+                "v_scales": self.v_scales,
+            }
+            (k_KBTH, k_scales), (v_KBTH, v_scales) = _to_int8(k_KBTH), _to_int8(v_KBTH)
+            new = {"k": k_KBTH, "v": v_KBTH, "k_scales": k_scales, "v_scales": v_scales}
+        specs = dict.fromkeys(arrays, KV_HEADS)
+        written = on_heads(_put, (specs, specs, None), specs)(arrays, new, rows_BT)
+        return dataclasses.replace(self, **written)
+
+    def _rows(self, layer: Int[Array, ""], positions_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
+        """Where one head's tokens are written, counted in tokens; out of bounds to be dropped."""
         inside = (positions_BT >= 0) & (positions_BT < self.length)
         entries = jnp.clip(positions_BT // self.page, 0, self.tables.shape[1] - 1)
         pages_BT = jnp.take_along_axis(self.tables, entries, axis=1) + layer * self.pages
-        pages_BT = jnp.where(inside, pages_BT, self.k.shape[1])  # out of bounds: dropped
-        offsets_BT = positions_BT % self.page
+        rows_BT = pages_BT * self.page + positions_BT % self.page
+        return jnp.where(inside, rows_BT, self.k.shape[1] * self.page)
 
-        def put(array: Array, new_KBT: Array, *before: int) -> Array:
-            return array.at[(slice(None), pages_BT, *before, offsets_BT)].set(
-                new_KBT.astype(array.dtype), mode="drop"
-            )
 
-        k_KBTH, v_KBTH = (jnp.moveaxis(x, 2, 0) for x in (k_BTKH, v_BTKH))
-        if self.k_scales is None or self.v_scales is None:
-            return dataclasses.replace(self, k=put(self.k, k_KBTH), v=put(self.v, v_KBTH))
-        (k_KBTH, k_scales), (v_KBTH, v_scales) = _to_int8(k_KBTH), _to_int8(v_KBTH)
-        return dataclasses.replace(
-            self,
-            k=put(self.k, k_KBTH),
-            v=put(self.v, v_KBTH),
-            k_scales=put(self.k_scales, k_scales, 0),
-            v_scales=put(self.v_scales, v_scales, 0),
-        )
+def _put(
+    arrays: dict[str, Array], new: dict[str, Array], rows_BT: Int[Array, "B T"]
+) -> dict[str, Array]:
+    """`arrays`, [K, LP, page, H] or [K, LP, 1, page], with new [K, B, T, H] or [K, B, T] written.
+
+    One scatter of single tokens over all heads: with heads in the scatter's window, XLA:TPU lays
+    them inside the pages, and copies the whole cache to the kernel's layout and back in each layer.
+    """
+    kv, total, page, _ = arrays["k"].shape
+    first = jnp.arange(kv)[:, None, None] * (total * page)
+    inside = rows_BT < total * page
+    rows_KBT = jnp.where(inside, first + rows_BT, kv * total * page)
+
+    def put(array: Array, new: Array) -> Array:
+        flat = array.reshape(kv * total * page, *new.shape[3:])
+        return flat.at[rows_KBT].set(new.astype(array.dtype), mode="drop").reshape(array.shape)
+
+    return {name: put(array, new[name]) for name, array in arrays.items()}
 
 
 def _to_int8(x: Float[Array, "*B H"]) -> tuple[Float[Array, "*B H"], Float[Array, "*B"]]:
