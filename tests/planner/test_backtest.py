@@ -227,10 +227,24 @@ def test_fitting_recovers_constants_that_made_the_rows(tmp_path):
         made.append(row | {"value": evaluate(parsed, truth, [])})
     rows = rows_of(tmp_path, *made)
     before = [abs(math.log(evaluate(row, Fit(), []) / row.value)) for row in rows]
-    found = fit(rows, Fit())
+    found = fit(rows)
     after = [abs(math.log(evaluate(row, found, []) / row.value)) for row in rows]
     assert max(before) > 2 * ERRORS["train"]
     assert max(after) < ERRORS["train"]
+
+
+def test_a_share_is_held_at_1_and_a_constant_that_no_row_touches_at_its_prior(tmp_path):
+    """Rows that want a share of 2: the search ends at the bound, and moves nothing else there."""
+    truth = Fit(Fit().train.with_changes({"flash_wide": 2.0}))
+    made = []
+    for n, seq_len in enumerate((8192, 32768, 131072)):
+        row = LLAMA_8B | {"id": str(n), "seq_len": seq_len, "model": f"M{n}"}
+        (parsed,) = rows_of(tmp_path, row)
+        made.append(row | {"value": evaluate(parsed, truth, [])})
+    found = fit(rows_of(tmp_path, *made)).train
+    assert 0.99 < found.flash_wide <= 1.0
+    for name in ("host", "expert", "mxu_v4", "flash"):
+        assert getattr(found, name) == pytest.approx(getattr(Fit().train, name), rel=1e-3), name
 
 
 def test_a_row_of_the_fit_is_predicted_without_its_family(tmp_path):

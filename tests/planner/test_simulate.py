@@ -8,7 +8,7 @@ from tpu_stack.errors import UserError
 from tpu_stack.hardware.chips import get_chip
 from tpu_stack.models.abstract import parameter_count
 from tpu_stack.models.presets import get_preset
-from tpu_stack.planner.simulate.architecture import Architecture
+from tpu_stack.planner.simulate.architecture import Architecture, LatentAttention
 from tpu_stack.planner.simulate.constants import PRIOR, SERVE_PRIOR
 from tpu_stack.planner.simulate.decode import ServeJob, decode_step, weights_read
 from tpu_stack.planner.simulate.layout import Layout
@@ -82,6 +82,46 @@ def test_experts_that_no_row_is_sent_to_are_not_read():
     fixed = moe.total_parameters - moe.expert_parameters - moe.table_parameters
     assert weights_read(moe, 1) == pytest.approx(fixed + moe.expert_parameters * 2 / 64)
     assert weights_read(moe, 1000) == pytest.approx(fixed + moe.expert_parameters)
+
+
+def latent_moe(tensor: int, expert: int = 1) -> ServeJob:
+    """DeepSeek-like: 32 heads of latent attention, 64 experts of which 4 are active."""
+    arch = replace(LLAMA, experts=64, active_experts=4, d_ff=1024, latent=LatentAttention(1536))
+    return ServeJob(arch, Layout(get_chip("v5e"), 64, expert=expert, tensor=tensor))
+
+
+def test_every_device_reads_a_latent_cache_and_the_projections_down_to_it():
+    """Splitting experts over 4 groups of devices leaves neither: all 64 read both, as by heads."""
+    split, heads = latent_moe(expert=4, tensor=16), latent_moe(tensor=64)
+    alone = ServeJob(heads.architecture, Layout(get_chip("v5e"), 1))
+    caches = [decode_step(j, 8, 8192, PRIOR, SERVE_PRIOR)["cache"] for j in (split, heads, alone)]
+    assert caches == pytest.approx([caches[2]] * 3)
+    arch = heads.architecture
+    assert arch.down_parameters == arch.d_model * (1536 + 512 + 64)
+    rate = get_chip("v5e").require("hbm_bytes_per_s") * SERVE_PRIOR.weights_hbm
+    least = arch.layers * arch.down_parameters * 2 / rate
+    weights = decode_step(heads, 1, 0, PRIOR, SERVE_PRIOR)["weights"]
+    read_once = weights_read(arch, 1) - arch.layers * arch.down_parameters
+    assert weights == pytest.approx(least + read_once * 2 / 64 / rate)
+
+
+def test_a_step_waits_for_the_shard_whose_experts_were_hit_most():
+    """Uneven with few rows, even once every expert is hit."""
+    for rows, uneven in ((1, True), (4096, False)):
+        jobs = latent_moe(tensor=64), latent_moe(expert=4, tensor=16)
+        even, most = (decode_step(j, rows, 0, PRIOR, SERVE_PRIOR)["weights"] for j in jobs)
+        assert (most > 1.01 * even) == uneven, rows
+
+
+def test_routed_rows_move_as_fast_as_the_chip_reads_memory():
+    moe = replace(LLAMA, experts=64, active_experts=4, d_ff=1024)
+    none = SERVE_PRIOR.with_changes({"moe_layer_s": 0.0})
+    v5e, v6e = (
+        decode_step(ServeJob(moe, Layout(get_chip(chip), 8, tensor=8)), 64, 0, PRIOR, none)
+        for chip in ("v5e", "v6e")
+    )
+    ratio = get_chip("v6e").require("hbm_bytes_per_s") / get_chip("v5e").require("hbm_bytes_per_s")
+    assert v5e["experts"] / v6e["experts"] == pytest.approx(ratio)
 
 
 def test_serving_is_slower_with_longer_prompts_and_short_runs():

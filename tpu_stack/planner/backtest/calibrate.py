@@ -27,23 +27,25 @@ from tpu_stack.planner.backtest.predict import evaluate
 from tpu_stack.planner.backtest.table import Row, read_rows
 
 SHARES = {
-    "hbm", "flash", "int8", "fp8", "low_experts", "fsdp", "tensor", "expert", "data", "dcn",
-    "weights_hbm", "cache_hbm", "decode_mxu", "prefill", "collectives",
+    "hbm", "flash", "flash_wide", "int8", "fp8", "low_experts", "fsdp", "tensor", "expert", "data",
+    "dcn", "weights_hbm", "cache_hbm", "decode_mxu", "prefill", "collectives",
 }  # fmt: skip
 """Constants that cannot pass 1."""
 WIDTHS = {"train": 0.7, "serve": 0.5, "mxu": 0.1, "serve shares": 0.2}
 """Standard deviations of the priors, in logarithm."""
 ERRORS = {"train": 0.05, "decode": 0.1, "serve": 0.1}
 """Errors, in logarithm, that published rows of a kind are trusted to."""
+MAX_STEPS = 100
+"""Of a search; one that needs as many has not converged."""
 
 
 def calibrate(rows: Sequence[Row], done: Callable[[str], None] = lambda name: None) -> Calibration:
     """Fits all rows, and all rows but those of each family; `done` is told each family."""
     usable = [row for row in rows if row.kind in ERRORS and _predictable(row)]
-    full = fit(usable, Fit())
+    full = fit(usable)
     without = {}
     for name in sorted({family(row) for row in usable}):
-        without[name] = fit([row for row in usable if family(row) != name], full)
+        without[name] = fit([row for row in usable if family(row) != name])
         done(name)
     ids = frozenset(row.id for row in usable)
     return Calibration(full, without, ids, coverage(usable))
@@ -57,18 +59,20 @@ def _predictable(row: Row) -> bool:
     return True
 
 
-def fit(rows: Sequence[Row], start: Fit) -> Fit:
-    """The constants that fit these rows, searched from `start`. The priors are those of `Fit()`."""
+def fit(rows: Sequence[Row]) -> Fit:
+    """The constants that fit these rows, searched from the priors and from nowhere else.
+
+    A search that began at the fit of all rows and stopped early would carry a left-out family's
+    rows into the constants that predict them.
+    """
     train = [row for row in rows if row.kind == "train"]
     serve = [row for row in rows if row.kind != "train"]
-    found = _fit_part("train", train, start) if train else Fit()
-    if not serve:
-        return found
-    return _fit_part("serve", serve, dataclasses.replace(start, train=found.train))
+    found = _fit_part("train", train, Fit()) if train else Fit()
+    return _fit_part("serve", serve, found) if serve else found
 
 
-def _fit_part(part: str, rows: Sequence[Row], start: Fit) -> Fit:
-    """`start` with the constants of one part fitted."""
+def _fit_part(part: str, rows: Sequence[Row], others: Fit) -> Fit:
+    """`others` with the constants of one part fitted."""
     prior = getattr(Fit(), part)
     names = [field.name for field in dataclasses.fields(prior)]
     mean = np.log([getattr(prior, name) for name in names])
@@ -77,8 +81,8 @@ def _fit_part(part: str, rows: Sequence[Row], start: Fit) -> Fit:
     weights = np.array([sizes[row.kind, family(row)] ** -0.25 for row in rows])
 
     def at(x: np.ndarray) -> Fit:
-        values = {name: _value(name, v) for name, v in zip(names, x, strict=True)}
-        return dataclasses.replace(start, **{part: prior.with_changes(values)})
+        values = dict(zip(names, map(float, np.exp(x)), strict=True))
+        return dataclasses.replace(others, **{part: prior.with_changes(values)})
 
     def residuals(x: np.ndarray) -> np.ndarray:
         constants = at(x)
@@ -88,19 +92,14 @@ def _fit_part(part: str, rows: Sequence[Row], start: Fit) -> Fit:
         huber = np.sign(errors) * np.sqrt(2 * (np.sqrt(1 + errors**2) - 1))
         return np.concatenate([huber * weights, (x - mean) / width])
 
-    first = np.log([getattr(getattr(start, part), name) for name in names])
-    return at(least_squares(residuals, first, max_nfev=30).x)
+    highest = np.where([name in SHARES for name in names], 0.0, np.inf)
+    return at(least_squares(residuals, mean, bounds=(-np.inf, highest), max_nfev=MAX_STEPS).x)
 
 
 def _width(part: str, name: str) -> float:
     if name.startswith("mxu"):
         return WIDTHS["mxu"]
     return WIDTHS["serve shares" if part == "serve" and name in SHARES else part]
-
-
-def _value(name: str, logarithm: float) -> float:
-    value = float(np.exp(logarithm))
-    return min(1.0, value) if name in SHARES else value
 
 
 def main(arguments: list[str]) -> int:

@@ -120,6 +120,15 @@ class Architecture:
         down = self.d_model * (latent.kv_rank + latent.rope)
         return into + down + latent.kv_rank * self.n_heads * (latent.nope + latent.value)
 
+    @property
+    def down_parameters(self) -> int:
+        """Of `qkv_parameters`, the projections into latent attention's ranks.
+
+        No head owns them, so tensor parallelism over heads leaves a copy on every device.
+        """
+        latent = self.latent
+        return self.d_model * (latent.q_rank + latent.kv_rank + latent.rope) if latent else 0
+
     @cached_property
     def out_parameters(self) -> int:
         """The projection out of attention, one layer."""

@@ -2,7 +2,7 @@
 
 Every constant is a share or a count with a physical meaning, and is the same for every row and
 model. `PRIOR` is what one would write down before looking at any published step time; the fitted
-values lie in `fitted.py` and are made from these by `planner.backtest.calibrate`.
+values lie in `fitted.json` and are made from these by `planner.backtest.calibrate`.
 
 >>> Constants().mxu("v5p"), Constants().with_changes({"flash": 0.5}).flash
 (0.8, 0.5)
@@ -101,9 +101,10 @@ class ServeConstants:
       decode_mxu: MXU share of a matmul of few rows, relative to a large one's.
       prefill: the same for an engine's prefill, padding and interruptions included.
       layer_s, moe_layer_s: fixed seconds of a layer, and of routing in a layer with experts.
-      pair_s: seconds per row and expert that it is sent to, per layer.
+      pair_passes: times that a row of the model's width is read or written, on every device, per
+        expert that it is sent to and layer: gathered, masked, scaled, put back and added up.
       latent_cache: how often a latent cache's bytes are moved, for it is expanded as it is read;
-        every device of the tensor axis reads all of it.
+        every device of a replica reads all of it.
       collectives: share of a collective's time that is exposed.
       engine_s: fixed seconds of an engine's step. request_s: of a request, where prompts are run
         one at a time.
@@ -115,7 +116,7 @@ class ServeConstants:
     prefill: float = 0.60
     layer_s: float = 5e-6
     moe_layer_s: float = 150e-6
-    pair_s: float = 0.5e-6
+    pair_passes: float = 28.0
     latent_cache: float = 1.0
     collectives: float = 0.5
     engine_s: float = 3e-3

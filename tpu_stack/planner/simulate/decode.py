@@ -9,7 +9,7 @@ which "compute" is what it has over the weights alone. The other terms are added
 """
 
 from dataclasses import dataclass
-from math import hypot
+from math import hypot, log, sqrt
 
 from tpu_stack.planner.simulate.architecture import Architecture
 from tpu_stack.planner.simulate.constants import Constants, ServeConstants
@@ -51,6 +51,11 @@ class ServeJob:
         return self.layout.data * self.layout.slices
 
     @property
+    def sharers(self) -> int:
+        """Devices over which a replica's heads and experts are split."""
+        return self.layout.tensor * self.layout.expert
+
+    @property
     def chips_per_replica(self) -> float:
         """Chips that share one copy of the weights."""
         return self.layout.chips / self.replicas
@@ -64,13 +69,14 @@ def decode_step(
     rows, chips = batch / job.replicas, job.chips_per_replica
     hbm = chip.require("hbm_bytes_per_s") * chips
     cached = max(context, job.cache_length)
-    latent = serving.latent_cache * job.layout.tensor / chip.devices(1) if arch.latent else 1.0
+    latent = serving.latent_cache * job.sharers / chip.devices(1) if arch.latent else 1.0
     local = min(cached, arch.window) if arch.window else cached
     keys = (1 - arch.local_share) * cached + arch.local_share * local
     cache_bytes = rows * keys * arch.layers * arch.cache_width * BYTES[job.cache]
     rate = matmul_rate(job, constants) * serving.decode_mxu
     flops = 2 * rows * arch.matmul_parameters + rows * arch.score_flops(cached, local)
-    weights_s = weights_read(arch, rows) * job.weight_bytes / (hbm * serving.weights_hbm)
+    weights = weights_read(arch, rows) + _read_beyond_a_share(job, rows)
+    weights_s = weights * job.weight_bytes / (hbm * serving.weights_hbm)
     both_s = hypot(weights_s, flops / (rate * chips))
     terms = {
         "weights": weights_s,
@@ -80,9 +86,27 @@ def decode_step(
         "layers": arch.layers * serving.layer_s,
     }
     if arch.experts:
-        pairs = rows * arch.active_experts
-        terms["experts"] = arch.moe_layers * (serving.moe_layer_s + pairs * serving.pair_s)
+        moved = rows * arch.active_experts * arch.d_model * BF16 * serving.pair_passes
+        moved_s = moved / (chip.require("hbm_bytes_per_s") / chip.devices(1))
+        terms["experts"] = arch.moe_layers * (serving.moe_layer_s + moved_s)
     return terms
+
+
+def _read_beyond_a_share(job: ServeJob, rows: float) -> float:
+    """Weights read because work does not split evenly, over all devices of a replica.
+
+    Latent attention's down-projections are read by every device. A step waits for the devices
+    whose share of the experts was hit most: of n shares, each hit about normally, the most is
+    sqrt(2 ln n) standard deviations over the mean.
+    """
+    arch, shares = job.architecture, job.layout.expert
+    copies = arch.layers * arch.down_parameters * (job.sharers - 1)
+    if not arch.experts or shares == 1:
+        return copies
+    held = arch.experts / shares
+    hit = 1 - (1 - arch.active_experts / arch.experts) ** rows
+    most = min(held, held * hit + sqrt(2 * log(shares) * held * hit * (1 - hit)))
+    return copies + arch.expert_parameters * (most / held - hit)
 
 
 def weights_read(arch: Architecture, rows: float) -> float:
@@ -103,11 +127,10 @@ def matmul_rate(job: ServeJob, constants: Constants) -> float:
 
 
 def _collectives(job: ServeJob, rows: float) -> float:
-    """Two all-reduces a layer over the tensor axis, one more over the experts' axis."""
-    arch, layout = job.architecture, job.layout
-    block = rows * arch.d_model * BF16
-    seconds = 2 * arch.layers * layout.links("tensor").all_reduce_s(block)
-    return seconds + arch.moe_layers * layout.links("expert").all_reduce_s(block)
+    """Two all-reduces a layer over all devices of a replica: tensor axis, then experts' axis."""
+    block = rows * job.architecture.d_model * BF16
+    axes = (job.layout.links(axis) for axis in ("tensor", "expert"))
+    return 2 * job.architecture.layers * sum(links.all_reduce_s(block) for links in axes)
 
 
 def prefill_seconds(
