@@ -11,7 +11,7 @@ import pytest
 from tpu_stack.cli.main import main
 from tpu_stack.errors import UserError
 from tpu_stack.hardware.chips import get_chip
-from tpu_stack.planner.backtest import recipe, training
+from tpu_stack.planner.backtest import recipe, serving, training
 from tpu_stack.planner.backtest.baselines import baselines
 from tpu_stack.planner.backtest.calibrate import ERRORS, fit
 from tpu_stack.planner.backtest.calibration import Calibration, Fit, family
@@ -171,6 +171,14 @@ def test_decode_and_serving_are_told_in_either_metric(tmp_path):
         ms_per_token = evaluate(ms, Fit(), [])
         expected = batch / chips / (ms_per_token / 1e3)
         assert evaluate(rate, Fit(), []) == pytest.approx(expected)
+
+
+def test_expert_parallelism_in_the_notes_leaves_experts_whole(tmp_path):
+    moe = SERVE_70B | {"experts": 16, "experts_active": 2, "d_ff": 4096}
+    notes = "TP=8 with --enable-expert-parallel"
+    rows = rows_of(tmp_path, moe, moe | {"id": "ep", "notes": notes}, SERVE_70B | {"id": "dense"})
+    layouts = [serving.serve_job(row)[0].layout.text for row in rows]
+    assert layouts == ["tensor=8", "expert=8", "tensor=8"]
 
 
 def test_a_data_axis_that_counts_the_slices_is_understood(tmp_path):

@@ -10,7 +10,12 @@ from tpu_stack.models.abstract import parameter_count
 from tpu_stack.models.presets import get_preset
 from tpu_stack.planner.simulate.architecture import Architecture, LatentAttention
 from tpu_stack.planner.simulate.constants import PRIOR, SERVE_PRIOR
-from tpu_stack.planner.simulate.decode import ServeJob, decode_step, weights_read
+from tpu_stack.planner.simulate.decode import (
+    ServeJob,
+    decode_step,
+    prefill_seconds,
+    weights_read,
+)
 from tpu_stack.planner.simulate.layout import Layout
 from tpu_stack.planner.simulate.remat import Remat
 from tpu_stack.planner.simulate.serve import Traffic, serve_throughput
@@ -122,6 +127,34 @@ def test_routed_rows_move_as_fast_as_the_chip_reads_memory():
     )
     ratio = get_chip("v6e").require("hbm_bytes_per_s") / get_chip("v5e").require("hbm_bytes_per_s")
     assert v5e["experts"] / v6e["experts"] == pytest.approx(ratio)
+
+
+def test_a_prompt_through_experts_pays_for_narrow_ones_and_for_permuting_rows():
+    """Against a model whose MLP is as wide as all active experts: the same products otherwise."""
+    chip = get_chip("v5e")
+    dense = replace(LLAMA, d_ff=4 * 1024)
+    moe = replace(LLAMA, experts=64, active_experts=4, d_ff=1024)
+    found = {}
+    for name, arch in (("dense", dense), ("moe", moe)):
+        job = ServeJob(arch, Layout(chip, 8, tensor=8))
+        found[name] = prefill_seconds(job, 1000, 1000, PRIOR) * 8
+    rate = 197e12 * PRIOR.mxu("v5e") * 8192 / (8192 + PRIOR.width_half)
+    products = 2 * 1000 * moe.active_expert_parameters / rate
+    router = 2 * 1000 * moe.layers * moe.d_model * 64 / rate
+    narrow = products / PRIOR.grouped_share(1024 / 8) - products
+    permuted = 8 * 2 * 1000 * moe.layers * 4 * moe.d_model * 2
+    permuted_s = permuted / (chip.require("hbm_bytes_per_s") * PRIOR.dispatch)
+    assert found["moe"] - found["dense"] == pytest.approx(router + narrow + permuted_s, rel=1e-3)
+
+
+def test_prompts_run_alone_are_padded():
+    job = ServeJob(LLAMA, Layout(get_chip("v6e"), 8, tensor=8))
+    none = SERVE_PRIOR.with_changes({"request_s": 0.0})
+    chunks, alone = (
+        serve_throughput(job, Traffic(64, 1000, 1000, chunked=chunked), PRIOR, none).terms
+        for chunked in (True, False)
+    )
+    assert alone["prefill"] / chunks["prefill"] == pytest.approx(1.386, rel=1e-3)
 
 
 def test_serving_is_slower_with_longer_prompts_and_short_runs():

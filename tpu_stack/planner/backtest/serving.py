@@ -5,6 +5,7 @@
 """
 
 import re
+from dataclasses import replace
 
 from tpu_stack.errors import UserError
 from tpu_stack.planner.backtest import recipe
@@ -27,6 +28,8 @@ def serve_job(row: Row) -> tuple[ServeJob, list[str]]:
     assumed: list[str] = []
     arch = recipe.architecture(row)
     layout = layout_of(row, assumed, axis="tensor")
+    if arch.experts and "enable-expert-parallel" in row.notes:  # vLLM: whole experts on each device
+        layout = replace(layout, expert=layout.expert * layout.tensor, tensor=1)
     weights = _type(row, "weight_precision", assumed)
     cache = _type(row, "kv_cache_precision", []) if row.text.get("kv_cache_precision") else "bf16"
     operands = _type(row, "activation_precision", [])

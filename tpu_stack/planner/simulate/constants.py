@@ -84,6 +84,10 @@ class Constants:
         """The constant for a matrix unit so many columns wide."""
         return self.flash if matrix_unit <= 128 else self.flash_wide
 
+    def grouped_share(self, width: float) -> float:
+        """MXU share of a grouped matmul over a large one's: narrow experts fill no tile."""
+        return width / (width + self.grouped_half)
+
     def with_changes(self, changes: Mapping[str, float]) -> "Constants":
         """A copy with these constants changed."""
         return dataclasses.replace(self, **changes)

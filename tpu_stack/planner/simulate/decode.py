@@ -148,4 +148,17 @@ def prefill_seconds(
     idle = max(1.0, unit / depth) / constants.flash_share(unit)
     local = min(length / 2, arch.window) if arch.window else length / 2
     scores = arch.score_flops(length / 2, local) * idle
-    return tokens * (body + scores) / rate
+    seconds = tokens * (body + scores) / rate
+    if not arch.experts:
+        return seconds
+    slower = 1 / constants.grouped_share(arch.d_ff / job.layout.tensor) - 1
+    grouped_s = tokens * 2 * arch.active_expert_parameters * slower / rate
+    return seconds + grouped_s + _dispatch_s(job, tokens, constants)
+
+
+def _dispatch_s(job: ServeJob, tokens: float, constants: Constants) -> float:
+    """Prompt tokens to their experts and back: every device of a replica permutes all of them."""
+    arch, chip = job.architecture, job.layout.chip
+    rows = tokens * arch.moe_layers * arch.active_experts
+    hbm = chip.require("hbm_bytes_per_s") / chip.devices(1)
+    return 2 * rows * arch.d_model * BF16 / (hbm * constants.dispatch)

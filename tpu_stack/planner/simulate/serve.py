@@ -8,7 +8,7 @@ prompts, and what the engine spends on a step and on a request.
 """
 
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, log
 
 from tpu_stack.planner.simulate.constants import Constants, ServeConstants
 from tpu_stack.planner.simulate.decode import ServeJob, decode_step, prefill_seconds
@@ -30,6 +30,14 @@ class Traffic:
     output_len: float
     requests: int = 0
     chunked: bool = True
+
+    @property
+    def padding(self) -> float:
+        """Tokens run over tokens asked, of prompts run alone: padded to the next power of two.
+
+        2 ln 2 is the mean where lengths lie evenly, in logarithm, between two of them.
+        """
+        return 1.0 if self.chunked else 2 * log(2)
 
     @property
     def occupancy(self) -> float:
@@ -58,7 +66,11 @@ def serve_throughput(
     started = batch / traffic.output_len  # requests per step
     per_replica = started / job.replicas if traffic.chunked else started
     prompt_s = prefill_seconds(
-        job, traffic.input_len, traffic.input_len, constants, share=serving.prefill
+        job,
+        traffic.input_len * traffic.padding,
+        traffic.input_len,
+        constants,
+        share=serving.prefill,
     )
     terms["prefill"] = per_replica * prompt_s
     terms["engine"] = serving.engine_s

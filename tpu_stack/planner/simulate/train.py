@@ -103,19 +103,14 @@ def _matmuls(job: TrainJob, constants: Constants) -> dict[str, float]:
     experts = arch.active_expert_parameters * (3 + remat.mlp) * (job.capacity or 1.0)
     q, qe = constants.quantized_shares(job.activations)
     dense_rate = 1 / ((1 - q) / bf16 + q / low)
-    grouped = 1.0 if job.capacity else _grouped_share(job, constants)  # else a plain batch
+    width = arch.d_ff / job.layout.tensor
+    grouped = 1.0 if job.capacity else constants.grouped_share(width)  # filled: a plain batch
     expert_rate = grouped / ((1 - qe) / bf16 + qe / low)
     return {
         "matmuls": 2 * tokens * dense / dense_rate,
         "experts": 2 * tokens * experts / expert_rate,
         "logits": 2 * tokens * 3 * arch.table_parameters / bf16,
     }
-
-
-def _grouped_share(job: TrainJob, constants: Constants) -> float:
-    """MXU share of a grouped matmul over a large one's: narrow experts fill no tile."""
-    width = job.architecture.d_ff / job.layout.tensor
-    return width / (width + constants.grouped_half)
 
 
 def _attention(job: TrainJob, constants: Constants) -> dict[str, float]:
