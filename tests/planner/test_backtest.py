@@ -13,7 +13,7 @@ from tpu_stack.errors import UserError
 from tpu_stack.hardware.chips import get_chip
 from tpu_stack.planner.backtest import recipe, serving, training
 from tpu_stack.planner.backtest.baselines import baselines
-from tpu_stack.planner.backtest.calibrate import ERRORS, fit
+from tpu_stack.planner.backtest.calibrate import ERRORS, SHARES, fit
 from tpu_stack.planner.backtest.calibration import Calibration, Fit, family
 from tpu_stack.planner.backtest.predict import evaluate, predict
 from tpu_stack.planner.backtest.score import backtest
@@ -294,6 +294,8 @@ def test_the_shipped_constants_are_whole():
     for name, found in {"all": calibration.full, **calibration.without}.items():
         assert 0.5 < found.train.mxu("v5e") < 1.0, name
         assert 0.5 < found.serve.weights_hbm <= 1.0, name
+        values = vars(found.train) | vars(found.serve)
+        assert {share for share in SHARES if values[share] > 1} == set(), name
 
 
 def test_families_are_told_apart(tmp_path):
