@@ -1,0 +1,45 @@
+"""What every route shares: the model, the bounds, the counters, and the calls in flight.
+
+>>> host = Host(Model("nano", service, tokenizer), Limits())
+>>> host.begin_drain()  # new requests are answered 503
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from tpu_stack.serving.http.errors import draining
+from tpu_stack.serving.http.limits import Limits
+from tpu_stack.serving.http.metrics import Metrics
+from tpu_stack.serving.http.model import Model
+
+if TYPE_CHECKING:
+    from tpu_stack.serving.http.call import Call
+
+
+@dataclass
+class Host:
+    """A server's state. Touched from the event loop only.
+
+    Attributes:
+      keys: API keys that are let in; empty lets everybody in.
+      calls: in flight; each takes itself out when it ends.
+    """
+
+    model: Model
+    limits: Limits = field(default_factory=Limits)
+    keys: frozenset[str] = frozenset()
+    draining: bool = False
+    calls: "set[Call]" = field(default_factory=set)
+    metrics: Metrics = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.metrics = Metrics(self.model.service)
+
+    def begin_drain(self) -> None:
+        """Takes no more requests; those in flight go on."""
+        self.draining = True
+
+    def end_calls(self) -> None:
+        """Ends every call in flight with an error, at the end of the drain's time."""
+        for call in list(self.calls):
+            call.abort(draining())
