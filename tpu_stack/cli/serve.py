@@ -1,0 +1,157 @@
+"""`tpu-stack serve`: a bundle behind OpenAI's HTTP API, with metrics and a page."""
+
+import importlib
+import importlib.util
+import ipaddress
+import math
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import Positional
+
+from tpu_stack.cli.console import save_json
+from tpu_stack.cli.placement import PlacementOptions, Unprefixed, place
+from tpu_stack.errors import UserError
+from tpu_stack.serving.engine_options import EngineOptions
+from tpu_stack.serving.http.limits import Limits
+
+if TYPE_CHECKING:
+    from tpu_stack.serving.bundle import Bundle
+    from tpu_stack.serving.service import Service
+
+_ENGINE = "tpu_stack.serving.paged.build"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Serve a bundle: /v1/completions, /v1/chat/completions, /v1/models, /metrics, and a page at /.
+
+    SIGTERM or Ctrl-C finishes what is in flight and exits with 0; a second one exits at once.
+
+    Example: tpu-stack serve runs/a-int4 --port 8000
+    """
+
+    bundle: Positional[Path]
+    """A bundle that `tpu-stack pack` wrote."""
+    host: str = "127.0.0.1"
+    """Address to listen on; the default is reached from this machine only."""
+    port: int = 8000
+    """Port to listen on; 0 picks a free one."""
+    name: str | None = None
+    """The model's name for clients; the default is the bundle's folder."""
+    profile: str = "8i"
+    """Serving profile, NAME[:TOPOLOGY]; counts chips."""
+    api_key_file: Path | None = None
+    """A file of keys, one a line, one of which /v1 then asks for."""
+    drain_s: float = 30.0
+    """Seconds that requests in flight get to finish after SIGTERM."""
+    json: Path | None = None
+    """Also write where and what is served to this file, once it is ready."""
+    engine: Annotated[EngineOptions, Unprefixed] = field(default_factory=EngineOptions)
+    limits: Limits = field(default_factory=Limits)
+    place: Annotated[PlacementOptions, Unprefixed] = field(default_factory=PlacementOptions)
+
+
+def run(options: Options) -> None:
+    """Serves until SIGTERM or Ctrl-C."""
+    _require_extra()
+    from tpu_stack.planner.tensors import with_groups
+    from tpu_stack.serving.bundle import Bundle
+    from tpu_stack.serving.http.server import address_of, bind
+
+    options.limits.check()
+    if not 0 <= options.drain_s < math.inf:
+        raise UserError(f"--drain-s is {options.drain_s}; it must be at least 0 and finite")
+    keys = _read_keys(options.api_key_file)
+    bundle = Bundle.open(options.bundle)
+    listener = bind(options.host, options.port)
+    try:
+        profile, mesh = place(
+            options.profile,
+            "serve",
+            options.place,
+            with_groups(bundle.config, bundle.manifest.format),
+        )
+        print(f"loading {options.bundle} ...", file=sys.stderr, flush=True)
+        build_service = importlib.import_module(_ENGINE).build_service
+        service = build_service(bundle, profile, mesh, options.engine)
+        if not keys and not _is_loopback(options.host):
+            print(f"warning: {options.host} is open to others, and no API key is asked for"
+                  " (--api-key-file)", file=sys.stderr)  # fmt: skip
+        said = {
+            "url": address_of(listener),
+            "model": options.name or options.bundle.resolve().name,
+            "format": bundle.manifest.format,
+            "profile": profile.name,
+            "mesh": dict(profile.mesh),
+            "emulated": profile.emulated,
+            "pid": os.getpid(),
+        }
+        _serve(options, bundle, service, keys, listener, said)
+    finally:
+        listener.close()
+
+
+def _serve(
+    options: Options,
+    bundle: "Bundle",
+    service: "Service",
+    keys: frozenset[str],
+    listener: Any,
+    said: dict[str, Any],
+) -> None:
+    from tpu_stack.serving.http.host import Host
+    from tpu_stack.serving.http.model import Model
+    from tpu_stack.serving.http.server import Server
+
+    try:
+        model = Model(said["model"], service, bundle.tokenizer, bundle.chat)
+        _ = model.template  # a bundle whose template cannot be read is refused now
+        server = Server(Host(model, options.limits, keys), options.drain_s)
+        mesh = ", ".join(f"{axis}={size}" for axis, size in said["mesh"].items())
+        where = f"{said['profile']} emulated on CPU" if said["emulated"] else said["profile"]
+        what = f"{said['model']} ({said['format']})"
+        print(f"serving {what} at {said['url']}: {where}, mesh {mesh}", flush=True)
+        save_json(options.json, said)
+        server.run(sockets=[listener])
+    finally:
+        service.close(0.0)
+
+
+def _require_extra() -> None:
+    missing = [
+        name
+        for name in ("starlette", "uvicorn", "prometheus_client")
+        if importlib.util.find_spec(name) is None
+    ]
+    if missing:
+        raise UserError(f"serving needs {', '.join(missing)}; pip install 'tpu-stack[serve]'")
+
+
+def _read_keys(path: Path | None) -> frozenset[str]:
+    """The keys of a file: a line each, blank ones and `#` comments left out."""
+    if path is None:
+        return frozenset()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--api-key-file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--api-key-file {path} is not UTF-8 text") from error
+    lines = (line.strip() for line in text.splitlines())
+    keys = frozenset(line for line in lines if line and not line.startswith("#"))
+    if not keys:
+        raise UserError(f"--api-key-file {path} holds no key; write one a line")
+    return keys
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
