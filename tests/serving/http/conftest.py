@@ -10,6 +10,7 @@ import openai
 import pytest
 import tokenizers
 from fake_service import FakeService
+from starlette.applications import Starlette
 
 from tpu_stack.data.chat_format import ChatFormat
 from tpu_stack.data.sources import Document
@@ -36,6 +37,13 @@ class Running:
     server: Server
     thread: threading.Thread
     clients: list[openai.OpenAI] = field(default_factory=list)
+
+    @property
+    def host_app(self) -> Starlette:
+        """The application, to which a test may add a route."""
+        app = self.server.config.app
+        assert isinstance(app, Starlette)
+        return app
 
     def client(self, key: str = "none") -> openai.OpenAI:
         """OpenAI's client, which does not retry."""

@@ -1,6 +1,7 @@
 """What a client may get wrong, and the answer that names it; others never notice."""
 
 import json
+from typing import Any
 
 import httpx
 import openai
@@ -9,7 +10,7 @@ from conftest import serving, wait_until
 
 from tpu_stack.serving.http.limits import Limits
 
-GOOD = {"model": "fake", "prompt": "the fox", "max_tokens": 4, "temperature": 0}
+GOOD: dict[str, Any] = {"model": "fake", "prompt": "the fox", "max_tokens": 4, "temperature": 0}
 TALK = {"model": "fake", "messages": [{"role": "user", "content": "hi"}]}
 JSON = {"content-type": "application/json"}
 
@@ -220,6 +221,7 @@ def test_a_full_queue_is_429_and_leaves_nothing_behind(tokenizer):
         wait_until(lambda: running.service.busy == 0)
         running.service.gate.set()
         assert post(running, GOOD | {"n": 4}).status_code == 200
+        running.service.gate.clear()
+        client = running.client()
         with pytest.raises(openai.RateLimitError):
-            running.service.gate.clear()
-            running.client().completions.create(model="fake", prompt="x", n=5)
+            client.completions.create(model="fake", prompt="x", n=5)

@@ -3,6 +3,7 @@
 import json
 import socket
 import threading
+from typing import Any
 
 import httpx
 import openai
@@ -13,7 +14,7 @@ from tpu_stack.errors import UserError
 from tpu_stack.serving.http.limits import Limits
 from tpu_stack.serving.http.server import bind
 
-GOOD = {"model": "fake", "prompt": "the fox ", "max_tokens": 6, "temperature": 0}
+GOOD: dict[str, Any] = {"model": "fake", "prompt": "the fox ", "max_tokens": 6, "temperature": 0}
 
 
 def raw_request(url: str, body: dict, receive_buffer: int | None = None) -> socket.socket:

@@ -1,10 +1,12 @@
 """`/metrics` and `/stats`: what was done is what is counted, and every server counts for itself."""
 
+from typing import Any
+
 import httpx
 from conftest import serving, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 
-GOOD = {"model": "fake", "prompt": "the fox ", "max_tokens": 6, "temperature": 0}
+GOOD: dict[str, Any] = {"model": "fake", "prompt": "the fox ", "max_tokens": 6, "temperature": 0}
 
 
 def scrape(running) -> dict[str, float]:
@@ -22,7 +24,7 @@ def test_what_was_done_is_counted(tokenizer):
         client = running.client()
         for _ in range(3):
             client.completions.create(**GOOD)
-        client.completions.create(**GOOD | {"stop": "fox"})
+        client.completions.create(**GOOD, stop="fox")
         httpx.post(f"{running.url}/v1/completions", json=GOOD | {"model": "x"})
         httpx.get(f"{running.url}/nowhere")
         httpx.get(f"{running.url}/v1/models/fake")

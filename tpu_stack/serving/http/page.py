@@ -6,6 +6,7 @@
 import secrets
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from starlette.responses import HTMLResponse
@@ -27,6 +28,13 @@ def _template() -> jinja2.Template:
     return environment.get_template(TEMPLATE)
 
 
+def _words(value: Any) -> str:
+    """A fact as a person reads it: a mesh as data=2, tensor=4."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name}={_words(item)}" for name, item in value.items())
+    return str(value)
+
+
 def page_response(host: Host) -> HTMLResponse:
     """The page with a policy that lets only its own script and style run."""
     nonce = secrets.token_urlsafe(18)
@@ -35,12 +43,11 @@ def page_response(host: Host) -> HTMLResponse:
         "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
         "frame-ancestors 'self'"
     )
-    facts = {str(name): str(value) for name, value in host.model.service.describe().items()}
     text = _template().render(
         nonce=nonce,
         model=host.model.id,
         window=host.model.service.max_length,
-        facts=facts,
+        facts={name: _words(value) for name, value in host.model.service.describe().items()},
         needs_key=bool(host.keys),
         chats=host.model.chat.chat_template is not None,
     )
