@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from conftest import serving, wait_until
+from running_server import serving, wait_until
 
 from tpu_stack.serving.http.limits import Limits
 
@@ -136,6 +136,7 @@ def test_a_wrong_field_of_a_completion_is_named(shared, change, param, code):
         ({"logprobs": 2}, "logprobs", "invalid_type"),
         ({"max_completion_tokens": 0}, "max_completion_tokens", "integer_below_min_value"),
         ({"prompt": "x"}, "prompt", "unknown_parameter"),
+        ({"max_tokens": 250}, "messages", "context_length_exceeded"),
     ],
 )
 def test_a_wrong_field_of_a_chat_is_named(shared, change, param, code):

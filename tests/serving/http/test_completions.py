@@ -2,7 +2,7 @@
 
 import openai
 import pytest
-from conftest import wait_until
+from running_server import wait_until
 
 PROMPT = "the lazy dog jumps. "
 

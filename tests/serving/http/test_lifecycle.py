@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from conftest import serving, wait_until
+from running_server import serving, wait_until
 
 from tpu_stack.errors import UserError
 from tpu_stack.serving.http.limits import Limits
@@ -77,6 +77,18 @@ def test_a_connection_dropped_before_its_body_harms_nobody(tokenizer):
             )
         assert running.client().completions.create(**GOOD).choices[0].finish_reason == "length"
         assert not running.service.busy
+
+
+def test_a_body_that_never_ends_is_given_up(tokenizer):
+    with serving(tokenizer, limits=Limits(stall_s=0.2)) as running:
+        host, port = running.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
+                b"content-type: application/json\r\ncontent-length: 100\r\n\r\n{"
+            )
+            connection.settimeout(10)
+            assert connection.recv(4096).startswith(b"HTTP/1.1 408 ")
 
 
 def test_a_reader_too_slow_is_cancelled_and_told(tokenizer):

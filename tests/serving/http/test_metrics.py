@@ -3,8 +3,8 @@
 from typing import Any
 
 import httpx
-from conftest import serving, wait_until
 from prometheus_client.parser import text_string_to_metric_families
+from running_server import serving, wait_until
 
 GOOD: dict[str, Any] = {"model": "fake", "prompt": "the fox ", "max_tokens": 6, "temperature": 0}
 

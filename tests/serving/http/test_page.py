@@ -8,7 +8,7 @@ import subprocess
 
 import httpx
 import pytest
-from conftest import serving
+from running_server import serving
 from starlette.responses import HTMLResponse
 from starlette.routing import Route
 

@@ -3,6 +3,7 @@
 >>> app = build_app(Host(Model("a-int4", service, bundle.tokenizer, bundle.chat)))
 """
 
+import asyncio
 import hmac
 import re
 from collections.abc import Awaitable, Callable
@@ -24,10 +25,13 @@ from tpu_stack.serving.http.completions import read_completion
 from tpu_stack.serving.http.errors import ApiError, draining
 from tpu_stack.serving.http.fields import parse_body
 from tpu_stack.serving.http.host import Host
+from tpu_stack.serving.http.limits import Limits
 from tpu_stack.serving.http.page import page_response
 
 _INLINE_BYTES = 16384
 """Bodies up to this size are read on the event loop; tokenizing more would hold up others."""
+
+_CLOSE = {"Connection": "close"}
 
 Reader = Callable[[Host, dict[str, Any]], Reply]
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -104,23 +108,29 @@ def _let_in(host: Host, request: Request) -> None:
         raise ApiError(401, message, code="invalid_api_key", headers=headers)
 
 
-async def _read_body(request: Request, limit: int) -> bytes:
-    """The body. Raises ApiError 413 as soon as it is known to be too long, 415 if no JSON."""
+async def _read_body(request: Request, limits: Limits) -> bytes:
+    """The body. Raises ApiError 413 as soon as it is known to be too long, 415 if no JSON, 408
+    when it does not come."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         # A web page of another origin may send any other type without asking first.
         raise ApiError(415, f"The content type is {kind[:80]!r}; send application/json.")
-    message = f"The body is longer than {limit} bytes, which this server takes at most."
-    too_long = ApiError(413, message, code="request_too_large", headers={"Connection": "close"})
+    message = f"The body is longer than {limits.body_bytes} bytes, the most this server takes."
+    too_long = ApiError(413, message, code="request_too_large", headers=_CLOSE)
     length = request.headers.get("content-length", "0")
-    if re.fullmatch("[0-9]+", length) and (len(length) > 18 or int(length) > limit):
+    if re.fullmatch("[0-9]+", length) and (len(length) > 18 or int(length) > limits.body_bytes):
         raise too_long
     parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > limit:
-            raise too_long
-        parts.append(part)
+    try:
+        async with asyncio.timeout(limits.stall_s):
+            async for part in request.stream():
+                size += len(part)
+                if size > limits.body_bytes:
+                    raise too_long
+                parts.append(part)
+    except TimeoutError as error:
+        message = f"The body did not arrive within {limits.stall_s:g} s."
+        raise ApiError(408, message, code="body_timeout", headers=_CLOSE) from error
     return b"".join(parts)
 
 
@@ -128,7 +138,7 @@ async def _generate(host: Host, reader: Reader, request: Request) -> Response:
     _let_in(host, request)
     if host.draining:
         raise draining()
-    raw = await _read_body(request, host.limits.body_bytes)
+    raw = await _read_body(request, host.limits)
     if len(raw) <= _INLINE_BYTES:
         reply = reader(host, parse_body(raw))
     else:

@@ -134,7 +134,7 @@ class Call:
         self._sequences = [
             _Sequence(index, ask, TextStream(tokenizer, stops)) for index, ask in enumerate(asks)
         ]
-        self._inbox = Inbox(host.limits.pending_tokens, self._overflow)
+        self._inbox = Inbox(host.limits.pending_tokens * len(asks), self._overflow)
         self._ended_as = "cancelled"
 
     @classmethod

@@ -108,7 +108,7 @@ def read_chat(host: Host, body: dict[str, Any]) -> Reply:
     if not ids:
         raise invalid("messages", "Invalid 'messages': the chat template makes no prompt of them.")
     limit = host.limits.output_tokens
-    room = model.room(len(ids), wanted, limit, limit)
+    room = model.room(len(ids), wanted, limit, limit, "messages")
     requests = [
         GenerationRequest(
             ids,

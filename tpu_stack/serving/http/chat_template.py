@@ -104,6 +104,8 @@ class ChatTemplate:
         try:
             text = self._template.render(
                 messages=guarded,
+                tools=None,
+                documents=None,
                 bos_token=self._chat.bos_token or "",
                 eos_token=self._chat.eos_token or "",
                 add_generation_prompt=True,

@@ -22,9 +22,9 @@ class Limits:
     choices: int = 128
     """Prompts times n of one request."""
     pending_tokens: int = 4096
-    """Tokens that may wait for a reader; a slower one's request is cancelled."""
+    """Tokens of a choice that may wait for a reader; a slower one's request is cancelled."""
     stall_s: float = 60.0
-    """Seconds that a reader may take nothing at all before its connection is given up."""
+    """Seconds that a client may send no end of its body, or take nothing of its answer."""
 
     def check(self) -> None:
         """Raises UserError for a bound that is not positive."""

@@ -48,11 +48,13 @@ class Model:
         """A plain prompt's ids, begun as the model expects."""
         return (*self.template.begin, *self.tokenizer.encode(text))
 
-    def room(self, prompt: int, wanted: int | None, default: int, limit: int) -> int:
+    def room(
+        self, prompt: int, wanted: int | None, default: int, limit: int, param: str = "prompt"
+    ) -> int:
         """How many tokens may follow a prompt.
 
         Args: prompt: its tokens; wanted: asked for, None for `default` or what fits; limit: the
-          server's own bound.
+          server's own bound; param: the field that holds the prompt.
         Raises ApiError 400 when the prompt or the sum does not fit the window.
         """
         window = self.service.max_length
@@ -60,7 +62,7 @@ class Model:
         if prompt + least > window:
             message = f"This model's maximum context length is {window} tokens, and you asked for"
             message += f" {prompt + least} tokens ({prompt} in the prompt, {least} to come)."
-            raise invalid("prompt", message, "context_length_exceeded")
+            raise invalid(param, message, "context_length_exceeded")
         if least > limit:
             message = (
                 f"Invalid 'max_tokens': this server gives {limit} tokens at most, not {least}."

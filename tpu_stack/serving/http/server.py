@@ -70,6 +70,7 @@ class Server(uvicorn.Server):
             log_level="warning",
             access_log=False,
             server_header=False,
+            timeout_keep_alive=30,
             timeout_graceful_shutdown=_CLOSE_S,
         )
         super().__init__(config)
