@@ -27,6 +27,7 @@ VERBS = {
     "checkpoint": "inspect a checkpoint: digest, show",
     "pack": "freeze a checkpoint into a packed bundle for serving",
     "generate": "write text with a bundle under a serving profile",
+    "serve": "serve a bundle over HTTP: the API of OpenAI's clients, metrics and a page",
     "eval": "validation loss, perplexity and bits per byte of a bundle or checkpoint",
     "compare": "one model, the training and the serving profile side by side",
     "profiles": "sharding profiles, and how they lay out a model",

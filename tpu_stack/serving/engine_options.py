@@ -19,9 +19,16 @@ class EngineOptions:
     max_length: int | None = None
     """Prompt and output tokens of one request; the default is the model's window."""
 
+    page: int | None = None
+    """Tokens of a page of the key/value cache, a multiple of 16."""
+    pages: int | None = None
+    """Pages of the cache; the default gives every slot a whole window."""
+
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             if value is not None and value < 1:
                 flag = field.name.replace("_", "-")
                 raise UserError(f"--{flag} is {value}; it must be at least 1")
+        if self.page is not None and self.page % 16:
+            raise UserError(f"--page is {self.page}; it must be a multiple of 16")

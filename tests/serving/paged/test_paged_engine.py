@@ -1,0 +1,288 @@
+"""The engine against a plain forward pass, alone and in every kind of company."""
+
+import dataclasses
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from serving_model import MODEL, serving
+
+from tpu_stack.models.decoder import forward, init_params
+from tpu_stack.serving.paged.engine import PagedEngine
+from tpu_stack.serving.paged.programs import Programs, Shapes
+from tpu_stack.serving.requests import (
+    Finished,
+    GenerationRequest,
+    Restarted,
+    SamplingParams,
+    Token,
+)
+from tpu_stack.serving.service import Ticket
+
+LENGTH, PAGE = 256, 16
+CONFIG = dataclasses.replace(MODEL, max_seq_len=LENGTH)
+SAMPLED = SamplingParams(temperature=0.9, top_k=20, top_p=0.9, seed=5)
+
+
+@cache
+def parameters(seed: int = 0):
+    # Large weights make sharp choices: greedy tokens then differ from request to request.
+    return jax.tree.map(lambda x: 3 * x, init_params(CONFIG, jax.random.key(seed)))
+
+
+@cache
+def programs(pages: int = 128, cache_dtype: str = "float32") -> Programs:
+    profile, mesh = serving("tensor=1", float32=True)
+    precision = dataclasses.replace(profile.precision, cache=cache_dtype)
+    profile = dataclasses.replace(profile, precision=precision)
+    built = Programs(CONFIG, profile, mesh, Shapes(8, LENGTH, PAGE, pages, (64, 128), (1, 4)))
+    built.warm_up(parameters())
+    return built
+
+
+def engine(pages: int = 128, cache_dtype: str = "float32") -> PagedEngine:
+    return PagedEngine(programs(pages, cache_dtype), parameters())
+
+
+def ask(target: PagedEngine, request: GenerationRequest):
+    """Submits; the list fills with events."""
+    events: list = []
+    sequence = target.submit(Ticket(next(_numbers), request), events.append)
+    return sequence, events
+
+
+_numbers = iter(range(1, 10**6))
+
+
+def finish(target: PagedEngine) -> None:
+    """Runs until nothing is left, then sees that nothing leaked and nothing was compiled."""
+    for _ in range(5000):
+        if not target.step():
+            break
+    assert not target.running
+    assert len(target.queue) == 0
+    assert target.pool.available == target.pool.total
+    assert target.programs.recompilations == 0
+
+
+def tokens_of(events: list) -> list[int]:
+    assert isinstance(events[-1], Finished)
+    return [event.token for event in events if isinstance(event, Token)]
+
+
+def prompt_of(length: int, seed: int) -> tuple[int, ...]:
+    return tuple(np.random.default_rng(seed).integers(0, CONFIG.vocab_size, length).tolist())
+
+
+REQUESTS = [
+    GenerationRequest(prompt_of(length, seed=length), max_tokens=new, sampling=sampling)
+    for length, new, sampling in (
+        (3, 20, SamplingParams()),
+        (64, 9, SAMPLED),
+        (65, 30, SamplingParams()),
+        (130, 40, SAMPLED),
+        (16, 1, SamplingParams()),
+        (200, 100, SamplingParams()),
+        (17, 25, dataclasses.replace(SAMPLED, frequency_penalty=0.7, repetition_penalty=1.3)),
+        (90, 12, SamplingParams(logit_bias={3: 4.0})),
+        (31, 33, SamplingParams(temperature=1.0, seed=9)),
+        (129, 20, SamplingParams(presence_penalty=1.0)),
+    )
+]
+
+
+@cache
+def alone(number: int) -> tuple[int, ...]:
+    target = engine()
+    _, events = ask(target, REQUESTS[number])
+    finish(target)
+    return tuple(tokens_of(events))
+
+
+def test_greedy_tokens_are_those_of_a_full_pass():
+    run = jax.jit(partial(forward, CONFIG))
+    for number in (0, 2, 5):
+        request = REQUESTS[number]
+        tokens = list(request.prompt)
+        got = alone(number)
+        padded = np.zeros((1, LENGTH), np.int32)
+        padded[0, : len(tokens) + len(got)] = [*tokens, *got]
+        logits = np.asarray(run(parameters(), jnp.asarray(padded)))[0]
+        want = logits.argmax(-1)[len(tokens) - 1 : len(tokens) + len(got) - 1]
+        assert list(got) == want.tolist()
+    assert len(set(alone(5))) > 5, "the outputs are too alike to tell requests apart"
+
+
+def test_the_window_ends_a_sequence():
+    assert len(alone(5)) == LENGTH - 200
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_request_is_the_same_alone_and_in_a_mix(order):
+    target = engine()
+    asked = {}
+    for number in range(len(REQUESTS))[::order]:
+        asked[number] = ask(target, REQUESTS[number])[1]
+        target.step()
+    finish(target)
+    for number, events in asked.items():
+        assert tuple(tokens_of(events)) == alone(number), number
+
+
+@pytest.mark.parametrize("cache_dtype", ["float32", "int8", "float8_e4m3fn"])
+def test_sequences_that_are_preempted_come_back_as_they_were(cache_dtype):
+    roomy, tight = engine(128, cache_dtype), engine(20, cache_dtype)
+    answers = []
+    growing = [
+        GenerationRequest(prompt_of(9 * n + 2, n), 100, sampling=sampling)
+        for n, sampling in enumerate([SamplingParams(), SAMPLED] * 4)
+    ]
+    for target in (roomy, tight):
+        asked = [ask(target, request)[1] for request in growing]
+        finish(target)
+        answers.append([tokens_of(events) for events in asked])
+    assert answers[0] == answers[1]
+    assert roomy.stats().preempted == 0
+    assert tight.stats().preempted > 0
+
+
+def test_a_shared_prefix_is_computed_once():
+    """Two requests at once and one later: the first's whole pages serve all three."""
+    target = engine()
+    prefix = prompt_of(200, seed=1)
+    prompts = [(*prefix, *prompt_of(9, seed=n)) for n in range(3)]
+    first = [ask(target, GenerationRequest(prompt, 4)) for prompt in prompts[:2]]
+    finish(target)
+    later = ask(target, GenerationRequest(prompts[2], 4))
+    finish(target)
+    whole = 200 // PAGE * PAGE
+    assert [sequence.cached for sequence, _ in (*first, later)] == [0, whole, whole]
+    assert target.stats().cached_prompt_tokens == 2 * whole
+    for prompt, (_, events) in zip(prompts, (*first, later), strict=True):
+        fresh = engine()
+        _, want = ask(fresh, GenerationRequest(prompt, 4))
+        finish(fresh)
+        assert tokens_of(events) == tokens_of(want)
+
+
+def test_a_prefix_whose_owner_leaves_is_computed_by_the_next():
+    target = engine()
+    prompt = prompt_of(200, seed=1)
+    owner, owner_events = ask(target, GenerationRequest(prompt, 4))
+    _, events = ask(target, GenerationRequest(prompt, 4))
+    target.step()
+    target.cancel(owner)
+    finish(target)
+    assert owner_events[-1].reason == "cancelled"
+    fresh = engine()
+    _, want = ask(fresh, GenerationRequest(prompt, 4))
+    finish(fresh)
+    assert tokens_of(events) == tokens_of(want)
+
+
+def test_cancelled_anywhere_nothing_leaks():
+    target = engine(20)
+    rng = np.random.default_rng(0)
+    asked = [ask(target, request) for request in REQUESTS * 3]
+    for sequence, _ in asked:
+        for _ in range(int(rng.integers(0, 4))):
+            target.step()
+        if rng.random() < 0.4:
+            target.cancel(asked[int(rng.integers(len(asked)))][0])
+            target.cancel(sequence)
+    finish(target)
+    reasons = [events[-1].reason for _, events in asked]
+    assert {"cancelled", "length"} == set(reasons)
+    assert sum(target.stats().finished.values()) == len(asked)
+    for number, (_, events) in enumerate(asked):
+        if events[-1].reason == "length":
+            assert tuple(tokens_of(events)) == alone(number % len(REQUESTS))
+
+
+def test_deadlines_pass_for_the_waiting_and_the_running():
+    target = engine()
+    late = GenerationRequest(prompt_of(5, 0), 200, deadline_s=1e-6)
+    asked = [ask(target, late)[1] for _ in range(3)]
+    finish(target)
+    assert [events[-1].reason for events in asked] == ["deadline"] * 3
+
+
+def test_stop_tokens_end_the_output_and_are_not_part_of_it():
+    output = alone(2)
+    stop = output[5]
+    request = dataclasses.replace(REQUESTS[2], stop_tokens=frozenset({stop}))
+    target = engine()
+    _, events = ask(target, request)
+    finish(target)
+    assert tuple(tokens_of(events)) == output[: output.index(stop)]
+    assert events[-1].reason == "stop"
+
+
+def test_lower_priority_numbers_go_first_and_make_others_wait():
+    target = engine()
+    slow = [ask(target, GenerationRequest(prompt_of(5, n), 100, priority=5))[1] for n in range(8)]
+    for _ in range(5):
+        target.step()
+    _, urgent = ask(target, GenerationRequest(prompt_of(6, 9), 3, priority=0))
+    for _ in range(12):
+        target.step()
+    assert isinstance(urgent[-1], Finished)
+    assert not any(isinstance(events[-1], Finished) for events in slow)
+    finish(target)
+    assert all(len(tokens_of(events)) == 100 for events in slow)
+
+
+def test_clients_share_the_engine_fairly():
+    """A client with 30 requests does not keep one with two waiting until they are done."""
+    target = engine()
+    greedy = [
+        ask(target, GenerationRequest(prompt_of(5, n), 12, client="many"))[1] for n in range(30)
+    ]
+    few = [ask(target, GenerationRequest(prompt_of(7, n), 12, client="few"))[1] for n in range(2)]
+    while not all(events and isinstance(events[-1], Finished) for events in few):
+        target.step()
+    done = sum(bool(events) and isinstance(events[-1], Finished) for events in greedy)
+    assert done <= 16
+    finish(target)
+
+
+def test_log_probabilities_are_the_models_own():
+    request = dataclasses.replace(
+        REQUESTS[2], sampling=SamplingParams(logprobs=3, logit_bias={7: 2.0}), max_tokens=6
+    )
+    target = engine()
+    _, events = ask(target, request)
+    finish(target)
+    tokens = tokens_of(events)
+    full = jnp.asarray([[*request.prompt, *tokens]])
+    logprobs = np.asarray(jax.nn.log_softmax(forward(CONFIG, parameters(), full)[0]))
+    for step, event in enumerate(event for event in events if isinstance(event, Token)):
+        row = logprobs[len(request.prompt) - 1 + step]
+        np.testing.assert_allclose(event.logprob, row[event.token], atol=1e-4)
+        assert [token for token, _ in event.top] == np.argsort(-row)[:3].tolist()
+        np.testing.assert_allclose([p for _, p in event.top], np.sort(row)[::-1][:3], atol=1e-4)
+
+
+@pytest.mark.parametrize("in_flight", ["finish", "restart"])
+def test_new_weights_take_over_between_two_steps(in_flight):
+    target = engine()
+    _, before = ask(target, REQUESTS[2])
+    for _ in range(6):
+        target.step()
+    new = parameters(1)
+    target.load(new, in_flight)
+    _, after = ask(target, REQUESTS[2])
+    finish(target)
+    fresh = PagedEngine(programs(), new)
+    _, want = ask(fresh, REQUESTS[2])
+    finish(fresh)
+    assert tokens_of(after) == tokens_of(want)
+    assert target.stats().generation == 1
+    if in_flight == "finish":
+        assert tuple(tokens_of(before)) == alone(2)
+    else:
+        restart = next(n for n, event in enumerate(before) if isinstance(event, Restarted))
+        assert tokens_of(before[restart:]) == tokens_of(want)
+    assert tokens_of(want) != list(alone(2))

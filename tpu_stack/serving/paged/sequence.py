@@ -1,0 +1,110 @@
+"""One request inside the engine, and the order in which waiting ones are served.
+
+>>> queue = WaitingQueue(limit=256)
+>>> queue.add(sequence)
+>>> queue.best()
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from tpu_stack.serving.paged.pool import Page
+from tpu_stack.serving.requests import GenerationRequest
+from tpu_stack.serving.service import Listener, Ticket
+
+PROMPT_WEIGHT, OUTPUT_WEIGHT = 1, 2
+"""What a token costs a client, as in Sheng et al. 2023 (arXiv:2401.00588)."""
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request on its way through the engine.
+
+    Attributes:
+      tokens: prompt and output so far. pages: what it holds, in order.
+      computed: prompt tokens whose keys and values are in pages. cached: those that were there.
+      slot: its row of the batch. decoding: past its prompt.
+      pending: new tokens, at most, that steps sent off will bring.
+      saved: its pages' contents on the host, while preempted.
+    """
+
+    ticket: Ticket
+    listener: Listener
+    tokens: list[int]
+    names: list[bytes]
+    submitted: float = field(default_factory=time.monotonic)
+    pages: list[Page] = field(default_factory=list)
+    computed: int = 0
+    cached: int = 0
+    slot: int | None = None
+    decoding: bool = False
+    done: bool = False
+    pending: int = 0
+    saved: Any = None
+
+    @property
+    def request(self) -> GenerationRequest:
+        """What was asked."""
+        return self.ticket.request
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens of the output so far."""
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Lower is served first and preempted last."""
+        return self.request.priority, self.ticket.number
+
+
+class WaitingQueue:
+    """Waiting sequences: by priority, then the client that has had least, then arrival."""
+
+    def __init__(self) -> None:
+        self._lines: dict[tuple[int, str], deque[Sequence]] = {}
+        self._served: dict[str, float] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._lines.values()))
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return (sequence for line in self._lines.values() for sequence in line)
+
+    def add(self, sequence: Sequence, *, first: bool = False) -> None:
+        """Queues it; `first` puts one that was preempted before its client's others.
+
+        A client that comes (back) starts level with the one that has had least among those
+        waiting, so that nobody saves up a claim by being away.
+        """
+        request = sequence.request
+        waiting = {client for _, client in self._lines}
+        if request.client not in waiting and waiting:
+            floor = min(self._served.get(client, 0.0) for client in waiting)
+            self._served[request.client] = max(self._served.get(request.client, 0.0), floor)
+        line = self._lines.setdefault((request.priority, request.client), deque())
+        (line.appendleft if first else line.append)(sequence)
+
+    def best(self) -> Sequence | None:
+        """The one to serve next; it stays in the queue."""
+        if not self._lines:
+            return None
+        key = min(
+            self._lines,
+            key=lambda key: (key[0], self._served.get(key[1], 0.0), self._lines[key][0].rank),
+        )
+        return self._lines[key][0]
+
+    def remove(self, sequence: Sequence) -> None:
+        """Takes it out; ValueError when it is not in."""
+        key = (sequence.request.priority, sequence.request.client)
+        self._lines[key].remove(sequence)
+        if not self._lines[key]:
+            del self._lines[key]
+
+    def charge(self, client: str, tokens: float) -> None:
+        """Notes what a client had."""
+        self._served[client] = self._served.get(client, 0.0) + tokens
