@@ -43,7 +43,8 @@ class Options:
     name: str | None = None
     """The model's name for clients; the default is the bundle's folder."""
     profile: str = "8i"
-    """Serving profile, NAME[:TOPOLOGY]; counts chips."""
+    """Serving profile, NAME[:TOPOLOGY]; counts chips. Without a topology, a mesh or a number of
+    devices, a CPU emulates one device."""
     api_key_file: Path | None = None
     """A file of keys, one a line, one of which /v1 then asks for."""
     drain_s: float = 30.0
@@ -72,7 +73,7 @@ def run(options: Options) -> None:
         profile, mesh = place(
             options.profile,
             "serve",
-            options.place,
+            _placement(options),
             with_groups(bundle.config, bundle.manifest.format),
         )
         print(f"loading {options.bundle} ...", file=sys.stderr, flush=True)
@@ -93,6 +94,12 @@ def run(options: Options) -> None:
         _serve(options, bundle, service, keys, listener, said)
     finally:
         listener.close()
+
+
+def _placement(options: Options) -> PlacementOptions:
+    """One emulated device unless more are asked for: virtual ones share this CPU and are slower."""
+    asked = ":" in options.profile or options.place != PlacementOptions()
+    return options.place if asked else PlacementOptions(devices=1)
 
 
 def _serve(

@@ -260,7 +260,7 @@ def test_log_probabilities_are_the_models_own():
     logprobs = np.asarray(jax.nn.log_softmax(forward(CONFIG, parameters(), full)[0]))
     for step, event in enumerate(event for event in events if isinstance(event, Token)):
         row = logprobs[len(request.prompt) - 1 + step]
-        np.testing.assert_allclose(event.logprob, row[event.token], atol=1e-4)
+        np.testing.assert_allclose(event.logprob or 0.0, row[event.token], atol=1e-4)
         assert [token for token, _ in event.top] == np.argsort(-row)[:3].tolist()
         np.testing.assert_allclose([p for _, p in event.top], np.sort(row)[::-1][:3], atol=1e-4)
 
