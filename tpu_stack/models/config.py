@@ -47,6 +47,11 @@ class ModelConfig:
       scale_embeddings: embeddings are multiplied by sqrt(D) (Gemma).
       tie_embeddings: the unembedding is the embedding table.
       max_seq_len: the longest sequence the positions are meant for.
+      n_experts: E; 0 for a dense MLP. Each expert is an MLP of width F.
+      experts_per_token: experts that a token is sent to, the likeliest by its router.
+      normalize_experts: their weights are divided by their sum (Mixtral, Qwen 3).
+      d_ff_shared: width of an MLP that every token passes besides its experts; 0 for none.
+      balance_loss: what the load-balance loss of the routers is multiplied by in training.
     """
 
     vocab_size: int
@@ -73,6 +78,11 @@ class ModelConfig:
     scale_embeddings: bool = False
     tie_embeddings: bool = False
     max_seq_len: int = 8192
+    n_experts: int = 0
+    experts_per_token: int = 0
+    normalize_experts: bool = True
+    d_ff_shared: int = 0
+    balance_loss: float = 0.0
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff")
@@ -87,6 +97,20 @@ class ModelConfig:
             raise UserError(f"model.head_dim is {self.head_dim}; RoPE needs an even one")
         if not self.block_pattern:
             raise UserError("model.block_pattern is empty; it names at least one kind of layer")
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        if self.n_experts == 0 and (self.experts_per_token or self.d_ff_shared):
+            raise UserError("model.experts_per_token and d_ff_shared need model.n_experts")
+        if self.n_experts and not 1 <= self.experts_per_token <= self.n_experts:
+            raise UserError(
+                f"model.experts_per_token is {self.experts_per_token};"
+                f" it must lie in 1 to n_experts, {self.n_experts}"
+            )
+        if self.n_experts < 0 or self.d_ff_shared < 0 or self.balance_loss < 0:
+            raise UserError("model.n_experts, d_ff_shared and balance_loss cannot be negative")
+        if self.n_experts and not self.gated_mlp:
+            raise UserError("model.gated_mlp is off; experts are gated")
 
     @property
     def layer_kinds(self) -> tuple[str, ...]:

@@ -1,0 +1,8 @@
+"""Hugging Face folders: config.json and safetensors, to this project's models and back.
+
+What a family calls its tensors and settings is data in `families.py`; the decoder never learns a
+family's name.
+
+>>> folder = HuggingFaceFolder.open(Path("Qwen3-0.6B"))
+>>> params = load_params(folder, profile, mesh)
+"""

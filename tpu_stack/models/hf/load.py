@@ -1,0 +1,75 @@
+"""Weights from a folder into the sharded layout, one tensor at a time.
+
+Our tensors are stacked over layers. Each is created in its layout, and every layer (and expert) is
+written into its place on the devices: beside the model, the host never holds more than one tensor
+of the folder in the file's dtype and in float32.
+
+>>> params = load_params(HuggingFaceFolder.open(path), profile, mesh)
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from tpu_stack.models.abstract import map_specs, tensor_specs
+from tpu_stack.models.hf.folder import HuggingFaceFolder
+from tpu_stack.models.hf.names import Piece
+from tpu_stack.sharding.axes import TensorSpec
+from tpu_stack.sharding.profiles import Profile
+
+Listener = Callable[[str], None]
+
+
+def load_params(
+    folder: HuggingFaceFolder,
+    profile: Profile,
+    mesh: Mesh,
+    listener: Listener = lambda name: None,
+) -> dict[str, Any]:
+    """The float32 parameter tree of the folder's model, sharded by `profile` on `mesh`.
+
+    `listener` is told each tensor's Hugging Face name once it is in place. Raises UserError when a
+    tensor does not divide the mesh, or cannot be read.
+    """
+    profile.check(tensor_specs(folder.config))
+    by_target: dict[str, list[Piece]] = {}
+    for piece in folder.pieces():
+        by_target.setdefault(piece.target, []).append(piece)
+
+    def one(spec: TensorSpec) -> jax.Array:
+        axes = tuple(profile.rules.partition_spec(spec.axes, spec.name))
+        axes += (None,) * (len(spec.shape) - len(axes))
+        sharding = NamedSharding(mesh, PartitionSpec(*axes))
+        first = by_target[spec.name][0]
+        if not first.index:
+            whole = _host(folder, first)
+            listener(first.source)
+            return _place(whole, sharding)
+        stacked = jax.jit(partial(jnp.zeros, spec.shape, jnp.float32), out_shardings=sharding)()
+        write = jax.jit(_write, donate_argnums=0, out_shardings=sharding)
+        part = NamedSharding(mesh, PartitionSpec(*axes[len(first.index) :]))
+        for piece in by_target[spec.name]:
+            index = tuple(map(np.int32, piece.index))
+            stacked = write(stacked, _place(_host(folder, piece), part), index)
+            stacked.block_until_ready()  # or the host would run ahead, a buffer for each
+            listener(piece.source)
+        return stacked
+
+    return map_specs(folder.config, one)
+
+
+def _write(stacked: jax.Array, part: jax.Array, index: tuple[Any, ...]) -> jax.Array:
+    return stacked.at[index].set(part)
+
+
+def _host(folder: HuggingFaceFolder, piece: Piece) -> np.ndarray:
+    return folder.read(piece).astype(np.float32, order="C")
+
+
+def _place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

@@ -1,0 +1,176 @@
+"""From a Hugging Face folder to a run folder, and back.
+
+An imported run folder is a checkpoint of step 0 with parameters and no optimizer state, so `pack`,
+`eval` and `train --init` read it as their own. The folder's small files are kept beside it in
+`huggingface/`, so that `export` gives back what came in.
+
+>>> imported = import_folder(Path("Qwen3-0.6B"), Path("runs/qwen"), profile, mesh)
+>>> export_folder(Path("runs/qwen"), Path("Qwen3-0.6B-again"), profile, mesh)
+"""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from tpu_stack.checkpoint.store import CheckpointStore
+from tpu_stack.data.chat_format import CHAT, ChatFormat
+from tpu_stack.data.tokenizer import Tokenizer
+from tpu_stack.errors import UserError
+from tpu_stack.files import replacing_folder
+from tpu_stack.models.config import ModelConfig
+from tpu_stack.models.hf.families import Family
+from tpu_stack.models.hf.folder import CONFIG, HuggingFaceFolder, read_json
+from tpu_stack.models.hf.load import load_params
+from tpu_stack.models.hf.read_config import read_config
+from tpu_stack.models.hf.save import write_weights
+from tpu_stack.models.hf.write_config import write_config
+from tpu_stack.serving.chat_files import read_chat
+from tpu_stack.serving.pack import restore_for_serving
+from tpu_stack.sharding.profiles import Profile
+
+KEPT = "huggingface"
+"""Folder in a run folder with the small files of the Hugging Face folder it came from."""
+
+TOKENIZER = "tokenizer.json"
+_SMALL_FILES = (
+    *(CONFIG, TOKENIZER, "tokenizer_config.json", "generation_config.json"),
+    *("special_tokens_map.json", "chat_template.jinja", "chat_template.json"),
+)
+
+Listener = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import found. `dtypes` counts tensors by how the folder stored them."""
+
+    architecture: str
+    config: ModelConfig
+    dtypes: dict[str, int]
+    left_out: tuple[str, ...]
+
+
+def import_folder(
+    folder: HuggingFaceFolder,
+    out: Path,
+    profile: Profile,
+    mesh: Mesh,
+    listener: Listener = lambda name: None,
+) -> Imported:
+    """Writes the run folder `out` of an opened `folder`, whole or not at all.
+
+    The weights are float32, sharded by `profile` on `mesh`. Raises UserError when `out` exists, the
+    tokenizer or chat format cannot be read, or a tensor does not divide the mesh.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists; choose another --out")
+    tokenizer = _tokenizer(folder.path)
+    if tokenizer.vocab_size > folder.config.vocab_size:
+        raise UserError(
+            f"{folder.path}: {TOKENIZER} has {tokenizer.vocab_size} ids, more than the model's"
+            f" {folder.config.vocab_size}"
+        )
+    chat = read_chat(folder.path, tokenizer)
+    dtypes = {name: tensor.dtype for name, tensor in folder.tensors.items()}
+    params = load_params(folder, profile, mesh, listener)
+    meta = {
+        "model": folder.config.to_dict(),
+        "tokenizer": tokenizer.to_json(),
+        "run": {"imported.architecture": folder.family.architecture},
+        "huggingface": {"dtypes": _compact(dtypes)},
+    }
+    with replacing_folder(out) as partial:
+        if chat != ChatFormat():
+            (partial / CHAT).write_text(chat.to_json(), encoding="utf-8")
+        (partial / KEPT).mkdir()
+        for name in _SMALL_FILES:
+            if (folder.path / name).is_file():
+                shutil.copyfile(folder.path / name, partial / KEPT / name)
+        with CheckpointStore(partial) as store:
+            store.save(0, params, {"count": np.int32(0)}, meta)
+    return Imported(
+        folder.family.architecture,
+        folder.config,
+        dict(Counter(dtypes.values())),
+        folder.left_out,
+    )
+
+
+def export_folder(
+    run: Path,
+    out: Path,
+    profile: Profile,
+    mesh: Mesh,
+    *,
+    step: int | None = None,
+    dtype: str | None = None,
+    listener: Listener = lambda name: None,
+) -> dict[str, Any]:
+    """Writes step `step` (default: the newest) of a run folder as the Hugging Face folder `out`.
+
+    Every tensor gets the dtype it was imported in, or float32 where the model was trained here;
+    `dtype` ("BF16", "F16", "F32") overrides both. Raises UserError when `out` exists, or no
+    architecture known here expresses the model.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists; choose another --out")
+    with CheckpointStore(run, read_only=True) as store:
+        step = store.latest() if step is None else step
+        meta = store.meta(step)
+        config = ModelConfig.from_dict(meta["model"])
+        family, body = _architecture(run, config)
+        params = restore_for_serving(store, step, config, profile, mesh)
+    stored = {} if dtype else _spread(meta.get("huggingface", {}).get("dtypes", {}))
+    with replacing_folder(out) as partial:
+        for file in sorted((run / KEPT).glob("*")) if (run / KEPT).is_dir() else ():
+            shutil.copyfile(file, partial / file.name)
+        if body is not None:
+            (partial / CONFIG).write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
+        if not (partial / TOKENIZER).exists():
+            (partial / TOKENIZER).write_text(meta["tokenizer"], encoding="utf-8")
+        size = write_weights(partial, family, config, params, stored, dtype or "F32", listener)
+    return {"architecture": family.architecture, "step": step, "bytes": size}
+
+
+def _architecture(run: Path, config: ModelConfig) -> tuple[Family, dict[str, Any] | None]:
+    """The family to export as, and its config.json where the kept one is none or of another model.
+
+    The load-balance coefficient is a matter of training and may have changed.
+    """
+    kept = run / KEPT / CONFIG
+    if kept.is_file():
+        family, found = read_config(read_json(kept), str(kept))
+        told = read_json(kept)
+        alone = family.architecture in (told.get("architectures") or [family.architecture])
+        if alone and found.replace(balance_loss=config.balance_loss) == config:
+            return family, None
+    return write_config(config)
+
+
+def _tokenizer(path: Path) -> Tokenizer:
+    try:
+        text = (path / TOKENIZER).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f"{path} has no {TOKENIZER}; other tokenizer files are not read") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path / TOKENIZER} is not UTF-8 text") from error
+    return Tokenizer.from_json(text, str(path / TOKENIZER))
+
+
+def _compact(dtypes: Mapping[str, str]) -> dict[str, list[str]]:
+    """dtype -> names; one entry says it all for most folders."""
+    compact: dict[str, list[str]] = {}
+    for name, dtype in dtypes.items():
+        compact.setdefault(dtype, []).append(name)
+    return compact
+
+
+def _spread(compact: Mapping[str, list[str]]) -> dict[str, str]:
+    return {name: dtype for dtype, names in compact.items() for name in names}
