@@ -23,12 +23,16 @@ class EngineOptions:
     """Tokens of a page of the key/value cache, a multiple of 16."""
     pages: int | None = None
     """Pages of the cache; the default gives every slot a whole window."""
+    guesses: int = 0
+    """Tokens guessed per step from the text so far; the output stays the same. 0 guesses none."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is not None and value < 1:
+            if value is not None and value < (field.name != "guesses"):
                 flag = field.name.replace("_", "-")
-                raise UserError(f"--{flag} is {value}; it must be at least 1")
+                raise UserError(
+                    f"--{flag} is {value}; it must be at least {field.name != 'guesses':d}"
+                )
         if self.page is not None and self.page % 16:
             raise UserError(f"--page is {self.page}; it must be a multiple of 16")

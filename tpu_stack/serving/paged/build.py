@@ -89,7 +89,7 @@ def engine_shapes(config: ModelConfig, profile: Profile, options: EngineOptions)
         raise UserError(
             f"--pages is {pages}; one sequence of {length} tokens needs {entries} of {page}"
         )
-    return Shapes(slots, length, page, pages, CHUNKS, PROMPTS)
+    return Shapes(slots, length, page, pages, CHUNKS, PROMPTS, options.guesses)
 
 
 class EngineThread:

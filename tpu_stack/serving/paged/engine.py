@@ -287,11 +287,12 @@ class PagedEngine:
         active = np.zeros(self.shapes.slots, bool)
         for slot, sequence in batch:
             active[slot] = True
-            sequence.pending += 1
+            sequence.pending += 1 + self.shapes.guesses
         output = self.programs.decode(self.params, self._tables.copy(), active)
         self._sent.append((output, batch))
         self._counters["decode_steps"] += 1
         self._counters["decode_rows"] += len(batch)
+        self._counters["drafted"] += len(batch) * self.shapes.guesses
         return True
 
     def _limit(self, sequence: Sequence) -> int:
@@ -305,8 +306,8 @@ class PagedEngine:
     def _cover(self, sequence: Sequence) -> None:
         """Sees that the next step's keys have a page, if need be by preempting the last in rank."""
         while True:
-            known = len(sequence.tokens) + sequence.pending
-            missing = self._pages_for(known) - len(sequence.pages)
+            known = len(sequence.tokens) + sequence.pending + self.shapes.guesses
+            missing = self._pages_for(min(known, self.shapes.length)) - len(sequence.pages)
             if missing <= 0:
                 return
             fresh = self.pool.allocate(missing)
@@ -353,6 +354,7 @@ class PagedEngine:
             details = tuple(map(np.asarray, arrays))
         for row, sequence in batch:
             sequence.pending -= tokens.shape[1]
+            self._counters["accepted"] += max(0, int(counts[row]) - 1)
             for t in range(int(counts[row])):
                 if sequence.done:
                     break

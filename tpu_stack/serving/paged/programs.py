@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.models.paged_cache import PAGES_AXES, PagedCache, init_paged_cache
+from tpu_stack.serving.paged.guess import guess
 from tpu_stack.serving.paged.state import (
     Arrivals,
     StepOutput,
@@ -58,8 +59,9 @@ def _prefill(config, dtype, params, cache, tables, *args):
     return replace(cache, tables=None), logits
 
 
-def _decode(config, dtype, params, cache, state, tables, active, drafts):
+def _decode(config, dtype, guesses, params, cache, state, tables, active):
     cache = replace(cache, tables=tables)
+    drafts = guess(state.history, state.positions, guesses)
     cache, state, output = decode_step(config, dtype, params, cache, state, active, drafts)
     return replace(cache, tables=None), state, output
 
@@ -108,7 +110,7 @@ class Programs:
             partial(_prefill, config, dtype), donate_argnums=1, out_shardings=(cache_out, whole)
         )
         self._decode = jax.jit(
-            partial(_decode, config, dtype),
+            partial(_decode, config, dtype, shapes.guesses),
             donate_argnums=(1, 2),
             out_shardings=(cache_out, whole, whole),
         )
@@ -148,13 +150,11 @@ class Programs:
             self._state, output = self._insert(self._state, logits_RV, arrivals)
         return output
 
-    def decode(self, params: Any, tables_BM, active_B, drafts_BK=None) -> StepOutput:
+    def decode(self, params: Any, tables_BM, active_B) -> StepOutput:
         """One step of every active row."""
-        if drafts_BK is None:
-            drafts_BK = np.full((self.shapes.slots, self.shapes.guesses), -1, np.int32)
         with sharding_scope(self.mesh, self.profile.rules):
             self._cache, self._state, output = self._decode(
-                params, self._cache, self._state, tables_BM, active_B, drafts_BK
+                params, self._cache, self._state, tables_BM, active_B
             )
         return output
 
