@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import openai
 from fake_service import FakeService
@@ -59,10 +60,11 @@ def serving(
     keys: frozenset[str] = frozenset(),
     chat: ChatFormat | None = None,
     drain_s: float = 10,
+    engine: Any = None,
     **service: object,
 ) -> Iterator[Running]:
-    """Runs a server for the time of a `with` block."""
-    fake = FakeService(**service)  # pyright: ignore[reportArgumentType]
+    """Runs a server for the time of a `with` block, on `engine` where a test brings a real one."""
+    fake = engine or FakeService(**service)  # pyright: ignore[reportArgumentType]
     model = Model("fake", fake, tokenizer, chat or ChatFormat())
     host = Host(model, limits or Limits(), keys)
     listener = bind("127.0.0.1", 0)

@@ -102,6 +102,7 @@ class EngineThread:
         self._sequences: dict[int, Sequence] = {}
         self._wake = threading.Condition()
         self._closing = self._stopped = False
+        self._idle = True
         self._arriving = 0
         self._stats = engine.stats()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -133,6 +134,7 @@ class EngineThread:
             if waiting >= self._limit:
                 raise QueueFull(waiting, self._retry_after())
             self._arriving += 1
+            self._idle = False
             self._commands.append(begin)
             self._wake.notify()
         return ticket
@@ -175,7 +177,7 @@ class EngineThread:
         with self._wake:
             self._closing = True
         deadline = time.monotonic() + (drain_s or 0.0)
-        while time.monotonic() < deadline and (self._commands or self._busy()):
+        while time.monotonic() < deadline and not self._idle:
             time.sleep(0.01)
 
         def stop() -> None:
@@ -185,9 +187,6 @@ class EngineThread:
 
         self._command(stop)
         self._thread.join()
-
-    def _busy(self) -> bool:
-        return bool(self._stats.running or self._stats.waiting or self._arriving)
 
     def _run(self) -> None:
         while not self._stopped:
@@ -206,6 +205,7 @@ class EngineThread:
                 self._forget_finished()
             with self._wake:
                 if not worked and not self._commands and not self._stopped:
+                    self._idle = not self._stats.waiting
                     self._wake.wait(timeout=0.05 if self._stats.waiting else None)
 
     def _forget_finished(self) -> None:
@@ -214,7 +214,7 @@ class EngineThread:
     def _fail(self, error: Exception) -> None:
         """After an error the device's state is unknown: everyone is told, and the engine stops."""
         with self._wake:
-            self._closing = self._stopped = True
+            self._closing = self._stopped = self._idle = True
         for sequence in self._sequences.values():
             if not sequence.done:
                 sequence.done = True
