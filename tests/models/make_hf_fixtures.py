@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
-import torch
-from transformers import (
+import torch  # pyright: ignore
+from transformers import (  # pyright: ignore
     AutoConfig,
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -160,7 +160,7 @@ def write_tokenizer(folder: Path, name: str) -> list[int]:
     if name == "mixtral":  # as older tokenizers wrote them
         said["eos_token"] = {"content": "</s>", "lstrip": False, "__type": "AddedToken"}
     (folder / "tokenizer_config.json").write_text(json.dumps(said, indent=1))
-    return [backend.token_to_id(token) for token in (turn, eod) if token]
+    return [backend.token_to_id(token) for token in (turn, eod) if token]  # pyright: ignore
 
 
 def expected_of(model: torch.nn.Module) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

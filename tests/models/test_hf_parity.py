@@ -21,7 +21,8 @@ from tpu_stack.sharding.profiles import get_profile
 
 DATA = Path(__file__).parent / "data" / "hf"
 DENSE = ("llama", "qwen3", "gemma3")
-FAMILIES = DENSE
+SPARSE = ("qwen3_moe", "mixtral")
+FAMILIES = DENSE + SPARSE
 TOLERANCE = 2e-4
 """Of the largest logit: two hundred times what float32 sums in another order differ by here."""
 

@@ -21,6 +21,8 @@ PUBLISHED = {
     "qwen3_32b": 32_762_123_264,
     "gemma3_1b": 999_885_952,
     "gemma3_27b": 27_009_346_304,
+    "qwen3_30b_a3b": 30_532_122_624,
+    "mixtral_8x7b": 46_702_792_704,
 }
 SMALL = ModelConfig(
     vocab_size=32, d_model=16, n_layers=3, n_heads=2, n_kv_heads=1, head_dim=4, d_ff=24

@@ -57,12 +57,11 @@ def place(
 
 def wanted_devices(role: "Role", options: PlacementOptions) -> int | None:
     """How many devices the options ask for; None when they leave it open."""
-    from tpu_stack.sharding.mesh import parse_mesh
-    from tpu_stack.sharding.profiles import MESH_AXES
+    from tpu_stack.sharding.profiles import parse_profile_mesh
 
     wanted = options.devices
     if options.mesh is not None:
-        needed = prod(parse_mesh(options.mesh, MESH_AXES[role]).values())
+        needed = prod(parse_profile_mesh(role, options.mesh).values())
         if wanted is not None and wanted != needed:
             raise UserError(
                 f"--mesh {options.mesh} has {needed} devices, and --devices is {wanted}"

@@ -54,6 +54,22 @@ class Decoder(nnx.Module):
         unroll: int = 1,
     ) -> tuple[Float[Array, "B T D"], C | None]:
         """Final-norm hidden states [B, T, D] in `dtype`, and the cache with this call's keys."""
+        return self.hidden_and_balance(
+            tokens_BT, positions_BT, segments_BT, cache, dtype=dtype, remat=remat, unroll=unroll
+        )[:2]
+
+    def hidden_and_balance[C: AnyCache](
+        self,
+        tokens_BT: Int[Array, "B T"],
+        positions_BT: Int[Array, "B T"],
+        segments_BT: Int[Array, "B T"] | None = None,
+        cache: C | None = None,
+        *,
+        dtype: Any = jnp.float32,
+        remat: Remat = "none",
+        unroll: int = 1,
+    ) -> tuple[Float[Array, "B T D"], C | None, Float[Array, ""] | None]:
+        """As `hidden`, and the routers' load-balance loss, the mean over layers; None without."""
         config = self.config
         x_BTD = take(self.embed.get_value(), tokens_BT, dtype)
         if config.scale_embeddings:
@@ -66,14 +82,16 @@ class Decoder(nnx.Module):
             x, cache = carry
             weights, layer, kind = per_layer
             block = nnx.merge(graphdef, weights)
-            return block(x, context_of(layer, kind), cache), None
+            x, cache, balance = block(x, context_of(layer, kind), cache)
+            return (x, cache), balance
 
         kinds = jnp.asarray([kind == "local" for kind in config.layer_kinds], jnp.int32)
         per_layer = (stacked, jnp.arange(config.n_layers), kinds)
         step = _with_remat(layer_step, remat)
         carry: Any = (x_BTD, cache)
-        carry, _ = jax.lax.scan(step, carry, per_layer, unroll=unroll)
-        return self.final_norm(carry[0]), carry[1]
+        carry, balance = jax.lax.scan(step, carry, per_layer, unroll=unroll)
+        balance = None if balance is None else jnp.mean(balance)
+        return self.final_norm(carry[0]), carry[1], balance
 
     def logits(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Hidden states to float32 logits, soft-capped where the config asks for it."""
@@ -154,10 +172,34 @@ def forward(
     unroll: int = 1,
 ) -> Float[Array, "B T V"]:
     """Float32 logits of every position, without a cache. Positions default to 0 .. T-1."""
+    return forward_with_balance(
+        config,
+        params,
+        tokens_BT,
+        positions_BT,
+        segments_BT,
+        dtype=dtype,
+        remat=remat,
+        unroll=unroll,
+    )[0]
+
+
+def forward_with_balance(
+    config: ModelConfig,
+    params: Params,
+    tokens_BT: Int[Array, "B T"],
+    positions_BT: Int[Array, "B T"] | None = None,
+    segments_BT: Int[Array, "B T"] | None = None,
+    *,
+    dtype: Any = jnp.float32,
+    remat: Remat = "none",
+    unroll: int = 1,
+) -> tuple[Float[Array, "B T V"], Float[Array, ""] | None]:
+    """As `forward`, and the routers' load-balance loss (see `moe.balance_loss`), None without."""
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
     model = bind(config, params)
-    hidden, _ = model.hidden(
+    hidden, _, balance = model.hidden_and_balance(
         tokens_BT, positions_BT, segments_BT, dtype=dtype, remat=remat, unroll=unroll
     )
-    return model.logits(hidden)
+    return model.logits(hidden), balance

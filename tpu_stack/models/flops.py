@@ -5,19 +5,30 @@
 
 from tpu_stack.models.abstract import tensor_specs
 from tpu_stack.models.config import ModelConfig
+from tpu_stack.sharding.axes import EXPERT, TensorSpec
 
 
 def matmul_parameters(config: ModelConfig) -> int:
-    """Parameters that every token is multiplied by: all matrices, the unembedding once.
+    """Parameters that a token is multiplied by: all matrices, the unembedding once.
 
-    An embedding that is only looked up does not count; a tied one counts once, as unembedding.
+    An embedding that is only looked up does not count; a tied one counts once, as unembedding. Of
+    the experts those count that a token is sent to.
     """
     counted = 0
     for spec in tensor_specs(config):
         lookup_only = spec.name == "embed" and not config.tie_embeddings
         if spec.contract_axis is not None and not lookup_only:
+            counted += active_size(spec, config)
+        elif spec.name.endswith(".router"):
             counted += spec.size
     return counted
+
+
+def active_size(spec: TensorSpec, config: ModelConfig) -> int:
+    """Elements of a tensor that one token meets: all but those of experts it is not sent to."""
+    if EXPERT not in spec.axes:
+        return spec.size
+    return spec.size * config.experts_per_token // config.n_experts
 
 
 def attention_flops_per_token(config: ModelConfig, keys: dict[str, float]) -> float:

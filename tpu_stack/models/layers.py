@@ -1,10 +1,10 @@
-"""The parts of one decoder block: RMSNorm, attention, MLP, and the block that joins them.
+"""The parts of one decoder block: RMSNorm, attention, and the block that joins them to an MLP.
 
 Every parameter is stacked over layers, [L, ...]; `decoder.py` scans over that axis and calls a
 block with one layer's slice. All matmuls go through `quant.matmul`, so a weight may be a float
 array (training) or a packed `QTensor` (serving).
 
->>> y_BTD, cache = block(x_BTD, context, cache)
+>>> y_BTD, cache, balance = block(x_BTD, context, cache)
 """
 
 from dataclasses import dataclass
@@ -18,11 +18,13 @@ from jaxtyping import Array, Float, Int
 from tpu_stack.models.attention import Mask, attend
 from tpu_stack.models.cache import Cache
 from tpu_stack.models.config import ModelConfig
+from tpu_stack.models.mlp import MLP
+from tpu_stack.models.moe import MoE
 from tpu_stack.models.paged_cache import PagedCache
 from tpu_stack.models.rope import rotate
 from tpu_stack.models.weights import norm_scale, weight
 from tpu_stack.quant.matmul import matmul
-from tpu_stack.sharding.axes import BATCH, EMBED, FFW, HEADS, KV_HEADS, LAYERS
+from tpu_stack.sharding.axes import BATCH, EMBED, HEADS, KV_HEADS, LAYERS
 from tpu_stack.sharding.constrain import constrain
 
 AnyCache = Cache | PagedCache
@@ -109,29 +111,11 @@ class Attention(nnx.Module):
         ), cache
 
 
-class MLP(nnx.Module):
-    """Feed-forward, gated or not. Weights are [D, F] and [F, D] per layer."""
-
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.config = config
-        L, D, F = config.n_layers, config.d_model, config.d_ff
-        self.w_up = weight(rngs, (L, D, F), (LAYERS, EMBED, FFW), std=D**-0.5)
-        if config.gated_mlp:
-            self.w_gate = weight(rngs, (L, D, F), (LAYERS, EMBED, FFW), std=D**-0.5)
-        self.w_down = weight(rngs, (L, F, D), (LAYERS, FFW, EMBED), std=(2 * L * F) ** -0.5)
-
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        activation = jax.nn.silu if self.config.activation == "silu" else jax.nn.gelu
-        up = matmul(x_BTD, self.w_up.get_value())
-        if self.config.gated_mlp:
-            hidden = activation(matmul(x_BTD, self.w_gate.get_value())) * up
-        else:
-            hidden = activation(up)
-        return matmul(constrain(hidden, BATCH, None, FFW), self.w_down.get_value())
-
-
 class Block(nnx.Module):
-    """Pre-norm residual block, with a second norm on each output where the config asks for it."""
+    """Pre-norm residual block, with a second norm on each output where the config asks for it.
+
+    Returns the hidden states, the cache, and the load-balance loss of its router, None without one.
+    """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         shape = (config.n_layers, config.d_model)
@@ -139,19 +123,23 @@ class Block(nnx.Module):
         self.attention_norm = RMSNorm(shape, config)
         self.attention = Attention(config, rngs)
         self.mlp_norm = RMSNorm(shape, config)
-        self.mlp = MLP(config, rngs)
+        self.mlp = MoE(config, rngs) if config.n_experts else MLP(config, rngs)
         if config.post_norms:
             self.attention_post_norm = RMSNorm(shape, config)
             self.mlp_post_norm = RMSNorm(shape, config)
 
     def __call__(
         self, x_BTD: Float[Array, "B T D"], context: LayerContext, cache: AnyCache | None
-    ) -> tuple[Float[Array, "B T D"], AnyCache | None]:
+    ) -> tuple[Float[Array, "B T D"], AnyCache | None, Float[Array, ""] | None]:
         mixed, cache = self.attention(self.attention_norm(x_BTD), context, cache)
         if self.config.post_norms:
             mixed = self.attention_post_norm(mixed)
         x_BTD = constrain(x_BTD + mixed, BATCH, None, None)
-        hidden = self.mlp(self.mlp_norm(x_BTD))
+        normed, balance = self.mlp_norm(x_BTD), None
+        if isinstance(self.mlp, MoE):
+            hidden, balance = self.mlp(normed)
+        else:
+            hidden = self.mlp(normed)
         if self.config.post_norms:
             hidden = self.mlp_post_norm(hidden)
-        return constrain(x_BTD + hidden, BATCH, None, None), cache
+        return constrain(x_BTD + hidden, BATCH, None, None), cache, balance

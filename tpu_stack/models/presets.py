@@ -26,11 +26,11 @@ def _llama3(**sizes: Any) -> ModelConfig:
     )
 
 
-def _qwen3(tie_embeddings: bool = False, **sizes: Any) -> ModelConfig:
+def _qwen3(tie_embeddings: bool = False, n_kv_heads: int = 8, **sizes: Any) -> ModelConfig:
     return ModelConfig(
         vocab_size=151_936,
         head_dim=128,
-        n_kv_heads=8,
+        n_kv_heads=n_kv_heads,
         rope_base=1_000_000.0,
         qk_norm=True,
         tie_embeddings=tie_embeddings,
@@ -75,6 +75,31 @@ PRESETS: dict[str, ModelConfig] = {
     "qwen3_0_6b": _qwen3(d_model=1024, n_layers=28, n_heads=16, d_ff=3072, tie_embeddings=True),
     "qwen3_8b": _qwen3(d_model=4096, n_layers=36, n_heads=32, d_ff=12_288),
     "qwen3_32b": _qwen3(d_model=5120, n_layers=64, n_heads=64, d_ff=25_600),
+    "qwen3_30b_a3b": _qwen3(
+        d_model=2048,
+        n_layers=48,
+        n_heads=32,
+        n_kv_heads=4,
+        d_ff=768,
+        n_experts=128,
+        experts_per_token=8,
+        balance_loss=0.001,
+    ),
+    "mixtral_8x7b": ModelConfig(
+        vocab_size=32_000,
+        d_model=4096,
+        n_layers=32,
+        n_heads=32,
+        n_kv_heads=8,
+        head_dim=128,
+        d_ff=14_336,
+        rope_base=1_000_000.0,
+        norm_eps=1e-5,
+        max_seq_len=32_768,
+        n_experts=8,
+        experts_per_token=2,
+        balance_loss=0.02,
+    ),
     "gemma3_1b": _gemma3(
         256.0,
         None,

@@ -29,6 +29,15 @@ def weight(
     )
 
 
+def router_weight(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], *, std: float
+) -> nnx.Param:
+    """A router's float32 weight. It is no `weight` to quantize: a few bits less would send tokens
+    to other experts, and it is a thousandth of the bytes."""
+    value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
+    return nnx.Param(value, axes=axes, granules=(1,) * len(shape), contract_axis=None)
+
+
 def norm_scale(shape: tuple[int, ...], axes: tuple[str | None, ...], *, offset: bool) -> nnx.Param:
     """An RMSNorm scale that starts as the identity: zeros where 1 is added to it, else ones."""
     value = jnp.zeros(shape, jnp.float32) if offset else jnp.ones(shape, jnp.float32)

@@ -16,8 +16,9 @@ HEADS = "heads"
 KV_HEADS = "kv_heads"
 VOCAB = "vocab"
 LAYERS = "layers"
+EXPERT = "expert"
 
-LOGICAL_AXES = (BATCH, LENGTH, EMBED, FFW, HEADS, KV_HEADS, VOCAB, LAYERS)
+LOGICAL_AXES = (BATCH, LENGTH, EMBED, FFW, HEADS, KV_HEADS, VOCAB, LAYERS, EXPERT)
 
 
 @dataclass(frozen=True)

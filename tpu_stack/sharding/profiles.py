@@ -21,6 +21,7 @@ from tpu_stack.hardware.topology import parse_topology
 from tpu_stack.sharding.axes import (
     BATCH,
     EMBED,
+    EXPERT,
     FFW,
     HEADS,
     KV_HEADS,
@@ -41,6 +42,9 @@ MESH_AXES: dict[str, tuple[str, ...]] = {
     "train": ("data", "fsdp", "tensor"),
     "serve": ("data", "tensor"),
 }
+EXPERT_AXIS = "expert"
+"""A mesh axis of either role that a mesh has only where it is named, before its last axis. Experts
+are split over it, and every token is on all of its devices: it is for mixtures of experts alone."""
 DEFAULT_ROLE: dict[str, Role] = {"8t": "train", "8i": "serve"}
 
 
@@ -63,8 +67,8 @@ PRECISION: dict[str, Precision] = {
 class Profile:
     """How one program is laid out on one kind of chip.
 
-    Invariants: `mesh` has exactly the axes of its role, in order, and its product is
-    chips x devices per chip unless the profile is emulated.
+    Invariants: `mesh` has exactly the axes of its role, in order, and `expert` before the last
+    where it was named; its product is chips x devices per chip unless the profile is emulated.
 
     Attributes:
       name: the string it came from. chip: key of the chip facts. role: "train" or "serve".
@@ -100,13 +104,13 @@ class Profile:
 
         Raises UserError when the profile has a topology and the sizes do not multiply to it.
         """
-        sizes = parse_mesh(text, MESH_AXES[self.role])
+        sizes = parse_profile_mesh(self.role, text)
         if self.chips is not None and prod(sizes.values()) != self.devices:
             raise UserError(
                 f"mesh {text!r} has {prod(sizes.values())} devices,"
                 f" and {self.name} has {self.devices}"
             )
-        return dataclasses.replace(self, mesh=sizes)
+        return dataclasses.replace(self, mesh=sizes, rules=rules_of(self.role, sizes))
 
     def check(self, specs: Iterable[TensorSpec]) -> None:
         """Raises UserError at the first tensor that the mesh does not divide evenly."""
@@ -146,6 +150,22 @@ class Profile:
             ideal = {axis: size**shrink for axis, size in self.mesh.items()}
         sizes = next(iter(_nearest_meshes(ideal, n)))
         return dataclasses.replace(self, mesh=sizes, emulated=emulated)
+
+
+def parse_profile_mesh(role: Role, text: str) -> dict[str, int]:
+    """Sizes of the axes of a role's mesh; `expert` is among them only where `text` names it."""
+    *first, last = MESH_AXES[role]
+    sizes = parse_mesh(text, (*first, EXPERT_AXIS, last))
+    if not any(part.startswith(f"{EXPERT_AXIS}=") for part in text.split(",")):
+        del sizes[EXPERT_AXIS]
+    return sizes
+
+
+def rules_of(role: Role, mesh: Mapping[str, int]) -> Rules:
+    """A role's rules on this mesh: with an axis for experts where it has one."""
+    if EXPERT_AXIS not in mesh:
+        return RULES[role]
+    return Rules({**RULES[role].table, EXPERT: (EXPERT_AXIS,)})
 
 
 def _nearest_meshes(ideal: Mapping[str, float], n: int) -> list[dict[str, int]]:

@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from tpu_stack.models.config import ModelConfig
-from tpu_stack.models.decoder import Params, forward
+from tpu_stack.models.decoder import Params, forward_with_balance
 from tpu_stack.sharding.axes import BATCH
 from tpu_stack.sharding.constrain import constrain
 from tpu_stack.training.config import TrainConfig
@@ -53,7 +53,17 @@ def summed_loss(
     config: ModelConfig, params: Params, batch: Batch, *, dtype: Any, remat: Any, unroll: int
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Sum of the loss over labelled tokens, and their number, both float32 scalars."""
-    logits = forward(
+    total, count, _ = loss_and_balance(
+        config, params, batch, dtype=dtype, remat=remat, unroll=unroll
+    )
+    return total, count
+
+
+def loss_and_balance(
+    config: ModelConfig, params: Params, batch: Batch, *, dtype: Any, remat: Any, unroll: int
+) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""] | None]:
+    """As `summed_loss`, and the routers' load-balance loss over all tokens, None without any."""
+    logits, balance = forward_with_balance(
         config,
         params,
         batch["tokens"],
@@ -65,7 +75,7 @@ def summed_loss(
     )
     mask = batch["loss_mask"].astype(jnp.float32)
     loss = negative_log_likelihood(logits, batch["targets"])
-    return jnp.sum(loss * mask), jnp.sum(mask)
+    return jnp.sum(loss * mask), jnp.sum(mask), balance
 
 
 def make_train_step(
@@ -79,22 +89,32 @@ def make_train_step(
     """The step function; jit it with the state's shardings and donate the state.
 
     The gradient is that of the mean loss over the labelled tokens of the whole global batch,
-    however the batch is split into micro-batches or over devices.
+    however the batch is split into micro-batches or over devices. A mixture of experts adds its
+    load-balance loss times `config.balance_loss`, the mean over micro-batches; "loss" is without.
     """
 
-    def loss_of(params: Params, batch: Batch, tokens: Float[Array, ""]) -> Float[Array, ""]:
+    def loss_of(params: Params, batch: Batch, tokens: Float[Array, ""]):
         cast = jax.tree.map(lambda w: w.astype(dtype), params)
-        total, _ = summed_loss(config, cast, batch, dtype=dtype, remat=remat, unroll=train.unroll)
-        return total / tokens
+        total, _, balance = loss_and_balance(
+            config, cast, batch, dtype=dtype, remat=remat, unroll=train.unroll
+        )
+        loss = total / tokens
+        if balance is None:
+            return loss, loss
+        return loss + config.balance_loss / train.accumulate * balance, loss
+
+    def loss_and_gradient(params: Params, batch: Batch, tokens: Float[Array, ""]):
+        (_, loss), grads = jax.value_and_grad(loss_of, has_aux=True)(params, batch, tokens)
+        return loss, grads
 
     def gradient(params: Params, batch: Batch):
         tokens = jnp.maximum(jnp.sum(batch["loss_mask"].astype(jnp.float32)), 1.0)
         if train.accumulate == 1:
-            return jax.value_and_grad(loss_of)(params, batch, tokens)
+            return loss_and_gradient(params, batch, tokens)
 
         def add_micro_batch(sums, micro):
             micro = {name: constrain(x, BATCH, None) for name, x in micro.items()}
-            found = jax.value_and_grad(loss_of)(params, micro, tokens)
+            found = loss_and_gradient(params, micro, tokens)
             return jax.tree.map(jnp.add, sums, found), None
 
         parts = train.accumulate

@@ -49,7 +49,7 @@ def pieces(family: Family, config: ModelConfig) -> Iterator[Piece]:
             within = spec.name.removeprefix("blocks.")
             template = "model.layers.{layer}." + family.block[within]
             stacked = 2 if "{expert}" in template else 1
-        transposed = spec.contract_axis == -2
+        transposed = spec.contract_axis == -2 or spec.name.endswith(".router")
         shape = spec.shape[stacked:]
         for index in product(*map(range, spec.shape[:stacked])):
             named = dict(zip(("layer", "expert"), index, strict=False))
