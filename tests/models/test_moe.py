@@ -22,7 +22,9 @@ from tpu_stack.quant.grouped import grouped_matmul
 from tpu_stack.sharding.constrain import sharding_scope
 from tpu_stack.sharding.mesh import make_mesh
 from tpu_stack.sharding.profiles import get_profile
+from tpu_stack.training.config import TrainConfig
 from tpu_stack.training.layout import StateLayout
+from tpu_stack.training.step import make_train_step
 
 CONFIG = ModelConfig(
     vocab_size=64,
@@ -260,3 +262,33 @@ def test_presets_have_the_published_sizes(name, total, active):
 def test_impossible_mixtures_are_refused(changes):
     with pytest.raises(UserError, match=r"model\."):
         replace(CONFIG, **changes)
+
+
+def test_experts_train_in_bfloat16_on_a_mesh():
+    """The usual training step: master weights in float32, products in bfloat16, recomputed."""
+    config = CONFIG.replace(n_layers=1, balance_loss=1.0)
+    train = TrainConfig(batch_size=8, seq_len=16, accumulate=2)
+    profile = get_profile("8t").with_mesh("fsdp=2,expert=2,tensor=2")
+    mesh, optimizer = make_mesh(profile.mesh), optax.adam(3e-2)
+    layout = StateLayout.of(config, optimizer, profile, mesh)
+    ids = np.random.default_rng(0).integers(0, 64, (8, 17))
+    batch = {
+        "tokens": ids[:, :-1],
+        "targets": ids[:, 1:],
+        "positions": np.broadcast_to(np.arange(16), (8, 16)),
+        "segment_ids": np.ones((8, 16), np.int32),
+        "loss_mask": np.ones((8, 16), bool),
+    }
+    step = make_train_step(config, optimizer, train, dtype=jnp.bfloat16, remat="full")
+    with sharding_scope(mesh, profile.rules):
+        jitted = jax.jit(step, out_shardings=(layout.shardings, None))
+        state, batch = layout.init(0), jax.device_put(batch, layout.batch)
+        losses = []
+        for _ in range(12):
+            state, metrics = jitted(state, batch)
+            losses.append(float(metrics["loss"]))
+    router = state.params["blocks"]["mlp"]["router"]
+    assert router.dtype == jnp.float32
+    assert abs(losses[0] - np.log(64)) < 1.0  # the balance loss, at least 2, is not in it
+    assert losses[-1] < losses[0] - 1.0
+    assert np.isfinite(np.asarray(router)).all()

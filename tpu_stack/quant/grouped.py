@@ -101,7 +101,9 @@ def _elsewhere(x: Array, w: Any, sizes: Array, transpose: bool) -> Array:
 
 
 def _outer_elsewhere(left: Array, right: Array, sizes: Array) -> Array:
-    return jax.lax.ragged_dot_general(left, right, sizes, _RAGGED_ROWS)
+    return jax.lax.ragged_dot_general(
+        left, right, sizes, _RAGGED_ROWS, preferred_element_type=jnp.float32
+    )
 
 
 class _Walk:
