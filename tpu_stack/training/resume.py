@@ -30,6 +30,10 @@ def _fingerprint(
         "data": asdict(data),
         "corpus": text,
     }
+    return _flat(groups)
+
+
+def _flat(groups: dict[str, dict[str, Any]]) -> dict[str, Any]:
     flat = {f"{group}.{name}": value for group, d in groups.items() for name, value in d.items()}
     return {name: list(v) if isinstance(v, tuple) else v for name, v in flat.items()}
 
@@ -67,8 +71,13 @@ def restore_state(
     """
     step = store.latest()
     meta = store.meta(step)
+    if "iterator" not in meta:
+        raise UserError(f"cannot resume {store.run}: it was imported, and holds parameters only")
+    # Fields of the model that came after the checkpoint are what they were without being told.
+    model = ModelConfig.from_dict(meta["model"]).to_dict()
+    said = meta["run"] | _flat({"model": model})
     for name, now in _fingerprint(config, train, data, corpus).items():
-        before = meta["run"].get(name)
+        before = said.get(name)
         if before != now:
             raise UserError(f"cannot resume {store.run}: {name} was {before!r} and is now {now!r}")
     batches.set_state(meta["iterator"])
