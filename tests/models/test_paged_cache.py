@@ -1,5 +1,10 @@
 """The paged cache against the contiguous one and against float64, page by page and row by row."""
 
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import chex
@@ -141,3 +146,14 @@ def test_a_row_is_the_same_bits_beside_any_neighbours():
     mixed = run(jnp.array([[37], [191], [150]]))
     chex.assert_trees_all_equal(alone[0], mixed[0])
     assert not bool(jnp.any(alone[1:]))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra [aot]")
+def test_the_tpu_compiler_copies_no_cache():
+    """Heads in the scatter's window cost two copies of the cache per layer; now nothing near it."""
+    script = Path(__file__).parent / "compile_paged_decode.py"
+    run = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=300, check=True
+    )
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found["temporaries"] < found["cache"] / 20

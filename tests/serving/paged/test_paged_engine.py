@@ -307,3 +307,22 @@ def test_guesses_are_what_followed_the_last_time():
     got = guess(history, jnp.array([8, 8]), 3)
     np.testing.assert_array_equal(got, [[9, 5, 6], [-1, -1, -1]])
     np.testing.assert_array_equal(guess(history, jnp.array([5, 0]), 3), [[7, 8, 5], [-1, -1, -1]])
+
+
+def test_preempted_sequences_finish_on_the_weights_they_began_with():
+    """On 20 pages some are out when the weights come; they come back before anybody new."""
+    requests = [GenerationRequest(prompt_of(5, n), 100) for n in range(8)]
+    target, want = engine(20), []
+    for request in requests:
+        want.append(ask(target, request)[1])
+    finish(target)
+    target = engine(20)
+    asked = [ask(target, request)[1] for request in requests]
+    while not target.stats().preempted:
+        target.step()
+    target.load(parameters(1), "finish")
+    _, after = ask(target, dataclasses.replace(requests[0], priority=-1))
+    finish(target)
+    assert [tokens_of(events) for events in asked] == [tokens_of(events) for events in want]
+    assert tokens_of(after) != tokens_of(want[0])
+    assert target.stats().generation == 1

@@ -124,7 +124,8 @@ class EngineThread:
         ticket = Ticket(next(self._numbers), request)
 
         def begin() -> None:
-            self._arriving -= 1
+            with self._wake:
+                self._arriving -= 1
             self._sequences[ticket.number] = self._engine.submit(ticket, listener)
 
         with self._wake:
@@ -190,11 +191,8 @@ class EngineThread:
 
     def _run(self) -> None:
         while not self._stopped:
-            with self._wake:
-                commands, self._commands = self._commands, deque()
-            for command in commands:
-                command()
             try:
+                self._obey()
                 worked = self._engine.step()
             except Exception as error:
                 logging.getLogger(__name__).exception("the engine's step failed")
@@ -208,6 +206,12 @@ class EngineThread:
                     self._idle = not self._stats.waiting
                     self._wake.wait(timeout=0.05 if self._stats.waiting else None)
 
+    def _obey(self) -> None:
+        with self._wake:
+            commands, self._commands = self._commands, deque()
+        for command in commands:
+            command()
+
     def _forget_finished(self) -> None:
         self._sequences = {n: s for n, s in self._sequences.items() if not s.done}
 
@@ -215,6 +219,7 @@ class EngineThread:
         """After an error the device's state is unknown: everyone is told, and the engine stops."""
         with self._wake:
             self._closing = self._stopped = self._idle = True
+        self._obey()  # who submitted meanwhile is told too
         for sequence in self._sequences.values():
             if not sequence.done:
                 sequence.done = True

@@ -120,7 +120,8 @@ class PagedEngine:
         if self._next is None:
             return
         params, in_flight = self._next
-        if in_flight == "finish" and self.running:
+        begun = self.running or self.queue.best(begun=True)
+        if in_flight == "finish" and begun:
             return
         self._drain()
         for sequence in self.running:
@@ -144,9 +145,9 @@ class PagedEngine:
     # Admission --------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        while (best := self.queue.best()) is not None:
-            waits_for_weights = self._next is not None and best.saved is None
-            if waits_for_weights or not self._make_room(best):
+        old_weights = self._next is not None  # only those that began with them go on
+        while (best := self.queue.best(begun=old_weights)) is not None:
+            if not self._make_room(best):
                 return
             self.queue.remove(best)
             best.slot = self._rows.index(None)
@@ -292,7 +293,6 @@ class PagedEngine:
         self._sent.append((output, batch))
         self._counters["decode_steps"] += 1
         self._counters["decode_rows"] += len(batch)
-        self._counters["drafted"] += len(batch) * self.shapes.guesses
         return True
 
     def _limit(self, sequence: Sequence) -> int:
@@ -347,6 +347,7 @@ class PagedEngine:
         output, batch = self._sent.popleft()
         started = time.perf_counter()
         tokens, counts = np.asarray(output.tokens), np.asarray(output.counts)
+        guessed = np.asarray(output.guessed)
         waited = time.perf_counter() - started
         details = None
         if any(s.request.sampling.logprobs is not None for _, s in batch):
@@ -354,6 +355,7 @@ class PagedEngine:
             details = tuple(map(np.asarray, arrays))
         for row, sequence in batch:
             sequence.pending -= tokens.shape[1]
+            self._counters["drafted"] += int(guessed[row])
             self._counters["accepted"] += max(0, int(counts[row]) - 1)
             for t in range(int(counts[row])):
                 if sequence.done:

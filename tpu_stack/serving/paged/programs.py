@@ -161,10 +161,15 @@ class Programs:
     def save(self, ids: list[int]) -> dict[str, np.ndarray]:
         """The pages' contents, on the host."""
         saved = self._save(self._cache, self._padded(ids))
-        return jax.tree.map(np.asarray, saved)
+        return {name: np.asarray(array)[:, :, : len(ids)].copy() for name, array in saved.items()}
 
     def restore(self, ids: list[int], saved: dict[str, np.ndarray]) -> None:
         """Puts saved contents into other pages."""
+        missing = self.shapes.entries - len(ids)
+        saved = {
+            name: np.pad(array, [(0, 0), (0, 0), (0, missing), (0, 0), (0, 0)])
+            for name, array in saved.items()
+        }
         self._cache = self._restore(self._cache, self._padded(ids), saved)
 
     def _padded(self, ids: list[int]) -> np.ndarray:

@@ -88,15 +88,17 @@ class WaitingQueue:
         line = self._lines.setdefault((request.priority, request.client), deque())
         (line.appendleft if first else line.append)(sequence)
 
-    def best(self) -> Sequence | None:
-        """The one to serve next; it stays in the queue."""
-        if not self._lines:
-            return None
-        key = min(
-            self._lines,
-            key=lambda key: (key[0], self._served.get(key[1], 0.0), self._lines[key][0].rank),
+    def best(self, *, begun: bool = False) -> Sequence | None:
+        """The one to serve next, of those that were preempted when `begun`; it stays queued."""
+        heads = (
+            next((s for s in line if s.saved is not None or not begun), None)
+            for line in self._lines.values()
         )
-        return self._lines[key][0]
+        return min((head for head in heads if head is not None), key=self._order, default=None)
+
+    def _order(self, sequence: Sequence) -> tuple[int, float, tuple[int, int]]:
+        request = sequence.request
+        return request.priority, self._served.get(request.client, 0.0), sequence.rank
 
     def remove(self, sequence: Sequence) -> None:
         """Takes it out; ValueError when it is not in."""

@@ -68,11 +68,13 @@ class Arrivals:
 class StepOutput:
     """What a step chose, for the host: `tokens[b, :counts[b]]` are row b's new tokens.
 
-    Log-probabilities are zeros where no row asked for them.
+    `guessed[b]` counts what speculation proposed for it, right or wrong. Log-probabilities are
+    zeros where no row asked for them.
     """
 
     tokens: Int[Array, "B T"]
     counts: Int[Array, "B"]
+    guessed: Int[Array, "B"]
     logprobs: Float[Array, "B T"]
     top_ids: Int[Array, "B T n"]
     top_logprobs: Float[Array, "B T n"]
@@ -132,7 +134,9 @@ def insert(
     counts_RV = counts_RV.at[each, tokens_R].add(fresh_R)
     new = DecodeState(tokens_R, positions_R, history_RS, counts_RV, seen_RV, arrivals.rows)
     put = lambda old, row: old.at[arrivals.slots].set(row, mode="drop")  # noqa: E731
-    output = _output(logits_RV[:, None], tokens_R[:, None], fresh_R, arrivals.rows, fresh_R)
+    output = _output(
+        logits_RV[:, None], tokens_R[:, None], fresh_R, fresh_R & False, arrivals.rows, fresh_R
+    )
     return jax.tree.map(put, state, new), output
 
 
@@ -173,7 +177,8 @@ def decode_step(
     chosen_BT = jnp.stack(chosen, axis=1)
     true_BK = jnp.cumprod((chosen_BT[:, :-1] == drafts_BK).astype(jnp.int32), axis=1)
     new_B = jnp.where(active_B, 1 + jnp.sum(true_BK, axis=1), 0)
-    output = _output(logits_BTV, chosen_BT, new_B, state.rows, active_B)
+    guessed_B = jnp.where(active_B, jnp.sum(drafts_BK >= 0, axis=1), 0)
+    output = _output(logits_BTV, chosen_BT, new_B, guessed_B, state.rows, active_B)
     return new_cache, _advance(state, chosen_BT, new_B), output
 
 
@@ -198,7 +203,7 @@ def _advance(
     )
 
 
-def _output(logits_BTV, chosen_BT, new_B, rows: SamplingRows, active_B) -> StepOutput:
+def _output(logits_BTV, chosen_BT, new_B, guessed_B, rows: SamplingRows, active_B) -> StepOutput:
     """With log-probabilities where an active row wants them."""
     B, T, V = logits_BTV.shape
     flat = logits_BTV.reshape(B * T, V)
@@ -215,6 +220,7 @@ def _output(logits_BTV, chosen_BT, new_B, rows: SamplingRows, active_B) -> StepO
     return StepOutput(
         chosen_BT,
         new_B.astype(jnp.int32),
+        guessed_B.astype(jnp.int32),
         chosen.reshape(B, T),
         ids.reshape(B, T, n),
         top.reshape(B, T, n),
