@@ -128,7 +128,7 @@ def test_what_collectives_serve_and_what_covers_them(cache):
         assert f"gather of blocks.mlp.{name}, backward" in gathered
     assert "gather of unembed, forward" in gathered
     sums = [c.serves for c in found if c.kind == "all-reduce" and c.axes == ("tensor",)]
-    assert any("dot_general in MLP.__call__ (models/layers.py:" in text for text in sums)
+    assert any("dot_general in MLP.__call__ (models/mlp.py:" in text for text in sums)
     asynchronous = [c for c in found if c.overlapped and c.kind == "all-gather"]
     assert asynchronous
     assert all((c.cover_cycles or 0) > 0 for c in asynchronous)
