@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tpu_stack.cli import serve
 from tpu_stack.cli.main import parse
+from tpu_stack.cli.serve import http as serve
 from tpu_stack.data.sources import Document
 from tpu_stack.data.tokenizer import build_tokenizer
 from tpu_stack.errors import UserError
@@ -91,7 +91,7 @@ PROGRAM = textwrap.dedent(
         vocab_size=64, slots=options.slots, step_s=0.05
     )
     sys.modules[build.__name__] = build
-    from tpu_stack.cli import serve
+    from tpu_stack.cli.serve import http as serve
     from tpu_stack.cli.main import parse
     serve.run(parse("serve", serve.Options, sys.argv[2:]))
     """

@@ -2,7 +2,8 @@
 
 Each verb is a module of this folder with a frozen dataclass `Options` (its docstring is the help
 text and ends in an example) and a function `run(options)`; or a package with `ACTIONS`, each such a
-module. Modules are imported only when called, so `tpu-stack --help` needs no JAX.
+module, and perhaps a `DEFAULT` for when the next word is none of them. Modules are imported only
+when called, so `tpu-stack --help` needs no JAX.
 
 >>> main(["chips", "8i"])
 """
@@ -123,11 +124,15 @@ def main(argv: list[str]) -> int:
     _check_word("verb", verb, VERBS)
     _prepare_backend()
     module = importlib.import_module(f"tpu_stack.cli.{verb}")
-    if hasattr(module, "ACTIONS"):
+    actions = getattr(module, "ACTIONS", None)
+    default = getattr(module, "DEFAULT", None)
+    if default is not None and (not rest or rest[0] not in module.ACTIONS):
+        module = importlib.import_module(f"tpu_stack.cli.{verb}.{default}")
+    elif actions is not None:
         if not rest or rest[0] in ("-h", "--help", "help"):
-            print(_usage("action", f"{verb} ", module.ACTIONS))
+            print(_usage("action", f"{verb} ", actions))
             return 0
-        _check_word(f"{verb} action", rest[0], module.ACTIONS)
+        _check_word(f"{verb} action", rest[0], actions)
         module = importlib.import_module(f"tpu_stack.cli.{verb}.{rest[0]}")
         verb, rest = f"{verb} {rest[0]}", rest[1:]
     try:

@@ -55,6 +55,12 @@ def place(
     return profile, make_mesh(profile.mesh, devices)
 
 
+def serving_placement(profile_text: str, options: PlacementOptions) -> PlacementOptions:
+    """One emulated device unless more are asked for: virtual ones share this CPU and are slower."""
+    asked = ":" in profile_text or options != PlacementOptions()
+    return options if asked else PlacementOptions(devices=1)
+
+
 def wanted_devices(role: "Role", options: PlacementOptions) -> int | None:
     """How many devices the options ask for; None when they leave it open."""
     from tpu_stack.sharding.profiles import parse_profile_mesh

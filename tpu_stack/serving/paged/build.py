@@ -61,6 +61,7 @@ def start_service(
             f"the mesh has data={mesh.shape['data']}; the engine splits a model over tensor only,"
             " so run one server per group of devices"
         )
+    profile = options.applied(profile)
     shapes = engine_shapes(config, profile, options)
     programs = Programs(config, profile, mesh, shapes)
     programs.warm_up(params)
@@ -69,7 +70,10 @@ def start_service(
         "mesh": dict(profile.mesh),
         "emulated": profile.emulated,
         "page": shapes.page,
+        "slots": shapes.slots,
         "pages": shapes.pages,
+        "compute_dtype": profile.precision.compute,
+        "cache_dtype": profile.precision.cache or profile.precision.compute,
         **(facts or {}),
     }
     return EngineThread(PagedEngine(programs, params), options.queue, described)

@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import Positional
 
 from tpu_stack.cli.console import save_json
-from tpu_stack.cli.placement import PlacementOptions, Unprefixed, place
+from tpu_stack.cli.placement import (
+    PlacementOptions,
+    Unprefixed,
+    place,
+    serving_placement,
+)
 from tpu_stack.errors import UserError
 from tpu_stack.serving.engine_options import EngineOptions
 from tpu_stack.serving.http.limits import Limits
@@ -30,6 +35,7 @@ class Options:
     """Serve a bundle: /v1/completions, /v1/chat/completions, /v1/models, /metrics, and a page at /.
 
     SIGTERM or Ctrl-C finishes what is in flight and exits with 0; a second one exits at once.
+    `tpu-stack serve bench` measures an engine under load.
 
     Example: tpu-stack serve runs/a-int4 --port 8000
     """
@@ -73,7 +79,7 @@ def run(options: Options) -> None:
         profile, mesh = place(
             options.profile,
             "serve",
-            _placement(options),
+            serving_placement(options.profile, options.place),
             with_groups(bundle.config, bundle.manifest.format),
         )
         print(f"loading {options.bundle} ...", file=sys.stderr, flush=True)
@@ -94,12 +100,6 @@ def run(options: Options) -> None:
         _serve(options, bundle, service, keys, listener, said)
     finally:
         listener.close()
-
-
-def _placement(options: Options) -> PlacementOptions:
-    """One emulated device unless more are asked for: virtual ones share this CPU and are slower."""
-    asked = ":" in options.profile or options.place != PlacementOptions()
-    return options.place if asked else PlacementOptions(devices=1)
 
 
 def _serve(

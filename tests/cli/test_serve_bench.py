@@ -1,0 +1,83 @@
+"""The verb `serve bench`: a real engine under both loops, and what is refused."""
+
+import json
+
+import pytest
+
+from tpu_stack.cli.main import main
+from tpu_stack.cli.serve import bench
+from tpu_stack.models.presets import PRESETS
+from tpu_stack.serving.engine_options import EngineOptions
+from tpu_stack.serving.paged import build
+from tpu_stack.sharding.profiles import get_profile
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A model of a second under a preset's name, and no programs for batches nobody sends."""
+    import dataclasses
+
+    small = dataclasses.replace(
+        PRESETS["nano"], vocab_size=64, d_model=64, n_layers=1, d_ff=128, max_seq_len=64
+    )
+    monkeypatch.setitem(PRESETS, "tiny", small)
+    monkeypatch.setattr(build, "CHUNKS", (64,))
+    monkeypatch.setattr(build, "PROMPTS", (1,))
+
+
+@pytest.mark.parametrize("loop", [["--streams", "3"], ["--rate", "50"]])
+def test_a_real_engine_answers_every_request_in_full(tiny, loop, tmp_path, capsys):
+    out = tmp_path / "bench.json"
+    argv = ["serve", "bench", "--model", "tiny", "--requests", "6", "--lengths", "4-20:2-6"]
+    assert main([*argv, *loop, "--cache-dtype", "int8", "--json", str(out)]) == 0
+    said = json.loads(out.read_text())
+    assert said["completed"] == said["requests"] == 6
+    assert said["recompilations"] == 0
+    assert said["cache_dtype"] == "int8"
+    assert said["hbm_utilisation"] is None  # emulated
+    assert set(said["ttft_ms"]) == {"p50", "p95", "p99"}
+    assert "tiny (int8), 8i emulated on CPU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "name a bundle, or a --model"),
+        (["--model", "nano", "--requests", "0"], "--requests is 0"),
+        (["--model", "nano", "--streams", "-1"], "--streams is -1"),
+        (["--model", "nano", "--rate", "0"], "--rate is 0"),
+        (["--model", "nano", "--lengths", "12"], "--lengths has '12'"),
+        (["--model", "nano", "--peer-dtype", "fp8"], "--peer-dtype is fp8"),
+        (["--model", "nono"], "nono"),
+        (["nowhere"], "nowhere"),
+    ],
+)
+def test_bad_options_are_one_line(argv, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["serve", "bench", *argv])
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_bundle_is_served_where_the_word_is_no_action(capsys):
+    """`serve FOLDER` is the server, `serve bench` the benchmark."""
+    with pytest.raises(SystemExit):
+        main(["serve", "no-such-folder"])
+    assert "no-such-folder is not a bundle" in capsys.readouterr().err
+    assert bench.Options().lengths == "64:24"
+
+
+@pytest.mark.parametrize(
+    ("asked", "compute", "cache"),
+    [
+        ({}, "bfloat16", "bfloat16"),
+        ({"dtype": "float32"}, "float32", "float32"),
+        ({"cache_dtype": "fp8"}, "bfloat16", "float8_e4m3fn"),
+        ({"dtype": "float32", "cache_dtype": "int8"}, "float32", "int8"),
+    ],
+)
+def test_precision_is_the_profiles_unless_asked(asked, compute, cache):
+    precision = EngineOptions(**asked).applied(get_profile("8i")).precision
+    assert (precision.compute, precision.cache) == (compute, cache)

@@ -1,0 +1,193 @@
+"""`tpu-stack serve bench`: load on an engine, in a closed or an open loop, beside transformers."""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import Positional
+
+from tpu_stack.cli.console import print_table, save_json
+from tpu_stack.cli.placement import PlacementOptions, Unprefixed, place, serving_placement
+from tpu_stack.errors import UserError
+from tpu_stack.serving.engine_options import EngineOptions
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure an engine under load: throughput, TTFT and TPOT at p50, p95 and p99.
+
+    Without --rate the loop is closed: --streams requests are open at any time. With it, requests
+    arrive in a Poisson process. Prompts are random tokens; every answer has its full length.
+
+    Example: tpu-stack serve bench runs/a-int4 --lengths 64:24x3,512:64 --rate 4
+    """
+
+    bundle: Positional[Path | None] = None
+    """A bundle that `tpu-stack pack` wrote; or name a --model."""
+    model: str | None = None
+    """Preset of which to make random weights, in place of a bundle."""
+    format: str = "int8"
+    """Weight format of --model: float32, bf16, int8, int4 and the others of `tpu-stack pack`."""
+    lengths: str = "64:24"
+    """Mix of lengths in tokens, PROMPT:NEW[xWEIGHT],...; each a number or LEAST-MOST."""
+    requests: int = 64
+    """Requests in all."""
+    rate: float | None = None
+    """Requests per second, for an open loop."""
+    streams: int = 8
+    """Requests open at once, in the closed loop."""
+    repeats: int = 1
+    """Runs; the one of median throughput is shown."""
+    peer_python: Path | None = None
+    """An interpreter with torch and transformers, to run the same requests on this shape with
+    random weights, in batches of --streams."""
+    peer_dtype: str = "float32"
+    """The peer's dtype: float32 or bfloat16."""
+    profile: str = "8i"
+    """Serving profile, NAME[:TOPOLOGY]; counts chips."""
+    seed: int = 0
+    """Which lengths, prompts and arrivals."""
+    json: Path | None = None
+    """Also write the results to this file."""
+    engine: Annotated[EngineOptions, Unprefixed] = field(default_factory=EngineOptions)
+    place: Annotated[PlacementOptions, Unprefixed] = field(default_factory=PlacementOptions)
+
+
+def run(options: Options) -> None:
+    """Measures and prints a table."""
+    from tpu_stack.serving.bench.workload import LengthMix, arrival_times
+
+    _check(options)
+    mix = LengthMix.parse(options.lengths)
+    if options.rate is not None:
+        arrival_times(count=1, rate=options.rate, seed=0)
+    result = measure(options, mix)
+    rows = _rows(result)
+    what, where = f"{result['model']} ({result['format']})", result["profile"]
+    where = f"{where} emulated on CPU" if result["emulated"] else where
+    print_table(f"{what}, {where}: {result['load']} (measured)", ["what", "value"], rows)
+    save_json(options.json, result)
+
+
+def _check(options: Options) -> None:
+    if (options.bundle is None) == (options.model is None):
+        raise UserError("name a bundle, or a --model for random weights, and not both")
+    for name in ("requests", "streams", "repeats"):
+        if (value := getattr(options, name)) < 1:
+            raise UserError(f"--{name} is {value}; it must be at least 1")
+    if options.peer_dtype not in ("float32", "bfloat16"):
+        raise UserError(f"--peer-dtype is {options.peer_dtype}; it is float32 or bfloat16")
+
+
+def measure(options: Options, mix: Any) -> dict[str, Any]:
+    """Builds the engine, runs the load and the peer; JSON-ready."""
+    from tpu_stack.serving.bench.bandwidth import hbm_utilisation
+    from tpu_stack.serving.bench.peer import run_transformers
+    from tpu_stack.serving.bench.workload import make_requests
+    from tpu_stack.serving.paged.build import start_service
+
+    config, format, profile, mesh, params = _weights(options)
+    service = start_service(config, params, profile, mesh, options.engine)
+    try:
+        requests = make_requests(
+            mix,
+            count=options.requests,
+            vocab_size=config.vocab_size,
+            max_length=service.max_length,
+            seed=options.seed,
+        )
+        outcomes = [_once(options, service, requests) for _ in range(options.repeats)]
+        facts = service.describe()
+    finally:
+        service.close(0.0)
+    outcomes.sort(key=lambda each: each.report()["new_tokens_per_s"])
+    outcome = outcomes[len(outcomes) // 2]
+    result = {
+        "model": options.model or str(options.bundle),
+        "format": format,
+        "lengths": options.lengths,
+        "load": f"{options.rate:g} requests a second" if options.rate is not None
+        else f"{options.streams} streams",
+        **facts,
+        **outcome.report(),
+        "runs_new_tokens_per_s": [each.report()["new_tokens_per_s"] for each in outcomes],
+        "hbm_utilisation": hbm_utilisation(
+            outcome, config, format, options.engine.applied(profile)
+        ),
+        "peer": None,
+    }  # fmt: skip
+    if options.peer_python is not None:
+        del params, service
+        print("running the peer ...", file=sys.stderr, flush=True)
+        peer = run_transformers(
+            options.peer_python,
+            config,
+            requests,
+            options.streams,
+            options.peer_dtype,
+            options.repeats,
+        )
+        peer["ratio"] = result["new_tokens_per_s"] / peer["new_tokens_per_s"]
+        result["peer"] = peer
+    return result
+
+
+def _weights(options: Options) -> tuple[Any, str, Any, Any, Any]:
+    from tpu_stack.models.presets import get_preset
+    from tpu_stack.planner.tensors import with_groups
+    from tpu_stack.serving.bench.random_weights import random_params
+    from tpu_stack.serving.bundle import Bundle
+
+    placement = serving_placement(options.profile, options.place)
+    if options.bundle is not None:
+        bundle = Bundle.open(options.bundle)
+        config, format = bundle.config, bundle.manifest.format
+        profile, mesh = place(options.profile, "serve", placement, with_groups(config, format))
+        return config, format, profile, mesh, bundle.load(profile, mesh)
+    assert options.model is not None
+    config, format = get_preset(options.model), options.format
+    grouped = "bf16" if format == "float32" else format
+    profile, mesh = place(options.profile, "serve", placement, with_groups(config, grouped))
+    return config, format, profile, mesh, random_params(config, format, profile, mesh)
+
+
+def _once(options: Options, service: Any, requests: Any) -> Any:
+    from tpu_stack.serving.bench.measure import closed_loop, open_loop
+    from tpu_stack.serving.bench.workload import arrival_times
+
+    if options.rate is None:
+        return closed_loop(service, requests, options.streams)
+    times = arrival_times(count=len(requests), rate=options.rate, seed=options.seed)
+    return open_loop(service, requests, times)
+
+
+def _rows(result: dict[str, Any]) -> list[list[str]]:
+    def cuts(name: str) -> str:
+        return ", ".join(f"{value:,.1f}" for value in result[name].values()) or "-"
+
+    used = result["hbm_utilisation"]
+    rows = [
+        ["requests completed", f"{result['completed']} of {result['requests']}"],
+        ["seconds", f"{result['seconds']:.1f}"],
+        ["new tokens/s", f"{result['new_tokens_per_s']:,.1f}"],
+        ["prompt and new tokens/s", f"{result['tokens_per_s']:,.1f}"],
+        ["requests/s", f"{result['requests_per_s']:.2f}"],
+        ["TTFT ms, p50, p95, p99", cuts("ttft_ms")],
+        ["TPOT ms, p50, p95, p99", cuts("tpot_ms")],
+        ["latency ms, p50, p95, p99", cuts("latency_ms")],
+        ["rows per decode step", f"{result['rows_per_decode_step']:.1f} of {result['slots']}"],
+        ["HBM bandwidth used", "- (emulated)" if result["emulated"] else "-"
+         if used is None else f"{used:.0%}"],
+    ]  # fmt: skip
+    if result["refused"] or result["preempted"]:
+        rows.append(["refused, preempted", f"{result['refused']}, {result['preempted']}"])
+    if result["drafted"]:
+        share = result["accepted"] / result["drafted"]
+        rows.append(["guesses kept", f"{result['accepted']} of {result['drafted']} ({share:.0%})"])
+    if (peer := result["peer"]) is not None:
+        rows.append(
+            [f"peer: {peer['name']}, {peer['dtype']}", f"{peer['new_tokens_per_s']:,.1f} tokens/s"]
+        )
+        rows.append(["this / the peer", f"{peer['ratio']:.2f}x"])
+    return rows

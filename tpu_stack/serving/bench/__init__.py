@@ -1,0 +1,1 @@
+"""Load on an engine, measured: what is asked, when, and how long the answers take."""
