@@ -83,14 +83,15 @@ def test_a_folder_that_is_no_bundle_is_refused(tmp_path):
 
 PROGRAM = textwrap.dedent(
     """
-    import sys, types
+    import sys
     sys.path.insert(0, sys.argv[1])
     from fake_service import FakeService
-    build = types.ModuleType("tpu_stack.serving.paged.build")
-    build.build_service = lambda bundle, profile, mesh, options: FakeService(
-        vocab_size=64, slots=options.slots, step_s=0.05
+    from tpu_stack.cli.serve import building
+    from tpu_stack.sharding.profiles import get_profile
+    building.build = lambda weights, where, engine: (
+        FakeService(vocab_size=64, slots=engine.slots, step_s=0.05),
+        get_profile(where.profile, "serve").emulate(1),
     )
-    sys.modules[build.__name__] = build
     from tpu_stack.cli.serve import http as serve
     from tpu_stack.cli.main import parse
     serve.run(parse("serve", serve.Options, sys.argv[2:]))

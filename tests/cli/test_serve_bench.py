@@ -18,14 +18,23 @@ def tiny(monkeypatch):
     import dataclasses
 
     small = dataclasses.replace(
-        PRESETS["nano"], vocab_size=64, d_model=64, n_layers=1, d_ff=128, max_seq_len=64
+        PRESETS["nano"],
+        vocab_size=64,
+        d_model=64,
+        n_layers=1,
+        d_ff=128,
+        n_heads=4,
+        n_kv_heads=4,
+        max_seq_len=64,
     )
     monkeypatch.setitem(PRESETS, "tiny", small)
     monkeypatch.setattr(build, "CHUNKS", (64,))
     monkeypatch.setattr(build, "PROMPTS", (1,))
 
 
-@pytest.mark.parametrize("loop", [["--streams", "3"], ["--rate", "50"]])
+@pytest.mark.parametrize(
+    "loop", [["--streams", "3"], ["--rate", "50"], ["--prefill", "8t:4", "--decode", "8i:4"]]
+)
 def test_a_real_engine_answers_every_request_in_full(tiny, loop, tmp_path, capsys):
     out = tmp_path / "bench.json"
     argv = ["serve", "bench", "--model", "tiny", "--requests", "6", "--lengths", "4-20:2-6"]
@@ -36,7 +45,9 @@ def test_a_real_engine_answers_every_request_in_full(tiny, loop, tmp_path, capsy
     assert said["cache_dtype"] == "int8"
     assert said["hbm_utilisation"] is None  # emulated
     assert set(said["ttft_ms"]) == {"p50", "p95", "p99"}
-    assert "tiny (int8), 8i emulated on CPU" in capsys.readouterr().out
+    where = "8i:4" if "--decode" in loop else "8i"
+    assert f"tiny (int8), {where} emulated on CPU" in capsys.readouterr().out
+    assert said.get("prefill_profile") == ("8t:4" if "--prefill" in loop else None)
 
 
 @pytest.mark.parametrize(
@@ -49,6 +60,13 @@ def test_a_real_engine_answers_every_request_in_full(tiny, loop, tmp_path, capsy
         (["--model", "nano", "--lengths", "12"], "--lengths has '12'"),
         (["--model", "nano", "--peer-dtype", "fp8"], "--peer-dtype is fp8"),
         (["--model", "nono"], "nono"),
+        (["--model", "nano", "--prefill", "8t:4"], "--prefill and --decode go together"),
+        (["--model", "nano", "--prefill", "8t", "--decode", "8i:4"], "--prefill is 8t; say on how"),
+        (
+            ["--model", "nano", "--prefill", "8t:4", "--decode", "8i:4", "--devices", "2"],
+            "take the place of --profile, --mesh and --devices",
+        ),
+        (["--model", "nano", "--draft", "no-draft"], "no-draft is not a bundle"),
         (["nowhere"], "nowhere"),
     ],
 )

@@ -55,6 +55,39 @@ def place(
     return profile, make_mesh(profile.mesh, devices)
 
 
+def place_two(
+    prefill: str, decode: str, specs: Sequence[TensorSpec]
+) -> "tuple[tuple[Profile, Mesh], tuple[Profile, Mesh]]":
+    """Two serving profiles on separate devices, NAME:CHIPS each; on a CPU a device per chip.
+
+    Raises UserError where one says no count of chips, or they do not fit.
+    """
+    from tpu_stack.sharding.mesh import make_mesh
+    from tpu_stack.sharding.profiles import get_profile
+
+    on_cpu, profiles, counts = _on_cpu(), [], []
+    for flag, text in (("--prefill", prefill), ("--decode", decode)):
+        profile = get_profile(text, "serve")
+        if profile.chips is None:
+            raise UserError(f"{flag} is {text}; say on how many chips, as {text}:4")
+        profiles.append(profile)
+        counts.append(profile.chips if on_cpu else profile.devices)
+    devices = start_devices(sum(counts) if on_cpu else None)
+    if sum(counts) != len(devices):
+        raise UserError(
+            f"--prefill {prefill} and --decode {decode} need {sum(counts)} devices; here are"
+            f" {len(devices)}"
+        )
+    sides = []
+    for profile, count in zip(profiles, counts, strict=True):
+        here, devices = devices[:count], devices[count:]
+        profile = profile.emulate(count) if on_cpu else profile
+        profile = profile.fit(specs)
+        profile.check(specs)
+        sides.append((profile, make_mesh(profile.mesh, here)))
+    return sides[0], sides[1]
+
+
 def serving_placement(profile_text: str, options: PlacementOptions) -> PlacementOptions:
     """One emulated device unless more are asked for: virtual ones share this CPU and are slower."""
     asked = ":" in profile_text or options != PlacementOptions()
@@ -78,6 +111,12 @@ def wanted_devices(role: "Role", options: PlacementOptions) -> int | None:
     return wanted
 
 
+def _on_cpu() -> bool:
+    import jax
+
+    return jax.config.jax_platforms == "cpu"
+
+
 def start_devices(wanted: int | None) -> list:
     """The devices to run on: `wanted` virtual ones on a CPU, all there are elsewhere.
 
@@ -86,8 +125,7 @@ def start_devices(wanted: int | None) -> list:
     """
     import jax
 
-    on_cpu = jax.config.jax_platforms == "cpu"
-    if on_cpu:
+    if _on_cpu():
         count = wanted or EMULATED_DEVICES
         try:
             jax.config.update("jax_num_cpu_devices", max(count, EMULATED_DEVICES))

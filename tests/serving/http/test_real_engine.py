@@ -12,7 +12,8 @@ from serving_model import serving as placed
 from tpu_stack.errors import UserError
 from tpu_stack.models.decoder import init_params
 from tpu_stack.serving.engine_options import EngineOptions
-from tpu_stack.serving.paged.build import EngineThread, start_service
+from tpu_stack.serving.paged.build import start_service
+from tpu_stack.serving.paged.thread import EngineThread
 from tpu_stack.serving.requests import Finished, GenerationRequest, QueueFull, Token
 
 PROMPT = "the quick brown fox"

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 from tyro.conf import Positional
 
 from tpu_stack.cli.console import print_table, save_json
-from tpu_stack.cli.placement import PlacementOptions, Unprefixed, place, serving_placement
+from tpu_stack.cli.placement import Unprefixed
+from tpu_stack.cli.serve.building import ServingOptions, Weights, build
 from tpu_stack.errors import UserError
 from tpu_stack.serving.engine_options import EngineOptions
 
@@ -44,14 +45,12 @@ class Options:
     random weights, in batches of --streams."""
     peer_dtype: str = "float32"
     """The peer's dtype: float32 or bfloat16."""
-    profile: str = "8i"
-    """Serving profile, NAME[:TOPOLOGY]; counts chips."""
     seed: int = 0
     """Which lengths, prompts and arrivals."""
     json: Path | None = None
     """Also write the results to this file."""
     engine: Annotated[EngineOptions, Unprefixed] = field(default_factory=EngineOptions)
-    place: Annotated[PlacementOptions, Unprefixed] = field(default_factory=PlacementOptions)
+    where: Annotated[ServingOptions, Unprefixed] = field(default_factory=ServingOptions)
 
 
 def run(options: Options) -> None:
@@ -85,10 +84,10 @@ def measure(options: Options, mix: Any) -> dict[str, Any]:
     from tpu_stack.serving.bench.bandwidth import hbm_utilisation
     from tpu_stack.serving.bench.peer import run_transformers
     from tpu_stack.serving.bench.workload import make_requests
-    from tpu_stack.serving.paged.build import start_service
 
-    config, format, profile, mesh, params = _weights(options)
-    service = start_service(config, params, profile, mesh, options.engine)
+    weights = _weights(options)
+    config, format = weights.config, weights.format
+    service, profile = build(weights, options.where, options.engine)
     try:
         requests = make_requests(
             mix,
@@ -112,13 +111,11 @@ def measure(options: Options, mix: Any) -> dict[str, Any]:
         **facts,
         **outcome.report(),
         "runs_new_tokens_per_s": [each.report()["new_tokens_per_s"] for each in outcomes],
-        "hbm_utilisation": hbm_utilisation(
-            outcome, config, format, options.engine.applied(profile)
-        ),
+        "hbm_utilisation": hbm_utilisation(outcome, config, format, profile),
         "peer": None,
     }  # fmt: skip
     if options.peer_python is not None:
-        del params, service
+        del service, outcomes
         print("running the peer ...", file=sys.stderr, flush=True)
         peer = run_transformers(
             options.peer_python,
@@ -133,23 +130,13 @@ def measure(options: Options, mix: Any) -> dict[str, Any]:
     return result
 
 
-def _weights(options: Options) -> tuple[Any, str, Any, Any, Any]:
+def _weights(options: Options) -> Weights:
     from tpu_stack.models.presets import get_preset
-    from tpu_stack.planner.tensors import with_groups
-    from tpu_stack.serving.bench.random_weights import random_params
-    from tpu_stack.serving.bundle import Bundle
 
-    placement = serving_placement(options.profile, options.place)
     if options.bundle is not None:
-        bundle = Bundle.open(options.bundle)
-        config, format = bundle.config, bundle.manifest.format
-        profile, mesh = place(options.profile, "serve", placement, with_groups(config, format))
-        return config, format, profile, mesh, bundle.load(profile, mesh)
+        return Weights.of(options.bundle)
     assert options.model is not None
-    config, format = get_preset(options.model), options.format
-    grouped = "bf16" if format == "float32" else format
-    profile, mesh = place(options.profile, "serve", placement, with_groups(config, grouped))
-    return config, format, profile, mesh, random_params(config, format, profile, mesh)
+    return Weights(get_preset(options.model), options.format)
 
 
 def _once(options: Options, service: Any, requests: Any) -> Any:

@@ -1,6 +1,5 @@
 """`tpu-stack serve`: a bundle behind OpenAI's HTTP API, with metrics and a page."""
 
-import importlib
 import importlib.util
 import ipaddress
 import math
@@ -13,12 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import Positional
 
 from tpu_stack.cli.console import save_json
-from tpu_stack.cli.placement import (
-    PlacementOptions,
-    Unprefixed,
-    place,
-    serving_placement,
-)
+from tpu_stack.cli.placement import Unprefixed
+from tpu_stack.cli.serve import building
+from tpu_stack.cli.serve.building import ServingOptions
 from tpu_stack.errors import UserError
 from tpu_stack.serving.engine_options import EngineOptions
 from tpu_stack.serving.http.limits import Limits
@@ -26,8 +22,6 @@ from tpu_stack.serving.http.limits import Limits
 if TYPE_CHECKING:
     from tpu_stack.serving.bundle import Bundle
     from tpu_stack.serving.service import Service
-
-_ENGINE = "tpu_stack.serving.paged.build"
 
 
 @dataclass(frozen=True)
@@ -48,9 +42,6 @@ class Options:
     """Port to listen on; 0 picks a free one."""
     name: str | None = None
     """The model's name for clients; the default is the bundle's folder."""
-    profile: str = "8i"
-    """Serving profile, NAME[:TOPOLOGY]; counts chips. Without a topology, a mesh or a number of
-    devices, a CPU emulates one device."""
     api_key_file: Path | None = None
     """A file of keys, one a line, one of which /v1 then asks for."""
     drain_s: float = 30.0
@@ -59,45 +50,37 @@ class Options:
     """Also write where and what is served to this file, once it is ready."""
     engine: Annotated[EngineOptions, Unprefixed] = field(default_factory=EngineOptions)
     limits: Limits = field(default_factory=Limits)
-    place: Annotated[PlacementOptions, Unprefixed] = field(default_factory=PlacementOptions)
+    where: Annotated[ServingOptions, Unprefixed] = field(default_factory=ServingOptions)
 
 
 def run(options: Options) -> None:
     """Serves until SIGTERM or Ctrl-C."""
     _require_extra()
-    from tpu_stack.planner.tensors import with_groups
-    from tpu_stack.serving.bundle import Bundle
     from tpu_stack.serving.http.server import address_of, bind
 
     options.limits.check()
     if not 0 <= options.drain_s < math.inf:
         raise UserError(f"--drain-s is {options.drain_s}; it must be at least 0 and finite")
     keys = _read_keys(options.api_key_file)
-    bundle = Bundle.open(options.bundle)
+    weights = building.Weights.of(options.bundle)
     listener = bind(options.host, options.port)
     try:
-        profile, mesh = place(
-            options.profile,
-            "serve",
-            serving_placement(options.profile, options.place),
-            with_groups(bundle.config, bundle.manifest.format),
-        )
         print(f"loading {options.bundle} ...", file=sys.stderr, flush=True)
-        build_service = importlib.import_module(_ENGINE).build_service
-        service = build_service(bundle, profile, mesh, options.engine)
+        service, profile = building.build(weights, options.where, options.engine)
         if not keys and not _is_loopback(options.host):
             print(f"warning: {options.host} is open to others, and no API key is asked for"
                   " (--api-key-file)", file=sys.stderr)  # fmt: skip
         said = {
             "url": address_of(listener),
             "model": options.name or options.bundle.resolve().name,
-            "format": bundle.manifest.format,
+            "format": weights.format,
             "profile": profile.name,
             "mesh": dict(profile.mesh),
             "emulated": profile.emulated,
             "pid": os.getpid(),
         }
-        _serve(options, bundle, service, keys, listener, said)
+        assert weights.bundle is not None
+        _serve(options, weights.bundle, service, keys, listener, said)
     finally:
         listener.close()
 

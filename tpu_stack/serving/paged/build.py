@@ -1,28 +1,21 @@
-"""An engine from a bundle, and the thread that drives it.
+"""A running engine from weights on a mesh, or on two.
 
->>> service = build_service(bundle, profile, mesh, EngineOptions(slots=8))
+>>> service = start_service(config, params, profile, mesh, EngineOptions(slots=8))
 """
 
-import itertools
-import logging
-import threading
-import time
-from collections import deque
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 from jax.sharding import Mesh
 
 from tpu_stack.errors import UserError
 from tpu_stack.models.config import ModelConfig
-from tpu_stack.serving.bundle import Bundle
 from tpu_stack.serving.engine_options import EngineOptions
-from tpu_stack.serving.paged.engine import InFlight, PagedEngine
-from tpu_stack.serving.paged.programs import Programs, Shapes
-from tpu_stack.serving.paged.sequence import Sequence
-from tpu_stack.serving.requests import Finished, GenerationRequest, QueueFull
-from tpu_stack.serving.service import Listener, Stats, Ticket
+from tpu_stack.serving.paged.engine import PagedEngine
+from tpu_stack.serving.paged.programs import Programs
+from tpu_stack.serving.paged.shapes import Shapes
+from tpu_stack.serving.paged.thread import EngineThread
+from tpu_stack.serving.paged.two_meshes import TwoMeshes
 from tpu_stack.sharding.profiles import Profile
 
 PAGE = {"emulated": 16, "tpu": 128}
@@ -35,16 +28,13 @@ CPU_SLOTS = 8
 """XLA:CPU multiplies batches under eight ten times slower."""
 
 
-def build_service(
-    bundle: Bundle, profile: Profile, mesh: Mesh, options: EngineOptions
-) -> "EngineThread":
-    """The service for a bundle, compiled and running.
+@dataclass(frozen=True)
+class Side:
+    """A mesh and what is on it: parameters, or with a draft the pair of both models'."""
 
-    Raises UserError when the mesh splits the batch, or the bundle does not fit the mesh.
-    """
-    params = bundle.load(profile, mesh)
-    facts = {"format": bundle.manifest.format}
-    return start_service(bundle.config, params, profile, mesh, options, facts)
+    params: Any
+    profile: Profile
+    mesh: Mesh
 
 
 def start_service(
@@ -54,17 +44,22 @@ def start_service(
     mesh: Mesh,
     options: EngineOptions,
     facts: dict[str, Any] | None = None,
-) -> "EngineThread":
-    """As `build_service`, from parameters laid out on the mesh."""
-    if mesh.shape.get("data", 1) > 1:
-        raise UserError(
-            f"the mesh has data={mesh.shape['data']}; the engine splits a model over tensor only,"
-            " so run one server per group of devices"
-        )
-    profile = options.applied(profile)
-    shapes = engine_shapes(config, profile, options)
-    programs = Programs(config, profile, mesh, shapes)
-    programs.warm_up(params)
+    *,
+    draft: ModelConfig | None = None,
+    prefill: Side | None = None,
+) -> EngineThread:
+    """The engine, compiled and running; `facts` are added to what it says of itself.
+
+    Args:
+      params: laid out on `mesh`; with a draft, the pair (the model's, the draft's).
+      prefill: another mesh, to prefill on; `mesh` then decodes only.
+
+    Raises UserError when a mesh splits the batch, or sizes do not fit.
+    """
+    side = Side(params, options.applied(profile), mesh)
+    shapes = engine_shapes(config, side.profile, options)
+    engine = _engine(config, side, shapes, draft, prefill, options)
+    precision = side.profile.precision
     described = {
         "profile": profile.name,
         "mesh": dict(profile.mesh),
@@ -72,11 +67,49 @@ def start_service(
         "page": shapes.page,
         "slots": shapes.slots,
         "pages": shapes.pages,
-        "compute_dtype": profile.precision.compute,
-        "cache_dtype": profile.precision.cache or profile.precision.compute,
+        "compute_dtype": precision.compute,
+        "cache_dtype": precision.cache or precision.compute,
+        **({"guesses": shapes.guesses} if shapes.guesses else {}),
+        **_of_prefill(prefill),
         **(facts or {}),
     }
-    return EngineThread(PagedEngine(programs, params), options.queue, described)
+    return EngineThread(engine, options.queue, described)
+
+
+def _engine(
+    config: ModelConfig,
+    side: Side,
+    shapes: Shapes,
+    draft: ModelConfig | None,
+    prefill: Side | None,
+    options: EngineOptions,
+) -> PagedEngine:
+    decode = _programs(config, side, shapes, draft)
+    programs: Programs | TwoMeshes = decode
+    params = side.params
+    if prefill is not None:
+        first = Side(prefill.params, options.applied(prefill.profile), prefill.mesh)
+        programs = TwoMeshes(_programs(config, first, shapes, draft), decode)
+        params = (first.params, side.params)
+    programs.warm_up(params)
+    return PagedEngine(programs, params)
+
+
+def _programs(
+    config: ModelConfig, side: Side, shapes: Shapes, draft: ModelConfig | None
+) -> Programs:
+    if (data := side.mesh.shape.get("data", 1)) > 1:
+        raise UserError(
+            f"the mesh has data={data}; the engine splits a model over tensor only,"
+            " so run one server per group of devices"
+        )
+    return Programs(config, side.profile, side.mesh, shapes, draft)
+
+
+def _of_prefill(prefill: Side | None) -> dict[str, Any]:
+    if prefill is None:
+        return {}
+    return {"prefill_profile": prefill.profile.name, "prefill_mesh": dict(prefill.profile.mesh)}
 
 
 def engine_shapes(config: ModelConfig, profile: Profile, options: EngineOptions) -> Shapes:
@@ -94,138 +127,3 @@ def engine_shapes(config: ModelConfig, profile: Profile, options: EngineOptions)
             f"--pages is {pages}; one sequence of {length} tokens needs {entries} of {page}"
         )
     return Shapes(slots, length, page, pages, CHUNKS, PROMPTS, options.guesses)
-
-
-class EngineThread:
-    """`Service`: a thread that steps an engine while it has work."""
-
-    def __init__(self, engine: PagedEngine, queue_limit: int, facts: dict[str, Any]):
-        self._engine, self._limit, self._facts = engine, queue_limit, facts
-        self._numbers = itertools.count(1)
-        self._commands: deque[Callable[[], None]] = deque()
-        self._sequences: dict[int, Sequence] = {}
-        self._wake = threading.Condition()
-        self._closing = self._stopped = False
-        self._idle = True
-        self._arriving = 0
-        self._stats = engine.stats()
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
-
-    @property
-    def max_length(self) -> int:
-        """Prompt and output tokens of one request, at most."""
-        return self._engine.shapes.length
-
-    @property
-    def vocab_size(self) -> int:
-        """Ids lie in [0, vocab_size)."""
-        return self._engine.programs.config.vocab_size
-
-    def submit(self, request: GenerationRequest, listener: Listener) -> Ticket:
-        """Queues a request. Raises QueueFull, or UserError for a request it cannot serve."""
-        request.check(self.vocab_size, self.max_length)
-        ticket = Ticket(next(self._numbers), request)
-
-        def begin() -> None:
-            with self._wake:
-                self._arriving -= 1
-            self._sequences[ticket.number] = self._engine.submit(ticket, listener)
-
-        with self._wake:
-            if self._closing:
-                raise UserError("the engine is shutting down and takes no more requests")
-            waiting = self._stats.waiting + self._arriving
-            if waiting >= self._limit:
-                raise QueueFull(waiting, self._retry_after())
-            self._arriving += 1
-            self._idle = False
-            self._commands.append(begin)
-            self._wake.notify()
-        return ticket
-
-    def _retry_after(self) -> float:
-        """Seconds in which about one slot's worth of work gets done."""
-        stats = self._stats
-        done = max(1, sum(stats.finished.values()))
-        return max(1.0, round(stats.step_s / done, 1))
-
-    def cancel(self, ticket: Ticket) -> None:
-        """Ends a request with reason "cancelled"; nothing happens when it has finished."""
-
-        def end() -> None:
-            sequence = self._sequences.get(ticket.number)
-            if sequence is not None:
-                self._engine.cancel(sequence)
-
-        self._command(end)
-
-    def load(self, params: Any, in_flight: InFlight = "finish") -> None:
-        """Replaces the weights between two steps; see `PagedEngine.load`. Returns at once."""
-        self._command(lambda: self._engine.load(params, in_flight))
-
-    def _command(self, command: Callable[[], None]) -> None:
-        with self._wake:
-            self._commands.append(command)
-            self._wake.notify()
-
-    def stats(self) -> Stats:
-        """How things stand; cheap, from any thread."""
-        return replace(self._stats, waiting=self._stats.waiting + self._arriving)
-
-    def describe(self) -> dict[str, Any]:
-        """JSON-ready facts that do not change."""
-        return dict(self._facts)
-
-    def close(self, drain_s: float | None = None) -> None:
-        """Takes no more requests, waits up to `drain_s` for those it has, cancels the rest."""
-        with self._wake:
-            self._closing = True
-        deadline = time.monotonic() + (drain_s or 0.0)
-        while time.monotonic() < deadline and not self._idle:
-            time.sleep(0.01)
-
-        def stop() -> None:
-            for sequence in [*self._engine.queue, *self._engine.running]:
-                self._engine.cancel(sequence)
-            self._stopped = True
-
-        self._command(stop)
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._stopped:
-            try:
-                self._obey()
-                worked = self._engine.step()
-            except Exception as error:
-                logging.getLogger(__name__).exception("the engine's step failed")
-                self._fail(error)
-                return
-            self._stats = self._engine.stats()
-            if len(self._sequences) > 4 * self._limit:
-                self._forget_finished()
-            with self._wake:
-                if not worked and not self._commands and not self._stopped:
-                    self._idle = not self._stats.waiting
-                    self._wake.wait(timeout=0.05 if self._stats.waiting else None)
-
-    def _obey(self) -> None:
-        with self._wake:
-            commands, self._commands = self._commands, deque()
-        for command in commands:
-            command()
-
-    def _forget_finished(self) -> None:
-        self._sequences = {n: s for n, s in self._sequences.items() if not s.done}
-
-    def _fail(self, error: Exception) -> None:
-        """After an error the device's state is unknown: everyone is told, and the engine stops."""
-        with self._wake:
-            self._closing = self._stopped = self._idle = True
-        self._obey()  # who submitted meanwhile is told too
-        for sequence in self._sequences.values():
-            if not sequence.done:
-                sequence.done = True
-                prompt, new = len(sequence.request.prompt), sequence.new_tokens
-                sequence.listener(Finished("error", prompt, new, sequence.cached, str(error)))

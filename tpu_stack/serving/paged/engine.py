@@ -16,15 +16,18 @@ from typing import Any, Literal
 
 import numpy as np
 
+from tpu_stack.serving.paged.batches import arrivals, next_chunk
 from tpu_stack.serving.paged.pool import PagePool
-from tpu_stack.serving.paged.programs import Programs
+from tpu_stack.serving.paged.programs import Prefilled, Programs
+from tpu_stack.serving.paged.residents import Residents
 from tpu_stack.serving.paged.sequence import (
     OUTPUT_WEIGHT,
     PROMPT_WEIGHT,
     Sequence,
     WaitingQueue,
 )
-from tpu_stack.serving.paged.state import StepOutput, arrivals_of
+from tpu_stack.serving.paged.state import StepOutput
+from tpu_stack.serving.paged.two_meshes import TwoMeshes
 from tpu_stack.serving.requests import Finished, FinishReason, Restarted, Token
 from tpu_stack.serving.service import Listener, Stats, Ticket
 
@@ -35,12 +38,11 @@ Sent = tuple[StepOutput, list[tuple[int, Sequence]]]
 class PagedEngine:
     """Sequences, pages and slots of one set of programs. Not thread-safe: one thread steps it."""
 
-    def __init__(self, programs: Programs, params: Any):
+    def __init__(self, programs: Programs | TwoMeshes, params: Any):
         self.programs, self.params, self.shapes = programs, params, programs.shapes
-        self.pool = PagePool(self.shapes.pages, self.shapes.page)
+        self.residents = Residents(self.shapes)
         self.queue = WaitingQueue()
-        self._rows: list[Sequence | None] = [None] * self.shapes.slots
-        self._tables = np.zeros((self.shapes.slots, self.shapes.entries), np.int32)
+        self._landing: deque[tuple[Prefilled, list[Sequence], list[Sequence | None]]] = deque()
         self._sent: deque[Sent] = deque()
         self._next: tuple[Any, InFlight] | None = None
         self._counters: Counter[str] = Counter()
@@ -70,9 +72,14 @@ class PagedEngine:
         self._next = (params, in_flight)
 
     @property
+    def pool(self) -> PagePool:
+        """The pages of the key/value cache."""
+        return self.residents.pool
+
+    @property
     def running(self) -> list[Sequence]:
         """Sequences in slots, prefilling or decoding."""
-        return [sequence for sequence in self._rows if sequence is not None]
+        return self.residents.all
 
     def stats(self) -> Stats:
         """A snapshot, but for what the service counts."""
@@ -99,6 +106,7 @@ class PagedEngine:
         self._replace_weights()
         self._admit()
         worked = self._prefill()
+        self._land(wait=not worked and not any(s.decoding for s in self.running))
         worked |= self._decode()
         while len(self._sent) > (1 if worked else 0):
             waited += self._read_oldest()
@@ -125,7 +133,7 @@ class PagedEngine:
             return
         self._drain()
         for sequence in self.running:
-            self._leave(sequence)
+            self.residents.leave(sequence)
             self._restart(sequence)
             self.queue.add(sequence, first=True)
         for sequence in self.queue:  # preempted ones hold what the old weights computed
@@ -150,120 +158,67 @@ class PagedEngine:
             if not self._make_room(best):
                 return
             self.queue.remove(best)
-            best.slot = self._rows.index(None)
-            self._rows[best.slot] = best
-            self._tables[best.slot] = 0
-            self._enter_pages(best)
+            self.residents.seat(best)
             if best.saved is not None:
-                self._resume(best)
+                self.programs.restore(self.residents.filled_pages(best), best.saved)
+                best.saved = None
+                self._insert(None, 1, [best])
 
     def _make_room(self, sequence: Sequence) -> bool:
         """Whether there is a slot, and pages are held for it; lower priorities make way."""
-        while None not in self._rows or not self._hold_pages(sequence):
+        while not self.residents.has_slot or not self.residents.hold(sequence):
             victim = max(self.running, key=lambda each: each.rank, default=None)
             if victim is None or victim.request.priority <= sequence.request.priority:
                 return False
             self._preempt(victim)
         return True
 
-    def _hold_pages(self, sequence: Sequence) -> bool:
-        """Takes the pages of all tokens so far and one more, some of them other sequences'."""
-        shared = [] if sequence.saved is not None else self.pool.shared(sequence.names)
-        self.pool.take(shared)
-        wanted = self._pages_for(min(len(sequence.tokens) + 1, self.shapes.length)) - len(shared)
-        fresh = self.pool.allocate(wanted)
-        if fresh is None:
-            self.pool.release(shared)
-            return False
-        for page in fresh:
-            page.owner = sequence
-        sequence.pages = [*shared, *fresh]
-        if sequence.saved is None:
-            count = len(sequence.names)
-            self.pool.name(sequence.pages[len(shared) : count], sequence.names[len(shared) :])
-        return True
-
-    def _pages_for(self, tokens: int) -> int:
-        return -(-tokens // self.shapes.page)
-
-    def _enter_pages(self, sequence: Sequence) -> None:
-        self._tables[sequence.slot, : len(sequence.pages)] = [page.id for page in sequence.pages]
-
-    def _resume(self, sequence: Sequence) -> None:
-        ids = [page.id for page in sequence.pages[: self._pages_for(len(sequence.tokens) - 1)]]
-        self.programs.restore(ids, sequence.saved)
-        sequence.saved = None
-        self._insert(None, 1, [sequence])
+    def _preempt(self, sequence: Sequence) -> None:
+        """Takes a sequence out of its slot, its pages kept on the host, and queues it again."""
+        self._drain()
+        if sequence.slot is None:
+            return  # its last token was among those just read
+        if sequence.decoding:
+            sequence.saved = self.programs.save(self.residents.filled_pages(sequence))
+        else:
+            sequence.computed = sequence.cached = 0
+        self.residents.leave(sequence)
+        self.queue.add(sequence, first=True)
+        self._counters["preempted"] += 1
 
     # Prefill ----------------------------------------------------------------------------------
 
     def _prefill(self) -> bool:
         """One chunk of the first prompts in rank that can go on."""
-        waiting = sorted((s for s in self.running if not s.decoding), key=lambda s: s.rank)
-        waiting = [sequence for sequence in waiting if self._can_compute(sequence)]
-        if not waiting:
+        able = [s for s in sorted(self.running, key=lambda s: s.rank) if self._prefills(s)]
+        if not able:
             return False
-        chunk = self._chunk(waiting[0])
-        batch = [s for s in waiting if self._chunk(s) == chunk][: max(self.shapes.rows)]
-        rows = min(rows for rows in self.shapes.rows if rows >= len(batch))
-        tokens = np.zeros((rows, chunk), np.int32)
-        starts, lengths = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
-        tables = np.zeros((rows, self.shapes.entries), np.int32)
-        for row, sequence in enumerate(batch):
-            part = sequence.request.prompt[sequence.computed : sequence.computed + chunk]
-            tokens[row, : len(part)], lengths[row] = part, len(part)
-            starts[row], tables[row] = sequence.computed, self._tables[sequence.slot]
-        logits = self.programs.prefill(self.params, tokens, starts, lengths, tables)
-        for sequence, length in zip(batch, lengths, strict=False):
-            self._computed(sequence, int(length))
+        batch, arrays = next_chunk(able, self.residents.tables, self.shapes)
+        prefilled = self.programs.prefill(self.params, *arrays)
+        for sequence, length in zip(batch, arrays.lengths, strict=False):
+            self.residents.computed(sequence, int(length))
+            self.queue.charge(sequence.request.client, PROMPT_WEIGHT * int(length))
         done = [s if s.computed == len(s.request.prompt) else None for s in batch]
-        if any(done):
-            self._insert(logits, rows, done)
+        self._landing.append((prefilled, batch, done))
         self._counters["prefill_steps"] += 1
         return True
 
-    def _chunk(self, sequence: Sequence) -> int:
-        left = len(sequence.request.prompt) - sequence.computed
-        return next((c for c in self.shapes.chunks if c >= left), self.shapes.chunks[-1])
+    def _prefills(self, sequence: Sequence) -> bool:
+        left = sequence.computed < len(sequence.request.prompt)
+        return left and self.residents.can_compute(sequence)
 
-    def _can_compute(self, sequence: Sequence) -> bool:
-        """Skips pages that are ready; False while somebody else computes the next one.
-
-        Pages that nobody computes any more, because their owner left, are taken over.
-        """
-        page = self.shapes.page
-        while sequence.computed % page == 0 and sequence.computed // page < len(sequence.names):
-            held = sequence.pages[sequence.computed // page]
-            if held.owner is sequence or not (held.ready or held.owner is not None):
-                break
-            if not held.ready:
-                return False
-            sequence.computed += page
-            sequence.cached += page
-        for held in sequence.pages[sequence.computed // page :]:
-            if held.owner is None:
-                held.owner = sequence
-        return True
-
-    def _computed(self, sequence: Sequence, tokens: int) -> None:
-        first = sequence.computed // self.shapes.page
-        sequence.computed += tokens
-        for page in sequence.pages[first : sequence.computed // self.shapes.page]:
-            page.ready = True
-        self.queue.charge(sequence.request.client, PROMPT_WEIGHT * tokens)
+    def _land(self, *, wait: bool) -> None:
+        """Hands chunks that are done to decoding, in order; those to come too, to `wait`."""
+        while self._landing and (wait or self.programs.arrived(self._landing[0][0])):
+            prefilled, _, done = self._landing.popleft()
+            logits = self.programs.land(prefilled)
+            if any(done):
+                self._insert(logits, logits.shape[0], done)
 
     def _insert(self, logits: Any, rows: int, sequences: list[Sequence | None]) -> None:
         """Gives prompts that are done, and sequences that resume, their rows of the batch."""
-        entries: list[tuple[int, list[int], int, Any]] = [
-            (self.shapes.slots, [0], 1, None)
-            if s is None or s.slot is None
-            else (s.slot, s.tokens, len(s.request.prompt), s.request.sampling)
-            for s in sequences
-        ]
         vocab = self.programs.config.vocab_size
-        shapes = self.shapes
-        arrivals = arrivals_of(shapes.slots, shapes.length, vocab, rows, entries)
-        output = self.programs.insert(logits, arrivals)
+        output = self.programs.insert(logits, arrivals(sequences, rows, vocab, self.shapes))
         fresh = [(r, s) for r, s in enumerate(sequences) if s is not None and not s.new_tokens]
         for sequence in sequences:
             if sequence is not None:
@@ -289,7 +244,7 @@ class PagedEngine:
         for slot, sequence in batch:
             active[slot] = True
             sequence.pending += 1 + self.shapes.guesses
-        output = self.programs.decode(self.params, self._tables.copy(), active)
+        output = self.programs.decode(self.params, self.residents.tables.copy(), active)
         self._sent.append((output, batch))
         self._counters["decode_steps"] += 1
         self._counters["decode_rows"] += len(batch)
@@ -307,38 +262,17 @@ class PagedEngine:
         """Sees that the next step's keys have a page, if need be by preempting the last in rank."""
         while True:
             known = len(sequence.tokens) + sequence.pending + self.shapes.guesses
-            missing = self._pages_for(min(known, self.shapes.length)) - len(sequence.pages)
-            if missing <= 0:
+            if self.residents.grow(sequence, known):
                 return
-            fresh = self.pool.allocate(missing)
-            if fresh is not None:
-                for page in fresh:
-                    page.owner = sequence
-                sequence.pages += fresh
-                self._enter_pages(sequence)
-                return
-            victim = max(self.running, key=lambda each: each.rank)
-            self._preempt(victim)
+            self._preempt(max(self.running, key=lambda each: each.rank))
             if sequence.slot is None or not self._goes_on(sequence):
                 return
-
-    def _preempt(self, sequence: Sequence) -> None:
-        """Takes a sequence out of its slot, its pages kept on the host, and queues it again."""
-        self._drain()
-        if sequence.slot is None:
-            return  # its last token was among those just read
-        if sequence.decoding:
-            ids = [page.id for page in sequence.pages[: self._pages_for(len(sequence.tokens) - 1)]]
-            sequence.saved = self.programs.save(ids)
-        else:
-            sequence.computed = sequence.cached = 0
-        self._leave(sequence)
-        self.queue.add(sequence, first=True)
-        self._counters["preempted"] += 1
 
     # Results ----------------------------------------------------------------------------------
 
     def _drain(self) -> None:
+        """Waits for all that was sent off."""
+        self._land(wait=True)
         while self._sent:
             self._read_oldest()
 
@@ -386,20 +320,11 @@ class PagedEngine:
         if sequence.slot is None:
             self.queue.remove(sequence)
         else:
-            self._leave(sequence)
+            if any(sequence in batch for _, batch, _ in self._landing):
+                self._land(wait=True)  # its pages go to others, who must not find it landing there
+            self.residents.leave(sequence)
         sequence.done, sequence.saved = True, None
         self._finished[reason] += 1
         prompt = len(sequence.request.prompt)
         event = Finished(reason, prompt, sequence.new_tokens, sequence.cached, detail)
         sequence.listener(event)
-
-    def _leave(self, sequence: Sequence) -> None:
-        """Gives back the slot and the pages."""
-        for page in sequence.pages:
-            if page.owner is sequence:
-                page.owner = None
-        self.pool.release(sequence.pages)
-        assert sequence.slot is not None
-        self._rows[sequence.slot] = None
-        sequence.slot, sequence.pages = None, []
-        sequence.decoding, sequence.pending = False, 0

@@ -1,8 +1,10 @@
-"""The compiled programs of an engine: every shape it will ever run, compiled before the first
-request.
+"""The compiled programs of an engine, and the state that they change: caches and decoding rows.
+
+Everything is compiled before the first request. With a draft model, each program runs both: they
+have a cache each, and one page table serves the two.
 
 >>> programs = Programs(config, profile, mesh, Shapes(...))
->>> logits_RV = programs.prefill(params, tokens, starts, lengths, tables)
+>>> prefilled = programs.prefill(params, tokens, starts, lengths, tables)
 """
 
 from dataclasses import dataclass, replace
@@ -14,9 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from tpu_stack.errors import UserError
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.models.paged_cache import PAGES_AXES, PagedCache, init_paged_cache
+from tpu_stack.serving.paged.draft import draft_tokens
 from tpu_stack.serving.paged.guess import guess
+from tpu_stack.serving.paged.page_io import Contents, read_pages, write_pages
+from tpu_stack.serving.paged.shapes import Shapes
 from tpu_stack.serving.paged.state import (
     Arrivals,
     StepOutput,
@@ -29,102 +35,109 @@ from tpu_stack.serving.paged.state import (
 from tpu_stack.sharding.constrain import sharding_scope
 from tpu_stack.sharding.profiles import Profile
 
+Caches = tuple[PagedCache, ...]
+
 
 @dataclass(frozen=True)
-class Shapes:
-    """What programs are compiled for.
+class Prefilled:
+    """What a prefill program left: `logits`, [R, V], after the last token of each row, and on two
+    meshes the pages that are on their way from one to the other."""
 
-    Attributes:
-      slots: B. length: S, a multiple of page. page: tokens of a page. pages: P.
-      chunks: prompt tokens per row of a prefill program; tails are padded up to one of them.
-      rows: prompts per prefill program, 1 among them. guesses: tokens guessed per step, 0 for none.
-    """
-
-    slots: int
-    length: int
-    page: int
-    pages: int
-    chunks: tuple[int, ...]
-    rows: tuple[int, ...]
-    guesses: int = 0
-
-    @property
-    def entries(self) -> int:
-        """Pages of the longest sequence."""
-        return self.length // self.page
+    logits: jax.Array
+    pages: Any = None
 
 
-def _prefill(config, dtype, params, cache, tables, *args):
-    cache, logits = prefill_step(config, dtype, params, replace(cache, tables=tables), *args)
-    return replace(cache, tables=None), logits
+def _prefill(configs, dtype, params, caches: Caches, tables, *args):
+    done, logits = [], []
+    for config, weights, cache in zip(configs, params, caches, strict=True):
+        cache, last = prefill_step(config, dtype, weights, replace(cache, tables=tables), *args)
+        done.append(replace(cache, tables=None))
+        logits.append(last)
+    return tuple(done), logits[0]
 
 
-def _decode(config, dtype, guesses, params, cache, state, tables, active):
-    cache = replace(cache, tables=tables)
-    drafts = guess(state.history, state.positions, guesses)
-    cache, state, output = decode_step(config, dtype, params, cache, state, active, drafts)
-    return replace(cache, tables=None), state, output
+def _decode(configs, dtype, guesses, params, caches: Caches, state, tables, active):
+    target, *drafts_cache = (replace(cache, tables=tables) for cache in caches)
+    if drafts_cache:
+        cache, drafts = draft_tokens(
+            configs[1], dtype, params[1], drafts_cache[0], state, active, guesses
+        )
+        drafts_cache = [cache]
+    else:
+        drafts = guess(state.history, state.positions, guesses)
+    target, state, output = decode_step(configs[0], dtype, params[0], target, state, active, drafts)
+    caches = tuple(replace(cache, tables=None) for cache in (target, *drafts_cache))
+    return caches, state, output
 
 
-def _arrays(cache: PagedCache) -> dict[str, Any]:
-    names = ("k", "v", "k_scales", "v_scales")
-    return {name: getattr(cache, name) for name in names if getattr(cache, name) is not None}
+def _read(caches: Caches, ids) -> tuple[Contents, ...]:
+    return tuple(read_pages(cache, ids) for cache in caches)
 
 
-def _rows(cache: PagedCache, ids: Any) -> Any:
-    """The places of pages `ids` in every layer; out of bounds for ids of P or more."""
-    total = cache.k.shape[1]
-    layers = jnp.arange(total // cache.pages)[:, None] * cache.pages
-    return jnp.where(ids < cache.pages, layers + ids, total)
-
-
-def _save(cache: PagedCache, ids: Any) -> dict[str, Any]:
-    rows = jnp.minimum(_rows(cache, ids), cache.k.shape[1] - 1)
-    return {name: array[:, rows] for name, array in _arrays(cache).items()}
-
-
-def _restore(cache: PagedCache, ids: Any, saved: dict[str, Any]) -> PagedCache:
-    rows = _rows(cache, ids)
-    arrays = _arrays(cache)
-    new = {name: arrays[name].at[:, rows].set(saved[name], mode="drop") for name in arrays}
-    return replace(cache, **new)
+def _write(caches: Caches, ids, contents) -> Caches:
+    pairs = zip(caches, contents, strict=True)
+    return tuple(write_pages(cache, ids, each) for cache, each in pairs)
 
 
 class Programs:
-    """The cache, the decoding state, and the programs that change them."""
+    """The caches, the decoding state, and the programs that change them, on one mesh.
 
-    def __init__(self, config: ModelConfig, profile: Profile, mesh: Mesh, shapes: Shapes):
+    `params` of its methods are those of `config`, or with a draft the pair of both models'.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        profile: Profile,
+        mesh: Mesh,
+        shapes: Shapes,
+        draft: ModelConfig | None = None,
+    ):
         self.config, self.profile, self.mesh, self.shapes = config, profile, mesh, shapes
+        configs = (config,) if draft is None else (config, draft)
+        if draft is not None:
+            check_draft(config, draft, shapes)
+        self._has_draft = draft is not None
         dtype = profile.precision.compute
         spec = profile.rules.partition_spec(PAGES_AXES, "cache")
-        pages: Any = NamedSharding(mesh, spec)
-        whole: Any = NamedSharding(mesh, PartitionSpec())
-        no_tables: Any = None  # each program brings its rows' own
-        self._cache = init_paged_cache(
-            config, shapes.pages, shapes.page, no_tables, profile.precision.cache or dtype, pages
-        )
+        self.page_sharding: Any = NamedSharding(mesh, spec)
+        self.whole: Any = NamedSharding(mesh, PartitionSpec())
+        self._caches = tuple(self._empty_cache(each) for each in configs)
         vocab = config.vocab_size
-        self._state = jax.device_put(empty_state(shapes.slots, shapes.length, vocab), whole)
-        cache_out = jax.tree.map(lambda _: pages, self._cache)
+        self._state = jax.device_put(empty_state(shapes.slots, shapes.length, vocab), self.whole)
+        caches_out = jax.tree.map(lambda _: self.page_sharding, self._caches)
         self._prefill = jax.jit(
-            partial(_prefill, config, dtype), donate_argnums=1, out_shardings=(cache_out, whole)
+            partial(_prefill, configs, dtype),
+            donate_argnums=1,
+            out_shardings=(caches_out, self.whole),
         )
         self._decode = jax.jit(
-            partial(_decode, config, dtype, shapes.guesses),
+            partial(_decode, configs, dtype, shapes.guesses),
             donate_argnums=(1, 2),
-            out_shardings=(cache_out, whole, whole),
+            out_shardings=(caches_out, self.whole, self.whole),
         )
         # partial: each engine counts its own compilations
-        self._insert = jax.jit(partial(insert), donate_argnums=0, out_shardings=whole)
-        self._save = jax.jit(partial(_save))
-        self._restore = jax.jit(partial(_restore), donate_argnums=0, out_shardings=cache_out)
+        self._insert = jax.jit(partial(insert), donate_argnums=0, out_shardings=self.whole)
+        self._read = jax.jit(partial(_read))
+        self._write = jax.jit(partial(_write), donate_argnums=0, out_shardings=caches_out)
         self._warm: int | None = None
         self._blank: jax.Array | None = None
+
+    def _empty_cache(self, config: ModelConfig) -> PagedCache:
+        shapes, precision = self.shapes, self.profile.precision
+        no_tables: Any = None  # each program brings its rows' own
+        dtype = precision.cache or precision.compute
+        return init_paged_cache(
+            config, shapes.pages, shapes.page, no_tables, dtype, self.page_sharding
+        )
+
+    def _models(self, params: Any) -> tuple[Any, ...]:
+        return tuple(params) if self._has_draft else (params,)
 
     @property
     def compiled(self) -> int:
         """Programs compiled so far."""
-        programs = (self._prefill, self._decode, self._insert, self._save, self._restore)
+        programs = (self._prefill, self._decode, self._insert, self._read, self._write)
         return sum(program._cache_size() for program in programs)  # type: ignore[attr-defined]
 
     @property
@@ -132,13 +145,23 @@ class Programs:
         """Programs compiled since `warm_up`; anything but 0 is a defect."""
         return 0 if self._warm is None else self.compiled - self._warm
 
-    def prefill(self, params: Any, tokens_RC, starts_R, lengths_R, tables_RM) -> jax.Array:
-        """Runs a chunk of each row; the logits after it, [R, V]."""
+    # What an engine calls ---------------------------------------------------------------------
+
+    def prefill(self, params: Any, tokens_RC, starts_R, lengths_R, tables_RM) -> Prefilled:
+        """Runs a chunk of each row; see `state.prefill_step`."""
         with sharding_scope(self.mesh, self.profile.rules):
-            self._cache, logits = self._prefill(
-                params, self._cache, tables_RM, tokens_RC, starts_R, lengths_R
+            self._caches, logits = self._prefill(
+                self._models(params), self._caches, tables_RM, tokens_RC, starts_R, lengths_R
             )
-        return logits
+        return Prefilled(logits)
+
+    def arrived(self, prefilled: Prefilled) -> bool:
+        """Whether decoding could go on from it without waiting."""
+        return True
+
+    def land(self, prefilled: Prefilled) -> jax.Array:
+        """The logits, where decoding needs them; afterwards its pages are there too."""
+        return prefilled.logits
 
     def insert(self, logits_RV: jax.Array | None, arrivals: Arrivals) -> StepOutput:
         """Puts sequences into their slots, with the first tokens of fresh ones.
@@ -153,43 +176,86 @@ class Programs:
     def decode(self, params: Any, tables_BM, active_B) -> StepOutput:
         """One step of every active row."""
         with sharding_scope(self.mesh, self.profile.rules):
-            self._cache, self._state, output = self._decode(
-                params, self._cache, self._state, tables_BM, active_B
+            self._caches, self._state, output = self._decode(
+                self._models(params), self._caches, self._state, tables_BM, active_B
             )
         return output
 
-    def save(self, ids: list[int]) -> dict[str, np.ndarray]:
+    def save(self, ids: list[int]) -> tuple[Contents, ...]:
         """The pages' contents, on the host."""
-        saved = self._save(self._cache, self._padded(ids))
-        return {name: np.asarray(array)[:, :, : len(ids)].copy() for name, array in saved.items()}
+        saved = self.read(padded_ids(ids, self.shapes.entries, self.shapes.pages))
+        return tuple(
+            {name: np.asarray(array)[:, :, : len(ids)].copy() for name, array in each.items()}
+            for each in saved
+        )
 
-    def restore(self, ids: list[int], saved: dict[str, np.ndarray]) -> None:
+    def restore(self, ids: list[int], saved: tuple[Contents, ...]) -> None:
         """Puts saved contents into other pages."""
         missing = self.shapes.entries - len(ids)
-        saved = {
-            name: np.pad(array, [(0, 0), (0, 0), (0, missing), (0, 0), (0, 0)])
-            for name, array in saved.items()
-        }
-        self._cache = self._restore(self._cache, self._padded(ids), saved)
+        pads = [(0, 0), (0, 0), (0, missing), (0, 0), (0, 0)]
+        contents = tuple(
+            {name: np.pad(array, pads) for name, array in each.items()} for each in saved
+        )
+        self.write(padded_ids(ids, self.shapes.entries, self.shapes.pages), contents)
 
-    def _padded(self, ids: list[int]) -> np.ndarray:
-        padded = np.full(self.shapes.entries, self.shapes.pages, np.int32)
-        padded[: len(ids)] = ids
-        return padded
+    def read(self, ids: np.ndarray) -> tuple[Contents, ...]:
+        """The pages' contents, on the devices."""
+        return self._read(self._caches, ids)
+
+    def write(self, ids: np.ndarray, contents: tuple[Contents, ...]) -> None:
+        """Puts contents into pages; ids of P or more are dropped."""
+        self._caches = self._write(self._caches, ids, contents)
+
+    # Compilation ------------------------------------------------------------------------------
 
     def warm_up(self, params: Any) -> None:
         """Runs every program once, changing nothing that a sequence will see."""
+        self.warm_prefill(params)
+        self.warm_decode(params)
+        self.settle()
+
+    def warm_prefill(self, params: Any) -> None:
+        """The prefill programs."""
         shapes = self.shapes
-        for rows in sorted(shapes.rows, reverse=True):  # one row last: its logits are kept
-            tables = np.zeros((rows, shapes.entries), np.int32)
-            none = np.zeros(rows, np.int32)
+        for rows in shapes.rows:
+            tables, none = np.zeros((rows, shapes.entries), np.int32), np.zeros(rows, np.int32)
             for chunk in shapes.chunks:
-                tokens = np.zeros((rows, chunk), np.int32)
-                self._blank = self.prefill(params, tokens, none, none, tables)
-            arrivals = arrivals_of(shapes.slots, shapes.length, self.config.vocab_size, rows, [])
-            self.insert(None, arrivals)
+                self.prefill(params, np.zeros((rows, chunk), np.int32), none, none, tables)
+
+    def warm_decode(self, params: Any) -> None:
+        """The others."""
+        shapes, vocab = self.shapes, self.config.vocab_size
+        for rows in sorted(shapes.rows, reverse=True):  # one row last: its logits are kept
+            self._blank = jax.device_put(jnp.zeros((rows, vocab)), self.whole)
+            self.insert(None, arrivals_of(shapes.slots, shapes.length, vocab, rows, []))
         tables = np.zeros((shapes.slots, shapes.entries), np.int32)
         self.decode(params, tables, np.zeros(shapes.slots, bool))
         self.restore([], self.save([]))
-        jax.block_until_ready(self._state)
+
+    def settle(self) -> None:
+        """From here on, compilations are defects."""
+        jax.block_until_ready((self._caches, self._state))
         self._warm = self.compiled
+
+
+def padded_ids(ids: list[int], count: int, pages: int) -> np.ndarray:
+    """`ids` and, up to `count`, a page that there is not."""
+    padded = np.full(count, pages, np.int32)
+    padded[: len(ids)] = ids
+    return padded
+
+
+def check_draft(config: ModelConfig, draft: ModelConfig, shapes: Shapes) -> None:
+    """Raises UserError for a draft that cannot guess for `config`."""
+    if draft.vocab_size != config.vocab_size:
+        raise UserError(
+            f"the draft model has {draft.vocab_size} tokens and the model {config.vocab_size};"
+            " a draft shares the model's tokenizer"
+        )
+    if draft.max_seq_len < shapes.length:
+        raise UserError(
+            f"the draft model's window is {draft.max_seq_len} tokens, and requests have up to"
+            f" {shapes.length}; set --max-length {draft.max_seq_len} or choose another draft"
+        )
+    if shapes.guesses < 1:
+        raise UserError("a draft model guesses nothing with --guesses 0; 3 to 5 is usual")

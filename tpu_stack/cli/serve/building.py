@@ -1,0 +1,129 @@
+"""From what `serve` and `serve bench` are told to an engine: the bundles, the meshes, the thread.
+
+>>> service, profile = build(Weights.of(Path("bundle")), ServingOptions(), EngineOptions())
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tpu_stack.cli.placement import (
+    PlacementOptions,
+    Unprefixed,
+    place,
+    place_two,
+    serving_placement,
+)
+from tpu_stack.errors import UserError
+from tpu_stack.serving.engine_options import EngineOptions
+
+if TYPE_CHECKING:
+    from tpu_stack.serving.bundle import Bundle
+    from tpu_stack.serving.service import Service
+    from tpu_stack.sharding.profiles import Profile
+
+DRAFT_GUESSES = 4
+"""Tokens that a draft guesses where --guesses is not given."""
+
+
+@dataclass(frozen=True)
+class ServingOptions:
+    """Where an engine runs, and what guesses for it."""
+
+    profile: str = "8i"
+    """Serving profile, NAME[:TOPOLOGY]; counts chips. Without a topology, a mesh or a number of
+    devices, a CPU emulates one device."""
+    prefill: str | None = None
+    """Prefill on its own devices, NAME:CHIPS such as 8t:4; needs --decode."""
+    decode: str | None = None
+    """Decode on its own devices, NAME:CHIPS such as 8i:4; needs --prefill."""
+    draft: Path | None = None
+    """Bundle of a small model with the same tokenizer, which guesses --guesses tokens (default 4)
+    per step; the output stays the same."""
+    place: Annotated[PlacementOptions, Unprefixed] = field(default_factory=PlacementOptions)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A bundle, or a model with random weights: what to serve, before it is on any device."""
+
+    config: Any
+    format: str
+    bundle: "Bundle | None" = None
+
+    def load(self, profile: "Profile", mesh: Any) -> Any:
+        """The parameters on a mesh."""
+        if self.bundle is not None:
+            return self.bundle.load(profile, mesh)
+        from tpu_stack.serving.bench.random_weights import random_params
+
+        return random_params(self.config, self.format, profile, mesh)
+
+    @property
+    def specs(self) -> Any:
+        """The tensors, with units that a mesh must not cut."""
+        from tpu_stack.planner.tensors import with_groups
+
+        return with_groups(self.config, "bf16" if self.format == "float32" else self.format)
+
+    @classmethod
+    def of(cls, path: Path) -> "Weights":
+        """A bundle's. Raises UserError when it is none."""
+        from tpu_stack.serving.bundle import Bundle
+
+        bundle = Bundle.open(path)
+        return cls(bundle.config, bundle.manifest.format, bundle)
+
+
+def build(
+    weights: Weights, options: ServingOptions, engine: EngineOptions
+) -> "tuple[Service, Profile]":
+    """The engine, compiled and running, and the profile that it decodes under."""
+    from tpu_stack.serving.paged.build import Side, start_service
+
+    draft = None if options.draft is None else _draft(options.draft, weights)
+    if draft is not None and not engine.guesses:
+        engine = dataclasses.replace(engine, guesses=DRAFT_GUESSES)
+    specs = (*weights.specs, *(draft.specs if draft is not None else ()))
+    sides = [Side(_loaded(weights, draft, *each), *each) for each in _places(options, specs)]
+    decode = sides[-1]
+    service = start_service(
+        weights.config,
+        decode.params,
+        decode.profile,
+        decode.mesh,
+        engine,
+        {"format": weights.format},
+        draft=None if draft is None else draft.config,
+        prefill=sides[0] if len(sides) == 2 else None,
+    )
+    return service, engine.applied(decode.profile)
+
+
+def _loaded(weights: Weights, draft: Weights | None, profile: "Profile", mesh: Any) -> Any:
+    params = weights.load(profile, mesh)
+    return params if draft is None else (params, draft.load(profile, mesh))
+
+
+def _places(options: ServingOptions, specs: Any) -> "list[tuple[Profile, Any]]":
+    """One mesh, or that of prefill and that of decode."""
+    if (options.prefill is None) != (options.decode is None):
+        raise UserError("--prefill and --decode go together: two groups of devices")
+    if options.prefill is None or options.decode is None:
+        placement = serving_placement(options.profile, options.place)
+        return [place(options.profile, "serve", placement, specs)]
+    if options.place != PlacementOptions() or options.profile != ServingOptions.profile:
+        raise UserError("--prefill and --decode take the place of --profile, --mesh and --devices")
+    return list(place_two(options.prefill, options.decode, specs))
+
+
+def _draft(path: Path, weights: Weights) -> Weights:
+    draft = Weights.of(path)
+    if weights.bundle is not None and draft.bundle is not None:
+        ours, theirs = weights.bundle.manifest, draft.bundle.manifest
+        if ours.tokenizer_digest != theirs.tokenizer_digest:
+            raise UserError(
+                f"--draft {path} has another tokenizer than the model's; it must be the same"
+            )
+    return draft
