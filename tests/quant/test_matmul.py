@@ -20,7 +20,7 @@ from tpu_stack.quant import (
     take,
     use_implementation,
 )
-from tpu_stack.quant.select import IMPLEMENTATIONS
+from tpu_stack.quant.select import IMPLEMENTATIONS, scale_mode
 
 # bfloat16 keeps 8 bits: one rounding errs by at most 2**-8, 1.6e-3 root mean square. The weight (or
 # x) and the result are each rounded once, 2.3e-3 in all; the design allows 3e-3.
@@ -43,6 +43,11 @@ def error(got, want) -> float:
     return float(np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want))
 
 
+def sliceable(q: QTensor, transpose: bool) -> bool:
+    """Whether scales multiply the output, and values are bytes."""
+    return scale_mode(q, transpose) == "after" and q.values.dtype == jnp.int8
+
+
 FORMATS = [name for name, fmt in EVERY_FORMAT.items() if fmt.quantized and "_g" not in name]
 """Every format, in its smallest group."""
 WEIGHTS = [*((format, -2) for format in FORMATS), ("int8", -1), ("fp8_e4m3", -1)]
@@ -53,6 +58,12 @@ WEIGHTS = [*((format, -2) for format in FORMATS), ("int8", -1), ("fp8_e4m3", -1)
 @pytest.mark.parametrize(("format", "axis"), WEIGHTS)
 def test_against_float64(format, axis, transpose, implementation):
     x, q = case(format, axis, transpose)
+    if implementation == "xla_sliced":
+        q = q.widen()
+        if not sliceable(q, transpose):
+            with pytest.raises(UserError, match="xla_sliced needs"):
+                matmul(x, q, transpose=transpose, implementation=implementation)
+            return
     if implementation == "xla_blocked" and (transpose != (axis == -1) or q.packed_bits):
         with pytest.raises(UserError, match="xla_blocked needs"):
             matmul(x, q, transpose=transpose, implementation=implementation)
@@ -63,11 +74,14 @@ def test_against_float64(format, axis, transpose, implementation):
 
 
 @pytest.mark.parametrize(  # 4 and 6 rows: either side of FUSED_M, where the CPU's way changes
-    ("implementation", "rows"), [("xla", 2), ("xla_blocked", 4), ("xla_blocked", 6)]
+    ("implementation", "rows"),
+    [("xla", 2), ("xla_blocked", 4), ("xla_blocked", 6), ("xla_sliced", 6)],
 )
 @pytest.mark.parametrize("format", [*FORMATS, "int2_g128", "int4_g64"])
 def test_float32_activations_reach_float32(format, implementation, rows):
     x, q = case(format, -2, False, jnp.float32, rows)
+    if implementation == "xla_sliced" and not sliceable(q.widen(), False):
+        return
     y = matmul(x, q.widen(), implementation=implementation)
     assert error(y, oracle(x, q, False)) < 1e-6
 
@@ -83,6 +97,10 @@ def test_gradient_reaches_x(format, axis, transpose, implementation):
         if transpose != (axis == -1):
             return
         q = q.widen()
+    if implementation == "xla_sliced":
+        q = q.widen()
+        if not sliceable(q, transpose):
+            return
     if implementation == "pallas" and format not in ("int8", "mxfp4", "int1"):
         return  # interpreted slowly; its transposed products are tested with the kernel
     out, back = jax.vjp(
@@ -139,6 +157,10 @@ def test_a_rotated_weight(format, implementation, transpose):
     q = quantize(jax.random.normal(jax.random.key(0), (128, 192)), format, rotation=64)
     if implementation == "xla_blocked" and transpose:
         return
+    if implementation == "xla_sliced":
+        q = q.widen()
+        if not sliceable(q, transpose):
+            return
 
     def product(x):
         return matmul(x, q, transpose=transpose, implementation=implementation)

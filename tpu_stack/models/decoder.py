@@ -1,7 +1,8 @@
 """The one decoder: Llama 3, Qwen 3, Gemma 3 and the small CPU models, by config alone.
 
-A Flax NNX module whose layers are stacked and scanned. `forward` is its pure form: parameters are
-a nested dict of arrays or `QTensor`s, so training, packing and serving share one definition.
+A Flax NNX module whose layers are stacked and scanned, or run in turn where the parameters are
+split into layers (`per_layer`). `forward` is its pure form: parameters are a nested dict of arrays
+or `QTensor`s, so training, packing and serving share one definition.
 
 >>> params = init_params(config, jax.random.key(0))
 >>> logits_BTV = forward(config, params, tokens_BT)
@@ -19,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from tpu_stack.models.attention import Mask
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.models.layers import AnyCache, Block, LayerContext, RMSNorm
+from tpu_stack.models.per_layer import is_split, layer_of
 from tpu_stack.models.rope import inverse_frequencies, rope_tables
 from tpu_stack.models.weights import weight
 from tpu_stack.quant.matmul import matmul, take
@@ -85,11 +87,18 @@ class Decoder(nnx.Module):
             x, cache, balance = block(x, context_of(layer, kind), cache)
             return (x, cache), balance
 
-        kinds = jnp.asarray([kind == "local" for kind in config.layer_kinds], jnp.int32)
-        per_layer = (stacked, jnp.arange(config.n_layers), kinds)
         step = _with_remat(layer_step, remat)
         carry: Any = (x_BTD, cache)
-        carry, balance = jax.lax.scan(step, carry, per_layer, unroll=unroll)
+        is_local = jnp.asarray([kind == "local" for kind in config.layer_kinds], jnp.int32)
+        if is_split(stacked):
+            balances = []
+            for layer in range(config.n_layers):
+                carry, each = step(carry, (layer_of(stacked, layer), layer, is_local[layer]))
+                balances.append(each)
+            balance = None if balances[0] is None else jnp.stack(balances)
+        else:
+            per_layer = (stacked, jnp.arange(config.n_layers), is_local)
+            carry, balance = jax.lax.scan(step, carry, per_layer, unroll=unroll)
         balance = None if balance is None else jnp.mean(balance)
         return self.final_norm(carry[0]), carry[1], balance
 

@@ -22,6 +22,7 @@ from tpu_stack.quant.formats import WORD_ROWS
 from tpu_stack.quant.qtensor import QTensor
 from tpu_stack.quant.rotation import rotate
 from tpu_stack.quant.select import Choice, choose
+from tpu_stack.quant.sliced import sliced_matmul
 
 
 def matmul(
@@ -155,15 +156,12 @@ def _rotated(x: Array, w: QTensor, transpose: bool, out_dtype: Any, choice: Choi
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _quantized(x: Array, w: QTensor, transpose: bool, out_dtype: Any, choice: Choice) -> Array:
-    run = {"xla": _xla, "xla_blocked": blocked_matmul, "pallas": _pallas}[choice.implementation]
-    if choice.implementation == "xla_blocked" and not choice.requested:
+    run = _RUN[choice.implementation]
+    if choice.implementation in ("xla_blocked", "xla_sliced") and not choice.requested:
         # Lowered for another platform from a CPU process (ahead of time), the default is "xla".
         args = (transpose, out_dtype, choice.scale_mode)
         return jax.lax.platform_dependent(
-            x,
-            w,
-            cpu=lambda x, w: blocked_matmul(x, w, *args),
-            default=lambda x, w: _xla(x, w, *args),
+            x, w, cpu=lambda x, w: run(x, w, *args), default=lambda x, w: _xla(x, w, *args)
         )
     return run(x, w, transpose, out_dtype, choice.scale_mode)
 
@@ -216,3 +214,11 @@ def _pallas(x: Array, w: QTensor, transpose: bool, out_dtype: Any, mode: str) ->
     except (ValueError, TypeError) as error:
         raise UserError(f"the pallas matmul cannot run this: {error}") from error
     return y_MN.reshape(*lead, y_MN.shape[-1])
+
+
+_RUN = {
+    "xla": _xla,
+    "xla_blocked": blocked_matmul,
+    "xla_sliced": sliced_matmul,
+    "pallas": _pallas,
+}

@@ -18,16 +18,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import AxisType
 
 from tpu_stack.errors import UserError
 from tpu_stack.quant.blocked import BLOCK_ROWS
 from tpu_stack.quant.qtensor import QTensor
+from tpu_stack.quant.sliced import MAX_K
+from tpu_stack.sharding.constrain import current_scope
 
-IMPLEMENTATIONS = ("xla", "xla_blocked", "pallas")
+IMPLEMENTATIONS = ("xla", "xla_blocked", "xla_sliced", "pallas")
 MAX_BLOCKED_M = 32
 """Above this M, one large dot makes up for widening the whole weight first (measured on CPU)."""
+MAX_SLICED_M = 1024
+"""Above this M, three integer products cost more than one of float32 (measured on CPU)."""
 
 _requested: ContextVar[str | None] = ContextVar("implementation", default=None)
 
@@ -37,7 +42,7 @@ class Choice:
     """What `matmul` runs for one call, and why.
 
     Attributes:
-      implementation: "dot" (plain array), "xla", "xla_blocked" or "pallas".
+      implementation: "dot" (plain array), "xla", "xla_blocked", "xla_sliced" or "pallas".
       scale_mode: where the scales are applied: "none", "after" (on the output), "input" (on x) or
         "before" (on the weight).
       reason: one line for a person.
@@ -107,6 +112,12 @@ def choose(
             f"divisible by {BLOCK_ROWS} of values that are not packed bits; got {w.format} "
             f"{list(w.shape)}, transpose={transpose}; use 'xla'"
         )
+    if requested == "xla_sliced" and not _sliceable(w, mode):
+        raise UserError(
+            "xla_sliced needs values of int8, as `widen` makes them, and scales that multiply the"
+            f" output; got {w.format} of {w.values.dtype} {list(w.shape)}, transpose={transpose};"
+            " use 'xla'"
+        )
     return Choice(requested, mode, reason, requested=True)
 
 
@@ -114,21 +125,24 @@ def _default(w: QTensor, transpose: bool, mode: str, rows: int) -> Choice:
     backend = jax.default_backend()
     if backend == "tpu" and jax.device_count() == 1:
         return Choice("pallas", mode, "one TPU: the kernel reads the weight packed")
-    if (
-        backend == "cpu"
-        and _one_device_program()
-        and rows <= MAX_BLOCKED_M
-        and _blockable(w, transpose, mode)
-    ):
-        return Choice(
-            "xla_blocked", mode, f"one CPU device and M={rows}: widening in cache beats a copy"
-        )
+    if backend == "cpu" and _one_device_program():
+        if rows <= MAX_SLICED_M and _sliceable(w, mode):
+            why = f"one CPU device and M={rows}: products of int8 are exact, and the fastest"
+            return Choice("xla_sliced", mode, why)
+        if rows <= MAX_BLOCKED_M and _blockable(w, transpose, mode):
+            why = f"one CPU device and M={rows}: widening in cache beats a copy"
+            return Choice("xla_blocked", mode, why)
     return Choice("xla", mode, "the compiler partitions and fuses it on any mesh")
 
 
 def _blockable(w: QTensor, transpose: bool, mode: str) -> bool:
     walks_rows = mode != "input" and transpose == (w.contract_axis == -1) and not w.packed_bits
     return walks_rows and w.shape[-2] % BLOCK_ROWS == 0 and BLOCK_ROWS % min(w.group, 64) == 0
+
+
+def _sliceable(w: QTensor, mode: str) -> bool:
+    whole = w.values.dtype == jnp.int8 and w.offset == 0
+    return whole and mode == "after" and w.shape[w.contract_axis] <= MAX_K
 
 
 def _mesh_axis_types() -> list[AxisType]:
@@ -144,7 +158,8 @@ def _one_device_program() -> bool:
     types = _mesh_axis_types()
     if types:
         return all(t == AxisType.Manual for t in types)
-    return jax.device_count() == 1
+    scope = current_scope()
+    return jax.device_count() == 1 if scope is None else scope[0].size == 1
 
 
 def explain(

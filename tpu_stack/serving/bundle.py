@@ -20,7 +20,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import xxhash
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
@@ -30,11 +30,13 @@ from tpu_stack.errors import UserError
 from tpu_stack.files import replacing_folder
 from tpu_stack.models.abstract import map_specs, tensor_of
 from tpu_stack.models.config import ModelConfig
+from tpu_stack.models.per_layer import PerLayer, without_layers
 from tpu_stack.quant.formats import get_format
 from tpu_stack.quant.packing import pack_values, unpack_values
 from tpu_stack.quant.qtensor import QTensor
 from tpu_stack.serving.layout import PackedLayout
 from tpu_stack.serving.manifest import MANIFEST, TOKENIZER, Manifest, Part, TensorEntry
+from tpu_stack.sharding.axes import LAYERS, TensorSpec
 from tpu_stack.sharding.profiles import Profile
 
 FILE_BYTES = 4 * 2**30
@@ -180,8 +182,9 @@ class Bundle:
             raise UserError(f"{self.path / CHAT} is damaged: its digest does not match")
         return chat
 
-    def load(self, profile: Profile, mesh: Mesh) -> dict[str, Any]:
-        """The verified parameter tree, sharded by `profile` on `mesh`, one tensor at a time.
+    def load(self, profile: Profile, mesh: Mesh, *, split: bool = False) -> dict[str, Any]:
+        """The verified parameter tree, sharded by `profile` on `mesh`, one tensor at a time; with
+        `split`, the blocks' weights in layers, as engines run them (`models.per_layer`).
 
         On CPU sub-byte values are widened to a byte each, which XLA:CPU reads five times faster;
         the numbers are the same. Raises UserError naming a damaged or missing tensor.
@@ -191,19 +194,15 @@ class Bundle:
         )
         on_cpu = mesh.devices.flat[0].platform == "cpu"
 
-        def one(spec) -> Any:
-            target = tensor_of(layout.abstract, spec.name)
+        def one(spec: TensorSpec) -> Any:
             tensor = self.read_tensor(spec.name)
-            if isinstance(tensor, QTensor):
-                tensor = tensor.widen() if on_cpu else tensor
-                leaves = {part: getattr(tensor, part) for part in PARTS}
-                placed = {
-                    part: _place(array, getattr(target, part).sharding)
-                    for part, array in leaves.items()
-                    if array is not None
-                }
-                return replace(tensor, **placed)
-            return _place(tensor, target.sharding)
+            if isinstance(tensor, QTensor) and on_cpu:
+                tensor = tensor.widen()
+            target = tensor_of(layout.abstract, spec.name)
+            if split and spec.axes[0] == LAYERS:
+                count = spec.shape[0]
+                return PerLayer(tuple(_placed(tensor, target, layer) for layer in range(count)))
+            return _placed(tensor, target)
 
         return map_specs(self.config, one)
 
@@ -241,5 +240,20 @@ class Bundle:
         return np.frombuffer(data, dtype).reshape(part.shape)
 
 
-def _place(array: np.ndarray, sharding) -> jax.Array:
+def _placed(tensor: Tensor, target: Any, layer: int | None = None) -> Any:
+    """`tensor`, or one layer of it, laid out as `target`, which has all layers."""
+    if isinstance(tensor, QTensor):
+        parts = {part: getattr(tensor, part) for part in PARTS}
+        placed = {
+            part: _place(array, getattr(target, part).sharding, layer)
+            for part, array in parts.items()
+            if array is not None
+        }
+        return replace(tensor, **placed)
+    return _place(tensor, target.sharding, layer)
+
+
+def _place(array: np.ndarray, sharding: NamedSharding, layer: int | None) -> jax.Array:
+    if layer is not None:
+        array, sharding = array[layer], without_layers(sharding)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

@@ -8,6 +8,7 @@ import numpy as np
 from serving_model import MODEL, serving
 
 from tpu_stack.models.decoder import init_params
+from tpu_stack.models.per_layer import per_layer
 from tpu_stack.serving.paged.engine import PagedEngine
 from tpu_stack.serving.paged.programs import Programs
 from tpu_stack.serving.paged.shapes import Shapes
@@ -25,9 +26,15 @@ SAMPLED = SamplingParams(temperature=0.9, top_k=20, top_p=0.9, seed=5)
 
 
 @cache
-def parameters(seed: int = 0):
+def stacked_parameters(seed: int = 0):
     # Large weights make sharp choices: greedy tokens then differ from request to request.
     return jax.tree.map(lambda x: 3 * x, init_params(CONFIG, jax.random.key(seed)))
+
+
+@cache
+def parameters(seed: int = 0):
+    """Split into layers, as engines run them."""
+    return per_layer(stacked_parameters(seed))
 
 
 @cache

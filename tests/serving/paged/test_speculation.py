@@ -10,6 +10,7 @@ from serving_model import serving
 
 from tpu_stack.errors import UserError
 from tpu_stack.models.decoder import init_params
+from tpu_stack.models.per_layer import per_layer
 from tpu_stack.serving.paged.engine import PagedEngine
 from tpu_stack.serving.paged.programs import Programs
 from tpu_stack.serving.paged.shapes import Shapes
@@ -30,7 +31,7 @@ def drafted(draft=SMALL, pages: int = 128) -> Programs:
 def draft_parameters(draft):
     if draft == CONFIG:
         return parameters()
-    return init_params(draft, jax.random.key(3))
+    return per_layer(init_params(draft, jax.random.key(3)))
 
 
 @pytest.mark.parametrize("pages", [128, 24])

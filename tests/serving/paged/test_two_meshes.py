@@ -14,8 +14,8 @@ from paged_model import (
     alone,
     ask,
     finish,
-    parameters,
     prompt_of,
+    stacked_parameters,
     tokens_of,
 )
 
@@ -39,7 +39,7 @@ def side(chip: str, first: int, count: int, cache_dtype: str):
 def placed(profile: Profile, mesh, seed: int = 0):
     def one(spec):
         sharding = jax.sharding.NamedSharding(mesh, profile.rules.partition_spec(spec.axes))
-        return jax.device_put(tensor_of(parameters(seed), spec.name), sharding)
+        return jax.device_put(tensor_of(stacked_parameters(seed), spec.name), sharding)
 
     return map_specs(CONFIG, one)
 
@@ -50,7 +50,7 @@ def built(pages: int = 128, cache_dtype: str = "float32", prefill: int = 4):
     shapes = Shapes(8, LENGTH, PAGE, pages, (64, 128), (1, 4))
     sides = [side("8t", 0, prefill, cache_dtype), side("8i", 4, 4, cache_dtype)]
     programs = TwoMeshes(*(Programs(CONFIG, *each, shapes) for each in sides))
-    params = tuple(placed(*each) for each in sides)
+    params = programs.prepared(tuple(placed(*each) for each in sides))
     programs.warm_up(params)
     return programs, params
 
@@ -116,7 +116,7 @@ def test_new_weights_take_over_on_both_meshes():
     _, before = ask(target, REQUESTS[2])
     target.step()
     other = tuple(placed(each.profile, each.mesh, 1) for each in (programs._from, programs._to))
-    target.load(other, "finish")
+    target.load(programs.prepared(other), "finish")
     _, after = ask(target, dataclasses.replace(REQUESTS[2], sampling=SamplingParams()))
     finish(target)
     assert tuple(tokens_of(before)) == alone(2)

@@ -55,7 +55,7 @@ class Weights:
     def load(self, profile: "Profile", mesh: Any) -> Any:
         """The parameters on a mesh."""
         if self.bundle is not None:
-            return self.bundle.load(profile, mesh)
+            return self.bundle.load(profile, mesh, split=True)
         from tpu_stack.serving.bench.random_weights import random_params
 
         return random_params(self.config, self.format, profile, mesh)

@@ -12,18 +12,20 @@ from jax.sharding import Mesh
 
 from tpu_stack.models.abstract import map_specs, tensor_of
 from tpu_stack.models.config import ModelConfig
+from tpu_stack.models.per_layer import split_layers
 from tpu_stack.quant.policy import stored_format
 from tpu_stack.quant.qtensor import QTensor
 from tpu_stack.quant.quantize import quantize
 from tpu_stack.serving.layout import PackedLayout
-from tpu_stack.sharding.axes import TensorSpec
+from tpu_stack.sharding.axes import LAYERS, TensorSpec
 from tpu_stack.sharding.profiles import Profile
 
 
 def random_params(
     config: ModelConfig, format: str, profile: Profile, mesh: Mesh, seed: int = 0
 ) -> dict[str, Any]:
-    """Normal weights with the standard deviation D**-0.5, in `format`, laid out on the mesh.
+    """Normal weights with the standard deviation D**-0.5, in `format`, laid out on the mesh, the
+    blocks' in layers.
 
     `format` "float32" stores them whole. Raises UserError as `PackedLayout.of` does.
     """
@@ -33,6 +35,10 @@ def random_params(
     keys = iter(jax.random.split(jax.random.key(seed), 1000))
 
     def one(spec: TensorSpec) -> Any:
+        weight = stacked(spec)
+        return split_layers(weight) if spec.axes[0] == LAYERS else weight
+
+    def stacked(spec: TensorSpec) -> Any:
         target = tensor_of(layout.abstract, spec.name)
         std = config.d_model**-0.5
         weight = std * jax.random.normal(next(keys), spec.shape, jnp.float32)

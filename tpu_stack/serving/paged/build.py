@@ -91,6 +91,7 @@ def _engine(
         first = Side(prefill.params, options.applied(prefill.profile), prefill.mesh)
         programs = TwoMeshes(_programs(config, first, shapes, draft), decode)
         params = (first.params, side.params)
+    params = programs.prepared(params)
     programs.warm_up(params)
     return PagedEngine(programs, params)
 

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tpu_stack.errors import UserError
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.models.paged_cache import PAGES_AXES, PagedCache, init_paged_cache
+from tpu_stack.models.per_layer import per_layer
 from tpu_stack.serving.paged.draft import draft_tokens
 from tpu_stack.serving.paged.guess import guess
 from tpu_stack.serving.paged.page_io import Contents, read_pages, write_pages
@@ -130,6 +131,11 @@ class Programs:
         return init_paged_cache(
             config, shapes.pages, shapes.page, no_tables, dtype, self.page_sharding
         )
+
+    def prepared(self, params: Any) -> Any:
+        """`params` as the programs take them: the blocks' weights in layers."""
+        each = tuple(per_layer(params) for params in self._models(params))
+        return each if self._has_draft else each[0]
 
     def _models(self, params: Any) -> tuple[Any, ...]:
         return tuple(params) if self._has_draft else (params,)

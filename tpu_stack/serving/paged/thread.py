@@ -84,7 +84,8 @@ class EngineThread:
         self._command(end)
 
     def load(self, params: Any, in_flight: InFlight = "finish") -> None:
-        """Replaces the weights between two steps; see `PagedEngine.load`. Returns at once."""
+        """Replaces the weights between two steps; see `PagedEngine.load`. Does not wait for it."""
+        params = self._engine.programs.prepared(params)
         self._command(lambda: self._engine.load(params, in_flight))
 
     def _command(self, command: Callable[[], None]) -> None:

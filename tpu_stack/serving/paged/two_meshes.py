@@ -39,6 +39,10 @@ class TwoMeshes:
         """Programs compiled since `warm_up`; anything but 0 is a defect."""
         return self._from.recompilations + self._to.recompilations
 
+    def prepared(self, params: Any) -> tuple[Any, Any]:
+        """As `Programs.prepared`, on both meshes."""
+        return self._from.prepared(params[0]), self._to.prepared(params[1])
+
     def prefill(self, params: Any, tokens_RC, starts_R, lengths_R, tables_RM) -> Prefilled:
         """Runs a chunk of each row, and sends its pages and logits on their way."""
         done = self._from.prefill(params[0], tokens_RC, starts_R, lengths_R, tables_RM)

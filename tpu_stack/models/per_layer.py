@@ -1,0 +1,77 @@
+"""Weights as a tuple of layers in place of one stacked array: how they are served.
+
+A scan over stacked weights copies a layer out of them before a product that cannot slice its own
+operand: a Pallas kernel, and every product of XLA:CPU, where the copies took half of a decode step
+(experiments/LOG.md). Training scans, which compiles once for all layers; serving runs them in turn.
+
+>>> params = per_layer(params)
+>>> logits_BTV = forward(config, params, tokens_BT)  # the same numbers
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from tpu_stack.quant.qtensor import QTensor
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PerLayer:
+    """One weight of every layer: arrays or QTensors without the layers' axis."""
+
+    layers: tuple[Any, ...]
+
+
+def is_weight(leaf: Any) -> bool:
+    """Whether `leaf` is one weight of a parameter tree, though it may have parts."""
+    return isinstance(leaf, PerLayer | QTensor)
+
+
+def per_layer(params: dict[str, Any]) -> dict[str, Any]:
+    """The parameter tree with the blocks' weights split into layers; split ones stay."""
+    return {**params, "blocks": jax.tree.map(split_layers, params["blocks"], is_leaf=is_weight)}
+
+
+def split_layers(weight: Any) -> PerLayer:
+    """One stacked weight split into its layers; a split one as it is."""
+    if isinstance(weight, PerLayer):
+        return weight
+    count = jax.tree.leaves(weight)[0].shape[0]
+    return PerLayer(tuple(_laid_out(weight, layer) for layer in range(count)))
+
+
+def _laid_out(weight: Any, layer: int) -> Any:
+    """One layer of a stacked weight on devices, laid out as the weight was."""
+
+    def pick(part: Any) -> Any:
+        picked, sharding = part[layer], getattr(part, "sharding", None)
+        if not isinstance(sharding, NamedSharding):
+            return picked
+        return jax.device_put(picked, without_layers(sharding))
+
+    return jax.tree.map(pick, weight)
+
+
+def without_layers(sharding: NamedSharding) -> NamedSharding:
+    """The layout of a layer of a stacked weight that has layout `sharding`."""
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+
+
+def layer_of(weights: Any, layer: int) -> Any:
+    """One layer of a tree of weights, stacked or split."""
+
+    def pick(weight: Any) -> Any:
+        if isinstance(weight, PerLayer):
+            return weight.layers[layer]
+        return jax.tree.map(lambda part: part[layer], weight)
+
+    return jax.tree.map(pick, weights, is_leaf=is_weight)
+
+
+def is_split(weights: Any) -> bool:
+    """Whether any weight of the tree is split into layers."""
+    leaves = jax.tree.leaves(weights, is_leaf=is_weight)
+    return any(isinstance(leaf, PerLayer) for leaf in leaves)
