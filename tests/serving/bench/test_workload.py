@@ -27,6 +27,18 @@ def test_a_seed_gives_the_same_requests():
     assert [(r.prompt, r.max_tokens) for r in first] == [(r.prompt, r.max_tokens) for r in again]
 
 
+def test_prompts_may_be_pieces_of_a_text():
+    text = list(range(1000, 1090))
+    mix = LengthMix.parse("20-30:4")
+    asked = make_requests(mix, count=50, vocab_size=9, max_length=64, seed=0, text=text)
+    for request in asked:
+        first = request.prompt[0]
+        assert list(request.prompt) == list(range(first, first + len(request.prompt)))
+    assert len({request.prompt[0] for request in asked}) > 20
+    with pytest.raises(UserError, match="--text has 20 tokens; the longest prompt needs 30"):
+        make_requests(mix, count=1, vocab_size=9, max_length=64, seed=0, text=text[:20])
+
+
 @pytest.mark.parametrize("text", ["", "64", "64:", "a:3", "64:24x", "0:4", "9-4:2", "4:0", "4:4x0"])
 def test_a_mix_that_does_not_parse_is_named(text):
     with pytest.raises(UserError, match="--lengths"):

@@ -32,6 +32,9 @@ class Options:
     """Weight format of --model: float32, bf16, int8, int4 and the others of `tpu-stack pack`."""
     lengths: str = "64:24"
     """Mix of lengths in tokens, PROMPT:NEW[xWEIGHT],...; each a number or LEAST-MOST."""
+    text: Path | None = None
+    """UTF-8 text that prompts are pieces of, in place of random tokens; it needs a bundle, whose
+    tokenizer reads it."""
     requests: int = 64
     """Requests in all."""
     rate: float | None = None
@@ -86,6 +89,7 @@ def measure(options: Options, mix: Any) -> dict[str, Any]:
     from tpu_stack.serving.bench.workload import make_requests
 
     weights = _weights(options)
+    text = _text(options, weights)
     config, format = weights.config, weights.format
     service, profile = build(weights, options.where, options.engine)
     try:
@@ -95,6 +99,7 @@ def measure(options: Options, mix: Any) -> dict[str, Any]:
             vocab_size=config.vocab_size,
             max_length=service.max_length,
             seed=options.seed,
+            text=text,
         )
         outcomes = [_once(options, service, requests) for _ in range(options.repeats)]
         facts = service.describe()
@@ -137,6 +142,19 @@ def _weights(options: Options) -> Weights:
         return Weights.of(options.bundle)
     assert options.model is not None
     return Weights(get_preset(options.model), options.format)
+
+
+def _text(options: Options, weights: Weights) -> list[int] | None:
+    """The tokens of --text."""
+    if options.text is None:
+        return None
+    if weights.bundle is None:
+        raise UserError("--text needs a bundle, whose tokenizer reads it; --model has none")
+    try:
+        text = options.text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--text {options.text} is not UTF-8 text") from error
+    return weights.bundle.tokenizer.encode(text)
 
 
 def _once(options: Options, service: Any, requests: Any) -> Any:

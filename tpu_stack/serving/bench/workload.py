@@ -7,6 +7,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,24 +67,39 @@ def _kind(part: str) -> Lengths:
 
 
 def make_requests(
-    mix: LengthMix, *, count: int, vocab_size: int, max_length: int, seed: int
+    mix: LengthMix,
+    *,
+    count: int,
+    vocab_size: int,
+    max_length: int,
+    seed: int,
+    text: Sequence[int] | None = None,
 ) -> list[GenerationRequest]:
-    """Greedy requests with random prompts, no two sharing a prefix but by chance.
+    """Greedy requests whose prompts are random tokens, or pieces of `text` where it is given.
 
-    Raises UserError where the mix does not fit the window of `max_length` tokens.
+    Raises UserError where the mix does not fit the window of `max_length` tokens, or the text is
+    shorter than the longest prompt.
     """
     if mix.longest > max_length:
         raise UserError(
             f"--lengths asks for {mix.longest} tokens in one request; the window is {max_length}"
         )
+    longest = max(kind.prompt[1] for kind in mix.kinds)
+    if text is not None and len(text) < longest:
+        raise UserError(f"--text has {len(text)} tokens; the longest prompt needs {longest}")
     rng = np.random.default_rng(seed)
     weights = np.array([kind.weight for kind in mix.kinds], float)
     drawn = rng.choice(len(mix.kinds), count, p=weights / weights.sum())
     requests = []
     for kind in (mix.kinds[i] for i in drawn):
-        prompt = rng.integers(0, vocab_size, rng.integers(kind.prompt[0], kind.prompt[1] + 1))
+        size = int(rng.integers(kind.prompt[0], kind.prompt[1] + 1))
         new = int(rng.integers(kind.new[0], kind.new[1] + 1))
-        requests.append(GenerationRequest(tuple(prompt.tolist()), new))
+        if text is None:
+            prompt = rng.integers(0, vocab_size, size).tolist()
+        else:
+            first = int(rng.integers(0, len(text) - size + 1))
+            prompt = text[first : first + size]
+        requests.append(GenerationRequest(tuple(prompt), new))
     return requests
 
 
