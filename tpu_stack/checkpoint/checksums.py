@@ -54,9 +54,26 @@ def _mix(x: Array) -> Array:
     return x ^ (x >> 16)
 
 
+_TOGETHER = 2**20
+"""Elements up to which leaves share a program; larger ones go one by one, as each may take its own
+size in temporaries."""
+
+
 @jax.jit
 def _checksums(leaves: list[Array]) -> UInt32[Array, "n 2"]:
     return jnp.stack([_checksum(leaf) for leaf in leaves])
+
+
+def _in_turn(leaves: list[Array]) -> list[Any]:
+    """The sums of every leaf, on the host."""
+    small = [i for i, leaf in enumerate(leaves) if leaf.size <= _TOGETHER]
+    sums: dict[int, Any] = {}
+    if small:
+        sums.update(zip(small, jax.device_get(_checksums([leaves[i] for i in small])), strict=True))
+    for i, leaf in enumerate(leaves):
+        if i not in sums:
+            sums[i] = jax.device_get(_checksums([leaf]))[0]
+    return [sums[i] for i in range(len(leaves))]
 
 
 def tree_checksums(tree: Any) -> dict[str, str]:
@@ -64,7 +81,7 @@ def tree_checksums(tree: Any) -> dict[str, str]:
     leaves = jax.tree.leaves(tree)
     if not leaves:
         return {}
-    sums = jax.device_get(_checksums(leaves))
+    sums = _in_turn(leaves)
     return {
         name: f"{int(a):08x}{int(b):08x}"
         for name, (a, b) in zip(leaf_names(tree), sums, strict=True)

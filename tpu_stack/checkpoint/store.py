@@ -32,9 +32,16 @@ for _noisy in ("orbax", "asyncio"):
 
 
 class CheckpointStore:
-    """The checkpoints of one run folder. Use as a context manager: leaving waits for writes."""
+    """The checkpoints of one run folder. Use as a context manager: leaving waits for writes.
 
-    def __init__(self, run: Path, *, keep: int = 2, read_only: bool = False):
+    Without `in_background`, a save ends when it is on disk and copies nothing first: in the
+    background Orbax writes a copy on the host, and its OCDBT format gathers all it compresses, so
+    that memory holds the state about twice.
+    """
+
+    def __init__(
+        self, run: Path, *, keep: int = 2, read_only: bool = False, in_background: bool = True
+    ):
         self.run = run
         self.folder = (run / "checkpoints").resolve()
         if read_only and not self.folder.is_dir():
@@ -45,15 +52,16 @@ class CheckpointStore:
             max_to_keep=None if read_only else keep,
             read_only=read_only,
             create=not read_only,
-            enable_async_checkpointing=not read_only,
+            enable_async_checkpointing=not read_only and in_background,
         )
+        arrays: Any = {"use_ocdbt": in_background}
         try:
             self._manager = ocp.CheckpointManager(
                 self.folder,
                 options=options,
                 item_handlers={
-                    "params": ocp.StandardCheckpointHandler(),
-                    "optimizer": ocp.StandardCheckpointHandler(),
+                    "params": ocp.StandardCheckpointHandler(**arrays),
+                    "optimizer": ocp.StandardCheckpointHandler(**arrays),
                     "meta": ocp.JsonCheckpointHandler(),
                 },
             )

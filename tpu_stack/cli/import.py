@@ -10,6 +10,7 @@ from tpu_stack.cli.console import print_table, progress, save_json
 from tpu_stack.cli.placement import (
     PlacementOptions,
     Unprefixed,
+    one_unless_asked,
     place,
     start_devices,
     wanted_devices,
@@ -38,13 +39,14 @@ class Options:
 
 def run(options: Options) -> None:
     """Imports behind a progress bar and prints what was found."""
-    start_devices(wanted_devices("train", options.place))
+    placement = one_unless_asked(options.profile, options.place)
+    start_devices(wanted_devices("train", placement))
     from tpu_stack.models.abstract import parameter_count, tensor_specs
     from tpu_stack.models.hf.folder import HuggingFaceFolder
     from tpu_stack.serving.huggingface import import_folder
 
     folder = HuggingFaceFolder.open(options.folder)
-    profile, mesh = place(options.profile, "train", options.place, tensor_specs(folder.config))
+    profile, mesh = place(options.profile, "train", placement, tensor_specs(folder.config))
     with progress() as bar:
         task = bar.add_task("import", total=len(folder.tensors), note="")
 

@@ -88,7 +88,7 @@ def place_two(
     return sides[0], sides[1]
 
 
-def serving_placement(profile_text: str, options: PlacementOptions) -> PlacementOptions:
+def one_unless_asked(profile_text: str, options: PlacementOptions) -> PlacementOptions:
     """One emulated device unless more are asked for: virtual ones share this CPU and are slower."""
     asked = ":" in profile_text or options != PlacementOptions()
     return options if asked else PlacementOptions(devices=1)

@@ -93,7 +93,7 @@ def import_folder(
         for name in _SMALL_FILES:
             if (folder.path / name).is_file():
                 shutil.copyfile(folder.path / name, partial / KEPT / name)
-        with CheckpointStore(partial) as store:
+        with CheckpointStore(partial, in_background=False) as store:
             store.save(0, params, {"count": np.int32(0)}, meta)
     return Imported(
         folder.family.architecture,

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tpu_stack.cli.placement import (
     PlacementOptions,
     Unprefixed,
+    one_unless_asked,
     place,
     place_two,
-    serving_placement,
 )
 from tpu_stack.errors import UserError
 from tpu_stack.serving.engine_options import EngineOptions
@@ -111,7 +111,7 @@ def _places(options: ServingOptions, specs: Any) -> "list[tuple[Profile, Any]]":
     if (options.prefill is None) != (options.decode is None):
         raise UserError("--prefill and --decode go together: two groups of devices")
     if options.prefill is None or options.decode is None:
-        placement = serving_placement(options.profile, options.place)
+        placement = one_unless_asked(options.profile, options.place)
         return [place(options.profile, "serve", placement, specs)]
     if options.place != PlacementOptions() or options.profile != ServingOptions.profile:
         raise UserError("--prefill and --decode take the place of --profile, --mesh and --devices")
