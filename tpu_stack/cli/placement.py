@@ -129,7 +129,8 @@ def start_devices(wanted: int | None) -> list:
     if _on_cpu():
         count = wanted or EMULATED_DEVICES
         try:
-            jax.config.update("jax_num_cpu_devices", count)
+            asked_before = jax.config.jax_num_cpu_devices
+            jax.config.update("jax_num_cpu_devices", max(count, asked_before))
         except RuntimeError:  # the backend has started: take of what it has
             if len(jax.devices()) < count:
                 raise UserError(
