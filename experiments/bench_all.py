@@ -1,6 +1,6 @@
 """`make bench`: every benchmark in one run, with its peers beside it.
 
-Hardware: any CPU; the kernel's bundles need libtpu (Linux x86-64). Cost: about half an hour.
+Hardware: any CPU; the kernel's bundles need libtpu (Linux x86-64). Cost: three quarters of an hour.
 qwix is a peer where it is installed: `pip install qwix==0.1.8`.
 PyTorch is a peer where an interpreter that has it is named: `TORCH_PYTHON=/path/to/python`.
 
@@ -26,6 +26,9 @@ MODULES = (
 )
 """Kernels by the TPU compiler's bundles; the quantized product on this CPU by wall clock."""
 
+SERVED = (("float32", "float32", "float32"), ("int8", "bfloat16", "bfloat16"))
+"""Weight format, what activations are computed in, and what the peer holds."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -44,6 +47,20 @@ def _run(name: str, command: list[str]) -> bool:
     done = subprocess.run(command, check=False).returncode == 0
     if not done:
         print(f"== {name} failed", file=sys.stderr)
+    return done
+
+
+def _serving(options: Options) -> bool:
+    """The 0.6B shape with random weights, and `transformers` where PyTorch is named."""
+    done, torch = True, os.environ.get("TORCH_PYTHON")
+    for format, dtype, peer in SERVED:
+        json_file = str(options.out / f"serve_{format}.json")
+        command = [sys.executable, "-m", "tpu_stack.cli.main", "serve", "bench"]
+        command += ["--model", "qwen3_0_6b", "--max-length", "256", "--requests", "8"]
+        command += ["--repeats", "3", "--format", format, "--dtype", dtype, "--json", json_file]
+        if torch is not None:
+            command += ["--peer-python", torch, "--peer-dtype", peer]
+        done &= _run(f"serving: {format}", command)
     return done
 
 
@@ -87,6 +104,7 @@ def main() -> int:
         name = module.split(".")[-2]
         json_file = str(options.out / f"{name}.json")
         done &= _run(name, [sys.executable, "-m", module, "--json", json_file])
+    done &= _serving(options)
     if options.data is not None:
         done &= _training(options)
     return 0 if done else 1

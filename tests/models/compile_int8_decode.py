@@ -1,0 +1,71 @@
+"""Compiles a decode step of int8 weights and the Pallas kernel for v6e; prints how many weights of
+a layer are copied before they are multiplied. Argument: "stacked" or "split"."""
+
+import json
+import os
+import re
+import sys
+
+os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from tpu_stack.models.config import ModelConfig
+from tpu_stack.models.decoder import bind
+from tpu_stack.models.paged_cache import PagedCache, paged_shapes
+from tpu_stack.models.per_layer import PerLayer, is_weight
+from tpu_stack.quant.select import use_implementation
+from tpu_stack.serving.layout import PackedLayout
+from tpu_stack.sharding.constrain import sharding_scope
+from tpu_stack.sharding.profiles import get_profile
+
+CONFIG = ModelConfig(
+    vocab_size=1024, d_model=512, n_layers=3, n_heads=4, n_kv_heads=4, head_dim=128, d_ff=1024
+)
+ROWS, ENTRIES, PAGE = 8, 4, 128
+COPY = re.compile(r"= s8\[(?:1,)?\d{3,},\d{3,}\]\S* (?:copy|dynamic-slice)\(")
+
+
+def main() -> None:
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v6e:2x2")
+    mesh = Mesh(np.array(topology.devices[:1]).reshape(1, 1), ("data", "tensor"))
+    whole = NamedSharding(mesh, PartitionSpec())
+    profile = get_profile("v6e:1x1", "serve")
+
+    def struct(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+
+    def split(weight):
+        layer = jax.tree.map(lambda part: struct(part.shape[1:], part.dtype), weight)
+        return PerLayer((layer,) * CONFIG.n_layers)
+
+    params = PackedLayout.of(CONFIG, "int8", profile, mesh).abstract
+    params = jax.tree.map(lambda part: struct(part.shape, part.dtype), params)
+    if sys.argv[1] == "split":
+        params["blocks"] = jax.tree.map(split, params["blocks"], is_leaf=is_weight)
+    arrays = {
+        name: None if each is None else struct(each.shape, each.dtype)
+        for name, each in paged_shapes(CONFIG, ROWS * ENTRIES, PAGE, "bfloat16").items()
+    }
+    tables, tokens = struct((ROWS, ENTRIES), "int32"), struct((ROWS, 1), "int32")
+    cache = PagedCache(**arrays, tables=tables, pages=ROWS * ENTRIES)  # pyright: ignore
+
+    def step(params, cache, tokens, positions):
+        model = bind(CONFIG, params)
+        hidden, cache = model.hidden(tokens, positions, cache=cache, dtype=jnp.bfloat16)
+        return model.logits(hidden), cache
+
+    with use_implementation("pallas"), sharding_scope(mesh, profile.rules):
+        traced = jax.jit(step, donate_argnums=1).trace(params, cache, tokens, tokens)
+        text = traced.lower(lowering_platforms=("tpu",)).compile().as_text() or ""
+    kernels = text.count("quantized_matmul")
+    copies = sum(bool(COPY.search(line)) for line in text.splitlines())
+    print(json.dumps({"kernels": kernels, "copies": copies}))
+
+
+if __name__ == "__main__":
+    main()
