@@ -122,6 +122,7 @@ def test_closing_finishes_what_it_has_and_takes_no_more(config):
         service.submit(GenerationRequest((5, 6), 9), events.append)
 
 
+@pytest.mark.slow
 def test_heads_split_over_devices_give_the_same_tokens(config):
     params = jax.tree.map(lambda x: 3 * x, init_params(config, jax.random.key(0)))
     said = []

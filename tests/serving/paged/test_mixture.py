@@ -57,8 +57,15 @@ def expected(format: str) -> list[list[int]]:
     return [tokens[row, n : n + 16].tolist() for row, n in enumerate(lengths)]
 
 
-@pytest.mark.parametrize("mesh", ["tensor=1", "expert=2,tensor=2"])
-@pytest.mark.parametrize("format", ["float32", "int8"])
+@pytest.mark.parametrize(
+    ("format", "mesh"),
+    [
+        ("float32", "tensor=1"),
+        ("int8", "expert=2,tensor=2"),
+        pytest.param("float32", "expert=2,tensor=2", marks=pytest.mark.slow),
+        pytest.param("int8", "tensor=1", marks=pytest.mark.slow),
+    ],
+)
 def test_tokens_are_those_of_a_full_pass(format, mesh):
     profile, devices = serving(mesh, float32=True)
     programs = Programs(MIXTURE, profile, devices, SHAPES)

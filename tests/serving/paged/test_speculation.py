@@ -34,7 +34,7 @@ def draft_parameters(draft):
     return per_layer(init_params(draft, jax.random.key(3)))
 
 
-@pytest.mark.parametrize("pages", [128, 24])
+@pytest.mark.parametrize("pages", [24, pytest.param(128, marks=pytest.mark.slow)])
 def test_a_draft_changes_no_token_of_any_request(pages):
     """Alone, in a mix, and preempted and resumed: on 24 pages not all fit."""
     target = PagedEngine(drafted(SMALL, pages), (parameters(), draft_parameters(SMALL)))

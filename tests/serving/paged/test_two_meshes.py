@@ -61,7 +61,9 @@ def test_each_mesh_has_its_own_devices():
     assert on == [{0, 1, 2, 3}, {4, 5, 6, 7}]
 
 
-@pytest.mark.parametrize(("pages", "prefill"), [(128, 4), (24, 4), (128, 2)])
+@pytest.mark.parametrize(
+    ("pages", "prefill"), [(128, 4), (24, 4), pytest.param(128, 2, marks=pytest.mark.slow)]
+)
 def test_tokens_are_those_of_one_mesh(pages, prefill):
     """All at once, on pages for all or for few; the meshes may differ in size."""
     programs, params = built(pages, "float32", prefill)
@@ -77,7 +79,9 @@ def test_tokens_are_those_of_one_mesh(pages, prefill):
         assert moved == pages_of_prompts  # each once
 
 
-@pytest.mark.parametrize("cache_dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize(
+    "cache_dtype", ["int8", pytest.param("float8_e4m3fn", marks=pytest.mark.slow)]
+)
 def test_small_caches_are_handed_over_with_their_scales(cache_dtype):
     """Seed for seed what one mesh of that cache says: here a mesh that prefills for itself."""
     programs, params = built(128, cache_dtype)
