@@ -103,6 +103,8 @@ def _serve(
         server = Server(Host(model, options.limits, keys), options.drain_s)
         mesh = ", ".join(f"{axis}={size}" for axis, size in said["mesh"].items())
         where = f"{said['profile']} emulated on CPU" if said["emulated"] else said["profile"]
+        if (prefill := service.describe().get("prefill_profile")) is not None:
+            where += f", prefill on {prefill}"
         what = f"{said['model']} ({said['format']})"
         print(f"serving {what} at {said['url']}: {where}, mesh {mesh}", flush=True)
         save_json(options.json, said)
