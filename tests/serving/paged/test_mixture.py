@@ -60,7 +60,7 @@ def expected(format: str) -> list[list[int]]:
 @pytest.mark.parametrize(
     ("format", "mesh"),
     [
-        ("float32", "tensor=1"),
+        pytest.param("float32", "tensor=1", marks=pytest.mark.slow),
         ("int8", "expert=2,tensor=2"),
         pytest.param("float32", "expert=2,tensor=2", marks=pytest.mark.slow),
         pytest.param("int8", "tensor=1", marks=pytest.mark.slow),

@@ -224,7 +224,7 @@ def test_new_weights_take_over_between_two_steps(in_flight):
     assert tokens_of(want) != list(alone(2))
 
 
-@pytest.mark.parametrize("pages", [128, 24])
+@pytest.mark.parametrize("pages", [24, pytest.param(128, marks=pytest.mark.slow)])
 def test_guessing_changes_no_token_of_any_request(pages):
     """Greedy or sampled, with penalties or biases: seed for seed the same, in fewer steps."""
     target = PagedEngine(programs(pages, "float32", 3), parameters())
