@@ -5,7 +5,6 @@ import json
 import pytest
 
 from tpu_stack.cli.main import main
-from tpu_stack.cli.serve import bench
 from tpu_stack.models.presets import PRESETS
 from tpu_stack.serving.engine_options import EngineOptions
 from tpu_stack.serving.paged import build
@@ -84,7 +83,6 @@ def test_a_bundle_is_served_where_the_word_is_no_action(capsys):
     with pytest.raises(SystemExit):
         main(["serve", "no-such-folder"])
     assert "no-such-folder is not a bundle" in capsys.readouterr().err
-    assert bench.Options().lengths == "64:24"
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,19 @@ def test_a_seed_gives_the_same_requests():
     assert [(r.prompt, r.max_tokens) for r in first] == [(r.prompt, r.max_tokens) for r in again]
 
 
+def test_another_run_has_the_same_lengths_and_no_prompt_of_the_first():
+    mix = LengthMix.parse("16-64:4-8")
+    runs = [
+        make_requests(mix, count=50, vocab_size=100, max_length=4096, seed=3, run=run)
+        for run in range(2)
+    ]
+    first, second = runs
+    assert [(len(r.prompt), r.max_tokens) for r in first] == [
+        (len(r.prompt), r.max_tokens) for r in second
+    ]
+    assert not {r.prompt[:8] for r in first} & {r.prompt[:8] for r in second}
+
+
 def test_prompts_may_be_pieces_of_a_text():
     text = list(range(1000, 1090))
     mix = LengthMix.parse("20-30:4")

@@ -42,7 +42,7 @@ class Options:
     streams: int = 8
     """Requests open at once, in the closed loop."""
     repeats: int = 1
-    """Runs; the one of median throughput is shown."""
+    """Runs, of the same lengths and other prompts; the one of median throughput is shown."""
     peer_python: Path | None = None
     """An interpreter with torch and transformers, to run the same requests on this shape with
     random weights, in batches of --streams."""
@@ -93,15 +93,19 @@ def measure(options: Options, mix: Any) -> dict[str, Any]:
     config, format = weights.config, weights.format
     service, profile = build(weights, options.where, options.engine)
     try:
-        requests = make_requests(
-            mix,
-            count=options.requests,
-            vocab_size=config.vocab_size,
-            max_length=service.max_length,
-            seed=options.seed,
-            text=text,
-        )
-        outcomes = [_once(options, service, requests) for _ in range(options.repeats)]
+        runs = [
+            make_requests(
+                mix,
+                count=options.requests,
+                vocab_size=config.vocab_size,
+                max_length=service.max_length,
+                seed=options.seed,
+                text=text,
+                run=run,
+            )
+            for run in range(options.repeats)
+        ]
+        outcomes = [_once(options, service, requests) for requests in runs]
         facts = service.describe()
     finally:
         service.close(0.0)
@@ -125,7 +129,7 @@ def measure(options: Options, mix: Any) -> dict[str, Any]:
         peer = run_transformers(
             options.peer_python,
             config,
-            requests,
+            runs[0],
             options.streams,
             options.peer_dtype,
             options.repeats,

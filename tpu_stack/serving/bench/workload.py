@@ -74,8 +74,11 @@ def make_requests(
     max_length: int,
     seed: int,
     text: Sequence[int] | None = None,
+    run: int = 0,
 ) -> list[GenerationRequest]:
     """Greedy requests whose prompts are random tokens, or pieces of `text` where it is given.
+
+    Another `run` has the same lengths and other prompts, which no prefix cache has seen.
 
     Raises UserError where the mix does not fit the window of `max_length` tokens, or the text is
     shorter than the longest prompt.
@@ -87,7 +90,7 @@ def make_requests(
     longest = max(kind.prompt[1] for kind in mix.kinds)
     if text is not None and len(text) < longest:
         raise UserError(f"--text has {len(text)} tokens; the longest prompt needs {longest}")
-    rng = np.random.default_rng(seed)
+    rng, contents = np.random.default_rng(seed), np.random.default_rng([seed, 2, run])
     weights = np.array([kind.weight for kind in mix.kinds], float)
     drawn = rng.choice(len(mix.kinds), count, p=weights / weights.sum())
     requests = []
@@ -95,9 +98,9 @@ def make_requests(
         size = int(rng.integers(kind.prompt[0], kind.prompt[1] + 1))
         new = int(rng.integers(kind.new[0], kind.new[1] + 1))
         if text is None:
-            prompt = rng.integers(0, vocab_size, size).tolist()
+            prompt = contents.integers(0, vocab_size, size).tolist()
         else:
-            first = int(rng.integers(0, len(text) - size + 1))
+            first = int(contents.integers(0, len(text) - size + 1))
             prompt = text[first : first + size]
         requests.append(GenerationRequest(tuple(prompt), new))
     return requests
