@@ -2,6 +2,7 @@
 
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 from serving_model import MODEL, serving
 
+from tpu_stack.data.chat_format import ChatFormat
+from tpu_stack.data.tokenizer import EOD
 from tpu_stack.errors import UserError
 from tpu_stack.models.decoder import forward
 from tpu_stack.serving.bundle import Bundle
@@ -209,6 +212,25 @@ def test_rows_end_at_the_end_of_a_document_or_at_their_limit(trained):
     assert (stats.new_tokens, stats.decode_steps, stats.prompt_tokens) == (6, 3, 3)
     rows, stats = collect(trained, [[a, b]], Request(max_tokens=1))
     assert (rows, stats.decode_steps) == (["A", "B"], 0)
+
+
+def test_prompts_begin_and_rows_end_as_the_chat_format_says(trained):
+    a, b = trained.tokenizer.encode("AB")
+    seen = []
+
+    class Watched(Scripted):
+        def prefill(self, prompts, sampling):
+            seen.extend(prompts)
+            return super().prefill(prompts, sampling)
+
+    chat = ChatFormat(bos_token=EOD, add_bos=True, stop_tokens=(a,))
+    request, stats, rows = Request(max_tokens=3), GenerationStats(), ["", ""]
+    engine: Any = Watched([[b, b], [a, b], [b, b]])
+    tokenizer = trained.tokenizer
+    for row, piece in stream_text(engine, tokenizer, ["A", ""], request, stats, chat):
+        rows[row] += piece
+    assert seen == [[tokenizer.eod_id, a], [tokenizer.eod_id]]  # an empty prompt, begun, is one
+    assert (rows, stats.finished) == (["B", "BBB"], ["stop", "length"])
 
 
 def test_rows_end_when_the_cache_is_full(trained):

@@ -71,8 +71,9 @@ def generate(options: Options, stream: bool) -> dict[str, Any]:
     if not options.prompt:
         raise UserError("--prompt is empty; give at least one prompt")
     bundle = Bundle.open(options.bundle)
-    tokenizer, config = bundle.tokenizer, bundle.config
-    longest = max(len(tokenizer.encode(prompt)) for prompt in options.prompt)
+    tokenizer, config, chat = bundle.tokenizer, bundle.config, bundle.chat
+    begin = len(chat.begin(tokenizer))
+    longest = begin + max(len(tokenizer.encode(prompt)) for prompt in options.prompt)
     length = longest + options.max_tokens
     if length > config.max_seq_len:
         raise UserError(
@@ -91,7 +92,7 @@ def generate(options: Options, stream: bool) -> dict[str, Any]:
     texts = [""] * len(options.prompt)
     if stream:
         print(options.prompt[0], end="", flush=True)
-    for row, piece in stream_text(engine, tokenizer, options.prompt, request, stats):
+    for row, piece in stream_text(engine, tokenizer, options.prompt, request, stats, chat):
         texts[row] += piece
         if stream:
             print(piece, end="", flush=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 import blake3
 
+from tpu_stack.data.tokenizer import Tokenizer
 from tpu_stack.errors import UserError
 
 CHAT = "chat.json"
@@ -44,6 +45,15 @@ class ChatFormat:
     eos_token: str | None = None
     stop_tokens: tuple[int, ...] = ()
     add_bos: bool = False
+
+    def begin(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """The ids before a plain prompt: the token that begins a sequence, or none."""
+        begins = self.add_bos and self.bos_token in tokenizer.special_ids
+        return (tokenizer.special_ids[str(self.bos_token)],) if begins else ()
+
+    def ends(self, tokenizer: Tokenizer) -> frozenset[int]:
+        """What ends an answer: the format's own stop tokens and the end of a document."""
+        return frozenset({tokenizer.eod_id, *self.stop_tokens})
 
     def to_json(self) -> str:
         """Indented JSON; `from_json` of it equals this format."""

@@ -92,6 +92,12 @@ class Tokenizer:
         return self._backend.get_vocab(with_added_tokens=True)[self._eod_name or EOD]
 
     @cached_property
+    def special_ids(self) -> dict[str, int]:
+        """Text -> id of the special tokens, which are never read out of text."""
+        added = self._backend.get_added_tokens_decoder()
+        return {token.content: index for index, token in added.items() if token.special}
+
+    @cached_property
     def token_bytes(self) -> tuple[bytes, ...] | None:
         """The bytes each id stands for, where decoding is plain concatenation of those bytes.
 

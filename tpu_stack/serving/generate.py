@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from tpu_stack.data.chat_format import ChatFormat
 from tpu_stack.data.stream_decoder import StreamDecoder
 from tpu_stack.data.tokenizer import Tokenizer
 from tpu_stack.errors import UserError
@@ -68,13 +69,17 @@ def stream_text(
     prompts: Sequence[str],
     request: Request,
     stats: GenerationStats | None = None,
+    chat: ChatFormat | None = None,
 ) -> Iterator[tuple[int, str]]:
-    """Yields (row, text) as rows grow; a row ends at the end-of-document token or max_tokens.
+    """Yields (row, text) as rows grow; a row ends at the end of a document, at one of `chat`'s stop
+    tokens, or at max_tokens. Prompts begin as `chat` says.
 
     Raises UserError when a prompt is empty or too long for the engine.
     """
     stats = stats if stats is not None else GenerationStats()
-    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    chat = chat or ChatFormat()
+    begin, ends = chat.begin(tokenizer), chat.ends(tokenizer)
+    ids = [[*begin, *tokenizer.encode(prompt)] for prompt in prompts]
     stats.prompt_tokens = sum(map(len, ids))
     stats.finished = [""] * len(ids)
     decoders = [StreamDecoder(tokenizer) for _ in ids]
@@ -93,7 +98,7 @@ def stream_text(
             token = int(tokens[row])
             counts[row] += 1
             stats.new_tokens += 1
-            if token == tokenizer.eod_id:
+            if token in ends:
                 stats.finished[row] = "stop"
             elif counts[row] == request.max_tokens or len(ids[row]) + counts[row] >= engine.length:
                 stats.finished[row] = "length"

@@ -114,8 +114,8 @@ def test_the_default_template_is_a_transcript(tokenizer):
 def test_a_bos_token_begins_plain_prompts_where_the_model_wants_it(tokenizer, backend):
     chat = ChatFormat(bos_token="<|im_start|>", add_bos=True)
     start = backend.token_to_id("<|im_start|>")
-    assert ChatTemplate(tokenizer, chat).begin == (start,)
-    assert ChatTemplate(tokenizer, ChatFormat(bos_token="<|im_start|>")).begin == ()
+    assert chat.begin(tokenizer) == (start,)
+    assert ChatFormat(bos_token="<|im_start|>").begin(tokenizer) == ()
 
 
 def test_what_transformers_gives_a_template(tokenizer):

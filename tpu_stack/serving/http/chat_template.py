@@ -75,8 +75,7 @@ class ChatTemplate:
         self._tokenizer, self._chat = tokenizer, chat
         self._backend = tokenizers.Tokenizer.from_str(tokenizer.definition)
         self._template = compile_template(chat.chat_template or DEFAULT_TEMPLATE)
-        added = self._backend.get_added_tokens_decoder()
-        self._special = {token.content: index for index, token in added.items() if token.special}
+        self._special = tokenizer.special_ids
         longest_first = sorted(self._special, key=len, reverse=True)
         pattern = "|".join(map(re.escape, longest_first)) or r"(?!)"
         self._finder = re.compile(f"({pattern})")
@@ -86,8 +85,6 @@ class ChatTemplate:
         ]
         self._heads = tuple({head for head, _ in cuts})
         self._tails = tuple({tail for _, tail in cuts})
-        known = chat.add_bos and chat.bos_token in self._special
-        self.begin = (self._special[str(chat.bos_token)],) if known else ()
         self.stops = () if chat.chat_template else DEFAULT_STOPS
 
     def encode(self, messages: Sequence[dict[str, Any]]) -> tuple[int, ...]:
@@ -113,7 +110,7 @@ class ChatTemplate:
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
             message = f"The model's chat template refuses these messages: {error}"
             raise ApiError(400, message, param="messages", code="invalid_value") from error
-        prefix = () if self._chat.chat_template else self.begin
+        prefix = () if self._chat.chat_template else self._chat.begin(self._tokenizer)
         return (*prefix, *self._ids(text, mark))
 
     def _ids(self, text: str, mark: str) -> list[int]:

@@ -33,8 +33,8 @@ class Model:
 
     @cached_property
     def stop_tokens(self) -> frozenset[int]:
-        """What ends an answer: the model's own stop tokens and the end of a document."""
-        return frozenset({self.tokenizer.eod_id, *self.chat.stop_tokens})
+        """What ends an answer."""
+        return self.chat.ends(self.tokenizer)
 
     def check_id(self, wanted: Any) -> None:
         """Raises ApiError 404 when a client asks for another model."""
@@ -46,7 +46,7 @@ class Model:
 
     def encode_prompt(self, text: str) -> tuple[int, ...]:
         """A plain prompt's ids, begun as the model expects."""
-        return (*self.template.begin, *self.tokenizer.encode(text))
+        return (*self.chat.begin(self.tokenizer), *self.tokenizer.encode(text))
 
     def room(
         self, prompt: int, wanted: int | None, default: int, limit: int, param: str = "prompt"
