@@ -88,9 +88,10 @@ PROGRAM = textwrap.dedent(
     from fake_service import FakeService
     from tpu_stack.cli.serve import building
     from tpu_stack.sharding.profiles import get_profile
-    building.build = lambda weights, where, engine: (
+    building.build = lambda weights, where, engine: building.Served(
         FakeService(vocab_size=64, slots=engine.slots, step_s=0.05),
         get_profile(where.profile, "serve").emulate(1),
+        weights,
     )
     from tpu_stack.cli.serve import http as serve
     from tpu_stack.cli.main import parse

@@ -52,6 +52,12 @@ class EngineOptions:
         if self.page is not None and self.page % 16:
             raise UserError(f"--page is {self.page}; it must be a multiple of 16")
 
+    def divided(self, replicas: int) -> "EngineOptions":
+        """What each of so many engines gets of the slots, the queue and the pages, rounded up."""
+        share = {name: getattr(self, name) for name in ("slots", "queue", "pages")}
+        share = {name: -(-size // replicas) for name, size in share.items() if size is not None}
+        return dataclasses.replace(self, **share)
+
     def applied(self, profile: Profile) -> Profile:
         """The profile with the precision that the options ask for."""
         told = {

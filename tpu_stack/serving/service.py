@@ -8,12 +8,15 @@ The HTTP server, the benchmark and RL rollouts talk to this protocol, never to a
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from tpu_stack.serving.requests import Event, GenerationRequest
 
 Listener = Callable[[Event], None]
 """Called on the engine's thread, in order; it must be quick and must not raise."""
+InFlight = Literal["finish", "restart"]
+"""What becomes of requests in flight when the weights are replaced: they finish on those they began
+with, or start anew on the new ones."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,11 @@ class Service(Protocol):
 
     def cancel(self, ticket: Ticket) -> None:
         """Ends a request with reason "cancelled"; nothing happens when it has finished."""
+        ...
+
+    def load(self, params: Any, in_flight: InFlight = "finish") -> None:
+        """Replaces the weights between two steps; does not wait for it. While others finish on the
+        old ones, new requests wait. Raises UserError where shapes or dtypes differ."""
         ...
 
     def stats(self) -> Stats:

@@ -21,7 +21,7 @@ from tpu_stack.serving.requests import (
     Restarted,
     Token,
 )
-from tpu_stack.serving.service import Listener, Stats, Ticket
+from tpu_stack.serving.service import InFlight, Listener, Stats, Ticket
 
 PAGE = 16
 
@@ -50,6 +50,7 @@ class FakeService:
     fail_with: str = ""
     requests: list[GenerationRequest] = field(default_factory=list)
     closed_with: list[float | None] = field(default_factory=list)
+    loaded: list[tuple[Any, InFlight]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.gate.set()
@@ -75,6 +76,9 @@ class FakeService:
             self._prompt += len(request.prompt)
             self._lock.notify()
         return ticket
+
+    def load(self, params: Any, in_flight: InFlight = "finish") -> None:
+        self.loaded.append((params, in_flight))
 
     def cancel(self, ticket: Ticket) -> None:
         with self._lock:

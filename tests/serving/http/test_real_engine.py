@@ -12,9 +12,9 @@ from serving_model import serving as placed
 from tpu_stack.errors import UserError
 from tpu_stack.models.decoder import init_params
 from tpu_stack.serving.engine_options import EngineOptions
-from tpu_stack.serving.paged.build import start_service
-from tpu_stack.serving.paged.thread import EngineThread
+from tpu_stack.serving.paged.build import Side, start_service
 from tpu_stack.serving.requests import Finished, GenerationRequest, QueueFull, Token
+from tpu_stack.serving.service import Service
 
 PROMPT = "the quick brown fox"
 
@@ -41,7 +41,7 @@ def server(tokenizer, chatml, engine):
         yield running
 
 
-def answer(service: EngineThread, request: GenerationRequest) -> list[int]:
+def answer(service: Service, request: GenerationRequest) -> list[int]:
     """Tokens of a request made past the server."""
     events: list = []
     service.submit(request, events.append)
@@ -49,7 +49,7 @@ def answer(service: EngineThread, request: GenerationRequest) -> list[int]:
     return [event.token for event in events if isinstance(event, Token)]
 
 
-def idle(service: EngineThread) -> bool:
+def idle(service: Service) -> bool:
     stats = service.stats()
     pages = stats.pages_free + stats.pages_cached
     return not stats.running and not stats.waiting and pages == stats.pages
@@ -137,9 +137,12 @@ def test_heads_split_over_devices_give_the_same_tokens(config):
 def test_what_cannot_be_built_is_refused_by_name(config):
     profile, mesh = placed("data=2,tensor=2", float32=True)
     params = init_params(config, jax.random.key(0))
+    one, single = placed("tensor=1", float32=True)
     with pytest.raises(UserError, match="data=2"):
-        start_service(config, params, profile, mesh, EngineOptions())
-    profile, mesh = placed("tensor=1", float32=True)
+        start_service(
+            config, params, one, single, EngineOptions(), prefill=Side(params, profile, mesh)
+        )
+    profile, mesh = one, single
     with pytest.raises(UserError, match="--pages is 3"):
         start_service(config, params, profile, mesh, EngineOptions(page=16, pages=3))
     with pytest.raises(UserError, match="--page is 24"):

@@ -91,7 +91,8 @@ def measure(options: Options, mix: Any) -> dict[str, Any]:
     weights = _weights(options)
     text = _text(options, weights)
     config, format = weights.config, weights.format
-    service, profile = build(weights, options.where, options.engine)
+    served = build(weights, options.where, options.engine)
+    service, profile = served.service, served.profile
     try:
         runs = [
             make_requests(
@@ -124,7 +125,7 @@ def measure(options: Options, mix: Any) -> dict[str, Any]:
         "peer": None,
     }  # fmt: skip
     if options.peer_python is not None:
-        del service, outcomes
+        del served, service, outcomes
         print("running the peer ...", file=sys.stderr, flush=True)
         peer = run_transformers(
             options.peer_python,

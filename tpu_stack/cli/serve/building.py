@@ -1,6 +1,6 @@
 """From what `serve` and `serve bench` are told to an engine: the bundles, the meshes, the thread.
 
->>> service, profile = build(Weights.of(Path("bundle")), ServingOptions(), EngineOptions())
+>>> served = build(Weights.of(Path("bundle")), ServingOptions(), EngineOptions())
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from tpu_stack.serving.engine_options import EngineOptions
 
 if TYPE_CHECKING:
     from tpu_stack.serving.bundle import Bundle
-    from tpu_stack.serving.service import Service
+    from tpu_stack.serving.service import InFlight, Service
     from tpu_stack.sharding.profiles import Profile
 
 DRAFT_GUESSES = 4
@@ -76,17 +76,61 @@ class Weights:
         return cls(bundle.config, bundle.manifest.format, bundle)
 
 
-def build(
-    weights: Weights, options: ServingOptions, engine: EngineOptions
-) -> "tuple[Service, Profile]":
-    """The engine, compiled and running, and the profile that it decodes under."""
+@dataclass(frozen=True)
+class Served:
+    """A running engine, and what it was built from.
+
+    Attributes:
+      service: the engine behind its thread. profile: the one that it decodes under.
+      weights, draft: where its parameters came from. places: its one or two profiles and meshes.
+    """
+
+    service: "Service"
+    profile: "Profile"
+    weights: Weights
+    draft: Weights | None = None
+    places: "tuple[tuple[Profile, Any], ...]" = ()
+
+    def reload(self, in_flight: "InFlight") -> Path:
+        """Opens the bundles again, checks that the running programs fit them, and has the engine
+        take their weights between two steps. Needs room for both. The folder that was read.
+
+        Raises UserError when they are no longer bundles, or of another model.
+        """
+        weights = _opened_again(self.weights)
+        draft = None if self.draft is None else _opened_again(self.draft)
+        sides = [_loaded(weights, draft, *each) for each in self.places]
+        self.service.load(sides[0] if len(sides) == 1 else tuple(sides), in_flight)
+        assert weights.bundle is not None
+        return weights.bundle.path
+
+
+def _opened_again(weights: Weights) -> Weights:
+    """What the path holds now: a link may point to another folder, which then is read as one."""
+    assert weights.bundle is not None
+    path = weights.bundle.path
+    again = Weights.of(path.resolve())
+    assert again.bundle is not None
+    old, new = weights.bundle.manifest, again.bundle.manifest
+    for part in ("config", "format", "rotation", "tokenizer_digest", "chat_digest"):
+        if getattr(old, part) != getattr(new, part):
+            what = part.replace("_digest", "")
+            raise UserError(
+                f"{path} now has another {what} than the running model; start a server of its own"
+            )
+    return again
+
+
+def build(weights: Weights, options: ServingOptions, engine: EngineOptions) -> Served:
+    """The engine, compiled and running."""
     from tpu_stack.serving.paged.build import Side, start_service
 
     draft = None if options.draft is None else _draft(options.draft, weights)
     if draft is not None and not engine.guesses:
         engine = dataclasses.replace(engine, guesses=DRAFT_GUESSES)
     specs = (*weights.specs, *(draft.specs if draft is not None else ()))
-    sides = [Side(_loaded(weights, draft, *each), *each) for each in _places(options, specs)]
+    places = tuple(_places(options, specs))
+    sides = [Side(_loaded(weights, draft, *each), *each) for each in places]
     decode = sides[-1]
     service = start_service(
         weights.config,
@@ -98,7 +142,7 @@ def build(
         draft=None if draft is None else draft.config,
         prefill=sides[0] if len(sides) == 2 else None,
     )
-    return service, engine.applied(decode.profile)
+    return Served(service, engine.applied(decode.profile), weights, draft, places)
 
 
 def _loaded(weights: Weights, draft: Weights | None, profile: "Profile", mesh: Any) -> Any:

@@ -7,21 +7,19 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from tyro.conf import Positional
 
 from tpu_stack.cli.console import save_json
 from tpu_stack.cli.placement import Unprefixed
 from tpu_stack.cli.serve import building
-from tpu_stack.cli.serve.building import ServingOptions
+from tpu_stack.cli.serve.building import Served, ServingOptions
+from tpu_stack.cli.serve.reload import reload_on_signal
 from tpu_stack.errors import UserError
 from tpu_stack.serving.engine_options import EngineOptions
 from tpu_stack.serving.http.limits import Limits
-
-if TYPE_CHECKING:
-    from tpu_stack.serving.bundle import Bundle
-    from tpu_stack.serving.service import Service
+from tpu_stack.serving.service import InFlight
 
 
 @dataclass(frozen=True)
@@ -29,6 +27,8 @@ class Options:
     """Serve a bundle: /v1/completions, /v1/chat/completions, /v1/models, /metrics, and a page at /.
 
     SIGTERM or Ctrl-C finishes what is in flight and exits with 0; a second one exits at once.
+    SIGUSR1 reads the bundle again, which may be a link turned to another of the same model: its
+    weights take over between two steps, and memory must hold both.
     `tpu-stack serve bench` measures an engine under load.
 
     Example: tpu-stack serve runs/a-int4 --port 8000
@@ -41,11 +41,14 @@ class Options:
     port: int = 8000
     """Port to listen on; 0 picks a free one."""
     name: str | None = None
-    """The model's name for clients; the default is the bundle's folder."""
+    """The model's name for clients; the default is that of the bundle's folder, or of the link."""
     api_key_file: Path | None = None
     """A file of keys, one a line, one of which /v1 then asks for."""
     drain_s: float = 30.0
     """Seconds that requests in flight get to finish after SIGTERM."""
+    in_flight: InFlight = "finish"
+    """What becomes of requests in flight at SIGUSR1: finish on the weights they began with, or
+    restart on the new ones."""
     json: Path | None = None
     """Also write where and what is served to this file, once it is ready."""
     engine: Annotated[EngineOptions, Unprefixed] = field(default_factory=EngineOptions)
@@ -66,29 +69,27 @@ def run(options: Options) -> None:
     listener = bind(options.host, options.port)
     try:
         print(f"loading {options.bundle} ...", file=sys.stderr, flush=True)
-        service, profile = building.build(weights, options.where, options.engine)
+        served = building.build(weights, options.where, options.engine)
         if not keys and not _is_loopback(options.host):
             print(f"warning: {options.host} is open to others, and no API key is asked for"
                   " (--api-key-file)", file=sys.stderr)  # fmt: skip
         said = {
             "url": address_of(listener),
-            "model": options.name or options.bundle.resolve().name,
+            "model": options.name or Path(os.path.abspath(options.bundle)).name,
             "format": weights.format,
-            "profile": profile.name,
-            "mesh": dict(profile.mesh),
-            "emulated": profile.emulated,
+            "profile": served.profile.name,
+            "mesh": dict(served.profile.mesh),
+            "emulated": served.profile.emulated,
             "pid": os.getpid(),
         }
-        assert weights.bundle is not None
-        _serve(options, weights.bundle, service, keys, listener, said)
+        _serve(options, served, keys, listener, said)
     finally:
         listener.close()
 
 
 def _serve(
     options: Options,
-    bundle: "Bundle",
-    service: "Service",
+    served: Served,
     keys: frozenset[str],
     listener: Any,
     said: dict[str, Any],
@@ -97,6 +98,8 @@ def _serve(
     from tpu_stack.serving.http.model import Model
     from tpu_stack.serving.http.server import Server
 
+    service, bundle = served.service, served.weights.bundle
+    assert bundle is not None
     try:
         model = Model(said["model"], service, bundle.tokenizer, bundle.chat)
         _ = model.template  # a bundle whose template cannot be read is refused now
@@ -107,6 +110,7 @@ def _serve(
             where += f", prefill on {prefill}"
         what = f"{said['model']} ({said['format']})"
         print(f"serving {what} at {said['url']}: {where}, mesh {mesh}", flush=True)
+        reload_on_signal(lambda: served.reload(options.in_flight))
         save_json(options.json, said)
         server.run(sockets=[listener])
     finally:

@@ -30,7 +30,7 @@ def hbm_utilisation(
 
 
 def moved_bytes(outcome: Outcome, config: ModelConfig, format: str, profile: Profile) -> int:
-    """Bytes that one device's memory had to deliver in a run."""
+    """Bytes that one device's memory had to deliver in a run, averaged over replicas."""
     before, after = outcome.before, outcome.after
     programs = after.decode_steps + after.prefill_steps - before.decode_steps - before.prefill_steps
     weights = sum(
@@ -38,7 +38,8 @@ def moved_bytes(outcome: Outcome, config: ModelConfig, format: str, profile: Pro
         for spec in tensor_specs(config)
         if config.tie_embeddings or spec.name != "embed"
     )
-    return programs * weights + _context_tokens(outcome) * _token_bytes(config, profile)
+    moved = programs * weights + _context_tokens(outcome) * _token_bytes(config, profile)
+    return moved // profile.mesh.get("data", 1)  # replicas share the work
 
 
 def _token_bytes(config: ModelConfig, profile: Profile) -> int:

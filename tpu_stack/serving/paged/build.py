@@ -3,6 +3,7 @@
 >>> service = start_service(config, params, profile, mesh, EngineOptions(slots=8))
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ from tpu_stack.serving.paged.programs import Programs
 from tpu_stack.serving.paged.shapes import Shapes
 from tpu_stack.serving.paged.thread import EngineThread
 from tpu_stack.serving.paged.two_meshes import TwoMeshes
+from tpu_stack.serving.replicas import AXIS, Replicas, on_slice, split_mesh
+from tpu_stack.serving.service import Service
 from tpu_stack.sharding.profiles import Profile
 
 PAGE = {"emulated": 16, "tpu": 128}
@@ -47,15 +50,18 @@ def start_service(
     *,
     draft: ModelConfig | None = None,
     prefill: Side | None = None,
-) -> EngineThread:
-    """The engine, compiled and running; `facts` are added to what it says of itself.
+) -> Service:
+    """The engine, compiled and running; `facts` are added to what it says of itself. A mesh with a
+    data axis runs an engine on each of its slices, which share `options`' sizes.
 
     Args:
       params: laid out on `mesh`; with a draft, the pair (the model's, the draft's).
       prefill: another mesh, to prefill on; `mesh` then decodes only.
 
-    Raises UserError when a mesh splits the batch, or sizes do not fit.
+    Raises UserError when one of two meshes has a data axis, or sizes do not fit.
     """
+    if mesh.shape.get(AXIS, 1) > 1 and prefill is None:
+        return _start_replicas(config, params, profile, mesh, options, facts, draft)
     side = Side(params, options.applied(profile), mesh)
     shapes = engine_shapes(config, side.profile, options)
     engine = _engine(config, side, shapes, draft, prefill, options)
@@ -74,6 +80,32 @@ def start_service(
         **(facts or {}),
     }
     return EngineThread(engine, options.queue, described)
+
+
+def _start_replicas(
+    config: ModelConfig,
+    params: Any,
+    profile: Profile,
+    mesh: Mesh,
+    options: EngineOptions,
+    facts: dict[str, Any] | None,
+    draft: ModelConfig | None,
+) -> Replicas:
+    count, slices = mesh.shape[AXIS], split_mesh(mesh)
+    each = options.divided(count)
+    one = dataclasses.replace(profile, mesh={**profile.mesh, AXIS: 1})
+    services: list[Service] = []
+    try:
+        for slice in slices:
+            weights = on_slice(params, slice)
+            services.append(start_service(config, weights, one, slice, each, facts, draft=draft))
+    except BaseException:
+        for service in services:
+            service.close()
+        raise
+    said = services[0].describe()
+    sizes = {name: said[name] * count for name in ("slots", "pages")}
+    return Replicas(services, slices, {**said, "mesh": dict(profile.mesh), **sizes})
 
 
 def _engine(
@@ -101,8 +133,8 @@ def _programs(
 ) -> Programs:
     if (data := side.mesh.shape.get("data", 1)) > 1:
         raise UserError(
-            f"the mesh has data={data}; the engine splits a model over tensor only,"
-            " so run one server per group of devices"
+            f"a mesh has data={data}; of two meshes each holds one replica, split over tensor"
+            " alone, so ask for fewer chips and run a server per pair"
         )
     return Programs(config, side.profile, side.mesh, shapes, draft)
 

@@ -12,7 +12,7 @@ row reads its own pages only.
 
 import time
 from collections import Counter, deque
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -29,9 +29,8 @@ from tpu_stack.serving.paged.sequence import (
 from tpu_stack.serving.paged.state import StepOutput
 from tpu_stack.serving.paged.two_meshes import TwoMeshes
 from tpu_stack.serving.requests import Finished, FinishReason, Restarted, Token
-from tpu_stack.serving.service import Listener, Stats, Ticket
+from tpu_stack.serving.service import InFlight, Listener, Stats, Ticket
 
-InFlight = Literal["finish", "restart"]
 Sent = tuple[StepOutput, list[tuple[int, Sequence]]]
 
 

@@ -12,11 +12,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import jax
+
 from tpu_stack.errors import UserError
-from tpu_stack.serving.paged.engine import InFlight, PagedEngine
+from tpu_stack.serving.paged.engine import PagedEngine
 from tpu_stack.serving.paged.sequence import Sequence
 from tpu_stack.serving.requests import Finished, GenerationRequest, QueueFull
-from tpu_stack.serving.service import Listener, Stats, Ticket
+from tpu_stack.serving.service import InFlight, Listener, Stats, Ticket
 
 
 class EngineThread:
@@ -84,8 +86,13 @@ class EngineThread:
         self._command(end)
 
     def load(self, params: Any, in_flight: InFlight = "finish") -> None:
-        """Replaces the weights between two steps; see `PagedEngine.load`. Does not wait for it."""
+        """Replaces the weights between two steps; does not wait for it.
+
+        While others finish on the old ones, new requests wait. Raises UserError where shapes or
+        dtypes differ: the programs are compiled for one model.
+        """
         params = self._engine.programs.prepared(params)
+        check_same_shapes(self._engine.params, params)
         self._command(lambda: self._engine.load(params, in_flight))
 
     def _command(self, command: Callable[[], None]) -> None:
@@ -153,3 +160,19 @@ class EngineThread:
                 sequence.done = True
                 prompt, new = len(sequence.request.prompt), sequence.new_tokens
                 sequence.listener(Finished("error", prompt, new, sequence.cached, str(error)))
+
+
+def check_same_shapes(old: Any, new: Any) -> None:
+    """Raises UserError naming a weight of `new` that is not of `old`'s shape and dtype."""
+
+    def described(params: Any) -> dict[str, str]:
+        leaves = jax.tree.leaves_with_path(params)
+        return {jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape)}" for path, x in leaves}
+
+    have, want = described(new), described(old)
+    for name in (*want, *have):
+        if have.get(name) != want.get(name):
+            raise UserError(
+                f"the new weights do not fit the running model: {name} is"
+                f" {have.get(name, 'missing')} where it has {want.get(name, 'nothing')}"
+            )
