@@ -81,6 +81,24 @@ def test_a_folder_that_is_no_bundle_is_refused(tmp_path):
         run([str(tmp_path), "--port", "0"])
 
 
+@pytest.mark.parametrize(
+    ("argv", "names"),
+    [
+        ([], {"localhost", "127.0.0.1", "[::1]"}),
+        (["--host", "::1"], {"localhost", "127.0.0.1", "[::1]"}),
+        (["--host", "127.0.0.2"], {"localhost", "127.0.0.1", "[::1]", "127.0.0.2"}),
+        (["--allow-host", "Chat.Example"], {"localhost", "127.0.0.1", "[::1]", "chat.example"}),
+        (["--host", "0.0.0.0"], None),
+        (
+            ["--host", "10.0.0.7", "--allow-host", "chat.example"],
+            {"localhost", "127.0.0.1", "[::1]", "10.0.0.7", "chat.example"},
+        ),
+    ],
+)
+def test_the_names_it_answers_to(bundle, argv, names):
+    assert serve._names(parse("serve", serve.Options, [str(bundle), *argv])) == names
+
+
 PROGRAM = textwrap.dedent(
     """
     import sys

@@ -59,6 +59,7 @@ def serving(
     limits: Limits | None = None,
     keys: frozenset[str] = frozenset(),
     chat: ChatFormat | None = None,
+    names: frozenset[str] | None = None,
     drain_s: float = 10,
     engine: Any = None,
     **service: object,
@@ -66,7 +67,7 @@ def serving(
     """Runs a server for the time of a `with` block, on `engine` where a test brings a real one."""
     fake = engine or FakeService(**service)  # pyright: ignore[reportArgumentType]
     model = Model("fake", fake, tokenizer, chat or ChatFormat())
-    host = Host(model, limits or Limits(), keys)
+    host = Host(model, limits or Limits(), keys, names)
     listener = bind("127.0.0.1", 0)
     server = Server(host, drain_s)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)

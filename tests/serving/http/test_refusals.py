@@ -1,6 +1,7 @@
 """What a client may get wrong, and the answer that names it; others never notice."""
 
 import json
+import socket
 from typing import Any
 
 import httpx
@@ -8,6 +9,7 @@ import openai
 import pytest
 from running_server import serving, wait_until
 
+from tpu_stack.serving.http.host_names import LOOPBACK
 from tpu_stack.serving.http.limits import Limits
 
 GOOD: dict[str, Any] = {"model": "fake", "prompt": "the fox", "max_tokens": 4, "temperature": 0}
@@ -226,3 +228,51 @@ def test_a_full_queue_is_429_and_leaves_nothing_behind(tokenizer):
         client = running.client()
         with pytest.raises(openai.RateLimitError):
             client.completions.create(model="fake", prompt="x", n=5)
+
+
+@pytest.mark.parametrize(
+    ("name", "status"),
+    [
+        ("localhost:8000", 200),
+        ("LOCALHOST", 200),
+        ("127.0.0.1", 200),
+        ("[::1]:80", 200),
+        ("localhost.", 200),
+        ("evil.example", 403),
+        ("localhost.evil.example:8000", 403),
+        ("evil.example:127.0.0.1", 403),
+        ("", 403),
+    ],
+)
+def test_a_page_of_another_name_reads_nothing(tokenizer, name, status):
+    with serving(tokenizer, names=LOOPBACK) as running:
+        for path in ("/v1/models", "/metrics", "/stats", "/"):
+            response = httpx.get(f"{running.url}{path}", headers={"host": name})
+            assert response.status_code == status
+            if status == 403:
+                error = error_of(response, 403)
+                assert (error["code"], error["type"]) == ("unknown_host", "permission_error")
+                assert name in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("sent", "before"),
+    [(b"", False), (b"GET", False), (b"GET / HTTP/1.1\r\nhost: a", False), (b"GET", True)],
+)
+def test_headers_that_do_not_end_close_the_connection(tokenizer, sent, before):
+    """On a new connection, and on one that has had an answer; meanwhile others are served."""
+    whole = b"GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n"
+    with serving(tokenizer, limits=Limits(stall_s=0.3)) as running:
+        url = httpx.URL(running.url)
+        with socket.create_connection((url.host, url.port), timeout=10) as connection:
+            if before:
+                connection.sendall(whole)
+                assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+            connection.sendall(sent)
+            assert httpx.get(f"{running.url}/healthz").status_code == 200
+            assert connection.recv(4096) == b""
+
+
+def test_a_request_longer_than_the_limit_on_headers_is_not_cut_off(tokenizer):
+    with serving(tokenizer, limits=Limits(stall_s=0.2), step_s=0.1) as running:
+        assert post(running, GOOD | {"max_tokens": 8}).json()["usage"]["completion_tokens"] == 8

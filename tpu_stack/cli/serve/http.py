@@ -44,6 +44,9 @@ class Options:
     """The model's name for clients; the default is that of the bundle's folder, or of the link."""
     api_key_file: Path | None = None
     """A file of keys, one a line, one of which /v1 then asks for."""
+    allow_host: tuple[str, ...] = ()
+    """More names to answer to, as a proxy in front may use. A server that only this machine reaches
+    answers to localhost, its address and these; another one to any, unless some are given."""
     drain_s: float = 30.0
     """Seconds that requests in flight get to finish after SIGTERM."""
     in_flight: InFlight = "finish"
@@ -103,7 +106,7 @@ def _serve(
     try:
         model = Model(said["model"], service, bundle.tokenizer, bundle.chat)
         _ = model.template  # a bundle whose template cannot be read is refused now
-        server = Server(Host(model, options.limits, keys), options.drain_s)
+        server = Server(Host(model, options.limits, keys, _names(options)), options.drain_s)
         mesh = ", ".join(f"{axis}={size}" for axis, size in said["mesh"].items())
         where = f"{said['profile']} emulated on CPU" if said["emulated"] else said["profile"]
         if (prefill := service.describe().get("prefill_profile")) is not None:
@@ -142,6 +145,17 @@ def _read_keys(path: Path | None) -> frozenset[str]:
     if not keys:
         raise UserError(f"--api-key-file {path} holds no key; write one a line")
     return keys
+
+
+def _names(options: Options) -> frozenset[str] | None:
+    """What the server answers to; None for any name."""
+    from tpu_stack.serving.http.host_names import LOOPBACK
+
+    given = {name.lower() for name in options.allow_host}
+    if not given and not _is_loopback(options.host):
+        return None
+    own = f"[{options.host}]" if ":" in options.host else options.host
+    return LOOPBACK | {own.lower()} | given
 
 
 def _is_loopback(host: str) -> bool:

@@ -25,6 +25,7 @@ from tpu_stack.serving.http.completions import read_completion
 from tpu_stack.serving.http.errors import ApiError, draining
 from tpu_stack.serving.http.fields import parse_body
 from tpu_stack.serving.http.host import Host
+from tpu_stack.serving.http.host_names import HostNames
 from tpu_stack.serving.http.limits import Limits
 from tpu_stack.serving.http.page import page_response
 
@@ -59,6 +60,8 @@ def build_app(host: Host) -> Starlette:
         exception_handlers={ApiError: _api_error, HTTPException: _http_error, Exception: _failed},
     )
     app.state.host = host
+    if host.names is not None:
+        app.add_middleware(HostNames, names=host.names)
     app.add_middleware(_Counted, host=host, known=known | {"/": "/", "/stats": "/stats"})
     return app
 

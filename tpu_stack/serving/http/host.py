@@ -22,12 +22,14 @@ class Host:
 
     Attributes:
       keys: API keys that are let in; empty lets everybody in.
+      names: host names that it answers to, in lower case; None for any.
       calls: in flight; each takes itself out when it ends.
     """
 
     model: Model
     limits: Limits = field(default_factory=Limits)
     keys: frozenset[str] = frozenset()
+    names: frozenset[str] | None = None
     draining: bool = False
     calls: "set[Call]" = field(default_factory=set)
     metrics: Metrics = field(init=False)

@@ -24,7 +24,8 @@ class Limits:
     pending_tokens: int = 4096
     """Tokens of a choice that may wait for a reader; a slower one's request is cancelled."""
     stall_s: float = 60.0
-    """Seconds that a client may send no end of its body, or take nothing of its answer."""
+    """Seconds that a client may send no end of its headers or body, or take nothing of its
+    answer."""
 
     def check(self) -> None:
         """Raises UserError for a bound that is not positive."""

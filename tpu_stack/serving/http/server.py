@@ -17,6 +17,7 @@ import uvicorn
 from tpu_stack.errors import UserError
 from tpu_stack.serving.http.app import build_app
 from tpu_stack.serving.http.host import Host
+from tpu_stack.serving.http.protocol import protocol_with
 
 _CLOSE_S = 5
 """Seconds that connections get to take their last bytes once every call has ended."""
@@ -63,7 +64,7 @@ class Server(uvicorn.Server):
     def __init__(self, host: Host, drain_s: float = 30.0):
         config = uvicorn.Config(
             build_app(host),
-            http="h11",
+            http=protocol_with(host.limits.stall_s),
             ws="none",
             loop="asyncio",
             lifespan="off",
