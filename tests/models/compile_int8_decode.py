@@ -1,5 +1,6 @@
-"""Compiles a decode step of int8 weights and the Pallas kernel for v6e; prints how many weights of
-a layer are copied before they are multiplied. Argument: "stacked" or "split"."""
+"""Compiles a decode step of int8 weights and the Pallas kernel for v6e; prints how often the kernel
+is in it, and how many weights of a layer are copied before they are multiplied. Arguments:
+"stacked" or "split"; devices that the model is split over."""
 
 import json
 import os
@@ -16,9 +17,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.models.decoder import bind
-from tpu_stack.models.paged_cache import PagedCache, paged_shapes
-from tpu_stack.models.per_layer import PerLayer, is_weight
-from tpu_stack.quant.select import use_implementation
+from tpu_stack.models.paged_cache import PAGES_AXES, PagedCache, paged_shapes
+from tpu_stack.models.per_layer import PerLayer, is_weight, without_layers
 from tpu_stack.serving.layout import PackedLayout
 from tpu_stack.sharding.constrain import sharding_scope
 from tpu_stack.sharding.profiles import get_profile
@@ -32,23 +32,26 @@ COPY = re.compile(r"= s8\[(?:1,)?\d{3,},\d{3,}\]\S* (?:copy|dynamic-slice)\(")
 
 def main() -> None:
     topology = topologies.get_topology_desc(platform="tpu", topology_name="v6e:2x2")
-    mesh = Mesh(np.array(topology.devices[:1]).reshape(1, 1), ("data", "tensor"))
+    count = int(sys.argv[2])
+    mesh = Mesh(np.array(topology.devices[:count]).reshape(1, count), ("data", "tensor"))
     whole = NamedSharding(mesh, PartitionSpec())
-    profile = get_profile("v6e:1x1", "serve")
+    profile = get_profile("v6e", "serve").with_mesh(f"tensor={count}")
+    pages = NamedSharding(mesh, profile.rules.partition_spec(PAGES_AXES))
 
-    def struct(shape, dtype):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+    def struct(shape, dtype, sharding=whole):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     def split(weight):
-        layer = jax.tree.map(lambda part: struct(part.shape[1:], part.dtype), weight)
-        return PerLayer((layer,) * CONFIG.n_layers)
+        def one(part):
+            return struct(part.shape[1:], part.dtype, without_layers(part.sharding))
+
+        return PerLayer((jax.tree.map(one, weight),) * CONFIG.n_layers)
 
     params = PackedLayout.of(CONFIG, "int8", profile, mesh).abstract
-    params = jax.tree.map(lambda part: struct(part.shape, part.dtype), params)
     if sys.argv[1] == "split":
         params["blocks"] = jax.tree.map(split, params["blocks"], is_leaf=is_weight)
     arrays = {
-        name: None if each is None else struct(each.shape, each.dtype)
+        name: None if each is None else struct(each.shape, each.dtype, pages)
         for name, each in paged_shapes(CONFIG, ROWS * ENTRIES, PAGE, "bfloat16").items()
     }
     tables, tokens = struct((ROWS, ENTRIES), "int32"), struct((ROWS, 1), "int32")
@@ -59,7 +62,7 @@ def main() -> None:
         hidden, cache = model.hidden(tokens, positions, cache=cache, dtype=jnp.bfloat16)
         return model.logits(hidden), cache
 
-    with use_implementation("pallas"), sharding_scope(mesh, profile.rules):
+    with sharding_scope(mesh, profile.rules):  # of TPU devices, so the kernel runs
         traced = jax.jit(step, donate_argnums=1).trace(params, cache, tokens, tokens)
         text = traced.lower(lowering_platforms=("tpu",)).compile().as_text() or ""
     kernels = text.count("quantized_matmul")

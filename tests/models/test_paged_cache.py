@@ -160,12 +160,20 @@ def test_the_tpu_compiler_copies_no_cache():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra [aot]")
-@pytest.mark.parametrize("how", ["split", pytest.param("stacked", marks=pytest.mark.slow)])
-def test_the_tpu_compiler_copies_no_weight_of_a_split_layer(how):
-    """A scan slices and copies every weight before a kernel reads it: three times the traffic."""
+@pytest.mark.parametrize(
+    ("how", "devices"),
+    [("split", 1), ("split", 4), pytest.param("stacked", 1, marks=pytest.mark.slow)],
+)
+def test_the_tpu_compiler_copies_no_weight_of_a_split_layer(how, devices):
+    """A scan slices and copies every weight before a kernel reads it: three times the traffic.
+    On a mesh every device runs the kernel too, on its part."""
     script = Path(__file__).parent / "compile_int8_decode.py"
     run = subprocess.run(
-        [sys.executable, script, how], capture_output=True, text=True, timeout=300, check=True
+        [sys.executable, script, how, str(devices)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
     )
     found = json.loads(run.stdout.splitlines()[-1])
     assert found["kernels"] > 0

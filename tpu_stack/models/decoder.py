@@ -21,9 +21,10 @@ from tpu_stack.models.attention import Mask
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.models.layers import AnyCache, Block, LayerContext, RMSNorm
 from tpu_stack.models.per_layer import is_split, layer_of
+from tpu_stack.models.products import project
 from tpu_stack.models.rope import inverse_frequencies, rope_tables
 from tpu_stack.models.weights import weight
-from tpu_stack.quant.matmul import matmul, take
+from tpu_stack.quant.matmul import take
 from tpu_stack.sharding.axes import BATCH, EMBED, VOCAB
 from tpu_stack.sharding.constrain import constrain
 
@@ -106,9 +107,11 @@ class Decoder(nnx.Module):
         """Hidden states to float32 logits, soft-capped where the config asks for it."""
         config = self.config
         if config.tie_embeddings:
-            logits = matmul(x, self.embed.get_value(), transpose=True, out_dtype=jnp.float32)
+            logits = project(
+                x, self.embed.get_value(), (VOCAB, EMBED), transpose=True, out_dtype=jnp.float32
+            )
         else:
-            logits = matmul(x, self.unembed.get_value(), out_dtype=jnp.float32)
+            logits = project(x, self.unembed.get_value(), (EMBED, VOCAB), out_dtype=jnp.float32)
         if config.logit_softcap is not None:
             logits = config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
         return constrain(logits, BATCH, *(None,) * (logits.ndim - 2), VOCAB)

@@ -1,7 +1,7 @@
 """The parts of one decoder block: RMSNorm, attention, and the block that joins them to an MLP.
 
 Every parameter is stacked over layers, [L, ...]; `decoder.py` scans over that axis and calls a
-block with one layer's slice. All matmuls go through `quant.matmul`, so a weight may be a float
+block with one layer's slice. All matmuls go through `project`, so a weight may be a float
 array (training) or a packed `QTensor` (serving).
 
 >>> y_BTD, cache, balance = block(x_BTD, context, cache)
@@ -21,9 +21,9 @@ from tpu_stack.models.config import ModelConfig
 from tpu_stack.models.mlp import MLP
 from tpu_stack.models.moe import MoE
 from tpu_stack.models.paged_cache import PagedCache
+from tpu_stack.models.products import project
 from tpu_stack.models.rope import rotate
 from tpu_stack.models.weights import norm_scale, weight
-from tpu_stack.quant.matmul import matmul
 from tpu_stack.sharding.axes import BATCH, EMBED, HEADS, KV_HEADS, LAYERS
 from tpu_stack.sharding.constrain import constrain
 
@@ -89,9 +89,11 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], AnyCache | None]:
         config = self.config
         B, T, _ = x_BTD.shape
-        q = matmul(x_BTD, self.wq.get_value()).reshape(B, T, config.n_heads, config.head_dim)
-        k = matmul(x_BTD, self.wk.get_value()).reshape(B, T, config.n_kv_heads, config.head_dim)
-        v = matmul(x_BTD, self.wv.get_value()).reshape(B, T, config.n_kv_heads, config.head_dim)
+        kv_axes, kv_shape = (EMBED, KV_HEADS), (B, T, config.n_kv_heads, config.head_dim)
+        q = project(x_BTD, self.wq.get_value(), (EMBED, HEADS))
+        q = q.reshape(B, T, config.n_heads, config.head_dim)
+        k = project(x_BTD, self.wk.get_value(), kv_axes).reshape(kv_shape)
+        v = project(x_BTD, self.wv.get_value(), kv_axes).reshape(kv_shape)
         q = constrain(q, BATCH, None, HEADS, None)
         k = constrain(k, BATCH, None, KV_HEADS, None)
         v = constrain(v, BATCH, None, KV_HEADS, None)
@@ -106,9 +108,8 @@ class Attention(nnx.Module):
         else:
             out, cache = cache.attend(context.layer, q, k, v, context.mask, **how)
         out = constrain(out, BATCH, None, HEADS, None)
-        return matmul(
-            out.reshape(B, T, config.n_heads * config.head_dim), self.wo.get_value()
-        ), cache
+        out = out.reshape(B, T, config.n_heads * config.head_dim)
+        return project(out, self.wo.get_value(), (HEADS, EMBED)), cache
 
 
 class Block(nnx.Module):

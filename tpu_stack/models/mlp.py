@@ -8,8 +8,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from tpu_stack.models.config import ModelConfig
+from tpu_stack.models.products import project
 from tpu_stack.models.weights import weight
-from tpu_stack.quant.matmul import matmul
 from tpu_stack.sharding.axes import BATCH, EMBED, FFW, LAYERS
 from tpu_stack.sharding.constrain import constrain
 
@@ -33,9 +33,10 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         activation = activation_of(self.config)
-        up = matmul(x_BTD, self.w_up.get_value())
+        up = project(x_BTD, self.w_up.get_value(), (EMBED, FFW))
         if self.config.gated_mlp:
-            hidden = activation(matmul(x_BTD, self.w_gate.get_value())) * up
+            hidden = activation(project(x_BTD, self.w_gate.get_value(), (EMBED, FFW))) * up
         else:
             hidden = activation(up)
-        return matmul(constrain(hidden, BATCH, None, FFW), self.w_down.get_value())
+        hidden = constrain(hidden, BATCH, None, FFW)
+        return project(hidden, self.w_down.get_value(), (FFW, EMBED))

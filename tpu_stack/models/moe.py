@@ -13,17 +13,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.models.mlp import MLP, activation_of
+from tpu_stack.models.products import rows_spec
 from tpu_stack.models.weights import router_weight, weight
 from tpu_stack.quant.grouped import grouped_matmul
 from tpu_stack.quant.sharded import weight_specs
-from tpu_stack.sharding.axes import BATCH, EMBED, EXPERT, FFW, LAYERS
+from tpu_stack.sharding.axes import EMBED, EXPERT, FFW, LAYERS
 from tpu_stack.sharding.constrain import current_scope
-from tpu_stack.sharding.rules import Rules
 
 
 class MoE(nnx.Module):
@@ -93,7 +93,7 @@ def _everywhere(config: ModelConfig, x, experts, shares, weights) -> Float[Array
     if scope is None or scope[0].size == 1:
         return _local(x, experts, shares, weights, config=config)
     mesh, rules = scope
-    tokens = _batch_spec(x.shape[0], mesh, rules)
+    tokens = PartitionSpec(rows_spec(x.shape[0], mesh, rules), None, None)
     over_experts, over_width = rules.mesh_axes(EXPERT), rules.mesh_axes(FFW)
     wide = PartitionSpec(over_experts or None, None, over_width or None)
     narrow = PartitionSpec(over_experts or None, over_width or None, None)
@@ -107,15 +107,6 @@ def _everywhere(config: ModelConfig, x, experts, shares, weights) -> Float[Array
         out_specs=tokens,
         check_vma=False,  # a pallas_call does not say over which axes its result varies
     )(x, experts, shares, weights)
-
-
-def _batch_spec(rows: int, mesh: Mesh, rules: Rules) -> PartitionSpec:
-    """Rows over the batch axes; on every device alike when they do not divide, as at prefill."""
-    axes = rules.mesh_axes(BATCH)
-    ways = 1
-    for axis in axes:
-        ways *= mesh.shape[axis]
-    return PartitionSpec(axes if ways > 1 and rows % ways == 0 else None, None, None)
 
 
 def _local(

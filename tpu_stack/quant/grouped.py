@@ -20,6 +20,7 @@ from tpu_stack.kernels.grouped_matmul import grouped_matmul as kernel
 from tpu_stack.quant.matmul import matmul
 from tpu_stack.quant.qtensor import QTensor
 from tpu_stack.quant.rotation import rotate
+from tpu_stack.sharding.constrain import current_platform
 
 LEAST_BLOCK, LARGEST_BLOCK = 8, 128
 """Rows of a block on a CPU: XLA:CPU is ten times slower under eight, no faster beyond 128."""
@@ -84,7 +85,7 @@ _grouped.defvjp(_grouped_fwd, _grouped_bwd)
 
 
 def _elsewhere(x: Array, w: Any, sizes: Array, transpose: bool) -> Array:
-    if isinstance(w, QTensor) and jax.default_backend() == "tpu":
+    if isinstance(w, QTensor) and current_platform() == "tpu":
         return kernel(
             x,
             w.values,

@@ -26,7 +26,7 @@ from tpu_stack.errors import UserError
 from tpu_stack.quant.blocked import BLOCK_ROWS
 from tpu_stack.quant.qtensor import QTensor
 from tpu_stack.quant.sliced import MAX_K
-from tpu_stack.sharding.constrain import current_scope
+from tpu_stack.sharding.constrain import current_platform, current_scope
 
 IMPLEMENTATIONS = ("xla", "xla_blocked", "xla_sliced", "pallas")
 MAX_BLOCKED_M = 32
@@ -122,8 +122,8 @@ def choose(
 
 
 def _default(w: QTensor, transpose: bool, mode: str, rows: int) -> Choice:
-    backend = jax.default_backend()
-    if backend == "tpu" and jax.device_count() == 1:
+    backend = current_platform()
+    if backend == "tpu" and _one_device_program():
         return Choice("pallas", mode, "one TPU: the kernel reads the weight packed")
     if backend == "cpu" and _one_device_program():
         if rows <= MAX_SLICED_M and _sliceable(w, mode):
@@ -133,6 +133,13 @@ def _default(w: QTensor, transpose: bool, mode: str, rows: int) -> Choice:
             why = f"one CPU device and M={rows}: widening in cache beats a copy"
             return Choice("xla_blocked", mode, why)
     return Choice("xla", mode, "the compiler partitions and fuses it on any mesh")
+
+
+def kernel_per_device() -> bool:
+    """Whether products on the mesh in force should run the kernel on each device's part of the
+    weight: on TPU, unless another implementation was asked for."""
+    requested = _requested.get()
+    return requested == "pallas" or (requested is None and current_platform() == "tpu")
 
 
 def _blockable(w: QTensor, transpose: bool, mode: str) -> bool:

@@ -35,6 +35,15 @@ def current_scope() -> tuple[Mesh, Rules] | None:
     return _SCOPE.get()
 
 
+def current_platform() -> str:
+    """What the code being traced will run on: the mesh in force's platform, else JAX's default.
+
+    Programs are compiled for TPU topologies from processes that have no TPU.
+    """
+    scope = _SCOPE.get()
+    return jax.default_backend() if scope is None else scope[0].devices.flat[0].platform
+
+
 def constrain(x: Array, *axes: str | None) -> Array:
     """`x`, constrained to the layout of its logical `axes` where a scope is in force."""
     scope = _SCOPE.get()
