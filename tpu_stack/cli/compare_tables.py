@@ -57,12 +57,11 @@ def _print_profiles(result: dict[str, Any]) -> None:
 
 
 def _tile_text(product: dict[str, Any] | None) -> str:
-    """The kernel's tile for decode, bm x bk x bn; in brackets where the mesh takes XLA's dot."""
+    """The kernel's tile for decode, bm x bk x bn."""
     if product is None or product["kernel"]["decode"]["tile"] is None:
         return "-"
     tile = product["kernel"]["decode"]["tile"]
-    text = f"{tile['bm']}x{tile['bk']}x{tile['bn']}"
-    return text if product["runs_kernel"] else f"({text})"
+    return f"{tile['bm']}x{tile['bk']}x{tile['bn']}"
 
 
 def _print_tensors(result: dict[str, Any]) -> None:

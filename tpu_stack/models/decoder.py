@@ -21,10 +21,10 @@ from tpu_stack.models.attention import Mask
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.models.layers import AnyCache, Block, LayerContext, RMSNorm
 from tpu_stack.models.per_layer import is_split, layer_of
-from tpu_stack.models.products import project
 from tpu_stack.models.rope import inverse_frequencies, rope_tables
 from tpu_stack.models.weights import weight
 from tpu_stack.quant.matmul import take
+from tpu_stack.quant.project import project
 from tpu_stack.sharding.axes import BATCH, EMBED, VOCAB
 from tpu_stack.sharding.constrain import constrain
 

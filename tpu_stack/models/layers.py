@@ -21,9 +21,9 @@ from tpu_stack.models.config import ModelConfig
 from tpu_stack.models.mlp import MLP
 from tpu_stack.models.moe import MoE
 from tpu_stack.models.paged_cache import PagedCache
-from tpu_stack.models.products import project
 from tpu_stack.models.rope import rotate
 from tpu_stack.models.weights import norm_scale, weight
+from tpu_stack.quant.project import project
 from tpu_stack.sharding.axes import BATCH, EMBED, HEADS, KV_HEADS, LAYERS
 from tpu_stack.sharding.constrain import constrain
 

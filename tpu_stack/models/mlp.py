@@ -8,8 +8,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from tpu_stack.models.config import ModelConfig
-from tpu_stack.models.products import project
 from tpu_stack.models.weights import weight
+from tpu_stack.quant.project import project
 from tpu_stack.sharding.axes import BATCH, EMBED, FFW, LAYERS
 from tpu_stack.sharding.constrain import constrain
 

@@ -18,9 +18,9 @@ from jaxtyping import Array, Float, Int
 
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.models.mlp import MLP, activation_of
-from tpu_stack.models.products import rows_spec
 from tpu_stack.models.weights import router_weight, weight
 from tpu_stack.quant.grouped import grouped_matmul
+from tpu_stack.quant.project import rows_spec
 from tpu_stack.quant.sharded import weight_specs
 from tpu_stack.sharding.axes import EMBED, EXPERT, FFW, LAYERS
 from tpu_stack.sharding.constrain import current_scope

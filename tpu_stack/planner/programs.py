@@ -12,6 +12,7 @@ what the planner reads. LLVM's optimizations are off: they change no collective 
 import dataclasses
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -127,8 +128,9 @@ def trace_serve(
     """Prefill of [batch, prompt] tokens and one decode step, into a cache of `context` positions;
     of these, the `programs` asked for.
 
-    Packed weights are traced as on a TPU mesh (`matmul_of`), never through the path meant for one
-    CPU device. Lowered for `mesh` where one is given, else for the emulated mesh.
+    Packed weights go to the kernel on a mesh of TPU devices; on the emulated mesh to XLA's
+    products, which have the same collectives, never through the path meant for one CPU device.
+    Lowered for `mesh` where one is given, else for the emulated mesh.
     """
     small, mesh, batch_now = _placed(profile, batch, limit, mesh)
     params = PackedLayout.of(config, format, small, mesh).abstract
@@ -177,18 +179,12 @@ def _placed(
     return small, make_mesh(small.mesh, jax.devices("cpu")), batch_now
 
 
-def matmul_of(devices: int) -> str:
-    """The quantized product that runs on a mesh of so many TPU devices: a mesh that the compiler
-    partitions takes no Pallas kernel (`quant.select`)."""
-    return "pallas" if devices == 1 else "xla"
-
-
 def _trace(
     name: str, profile: Profile, small: Profile, mesh: Mesh, jitted: Any, arguments: Any, scale: int
 ) -> Traced:
     on_tpu = mesh.devices.flat[0].platform == "tpu"
-    matmul = matmul_of(mesh.size) if on_tpu else "xla"
-    with sharding_scope(mesh, small.rules), use_implementation(matmul):
+    products = nullcontext() if on_tpu else use_implementation("xla")
+    with sharding_scope(mesh, small.rules), products:
         traced = jitted.trace(*arguments)
         lowered = traced.lower()
     return Traced(name, profile, mesh, _scaled(count_jaxpr(traced.jaxpr), scale), lowered)

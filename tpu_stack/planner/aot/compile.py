@@ -34,7 +34,6 @@ from tpu_stack.planner.aot.store import Store
 from tpu_stack.planner.aot.target import topology_of
 from tpu_stack.planner.compiler_child import CompilerChild, Deadline
 from tpu_stack.planner.kernels.targets import COMPILE_TARGETS, has_compiler
-from tpu_stack.planner.programs import matmul_of
 from tpu_stack.quant.formats import get_format
 
 CHILD = f"{__package__}.child"
@@ -93,12 +92,8 @@ def target_of(request: CompileRequest) -> Target:
 def _matmul_text(request: CompileRequest) -> str:
     if request.program == "train" or not get_format(request.format).quantized:
         return "plain products"
-    name = matmul_of(request.profile.devices)
-    why = {
-        "xla": "the compiler partitions it; it does not split a Pallas kernel over a mesh",
-        "pallas": "one device: the kernel reads the weight packed",
-    }
-    return f"{name} ({why[name]})"
+    where = "" if request.profile.devices == 1 else ", each device its part"
+    return f"pallas (the kernel reads the weight packed{where})"
 
 
 def key_of(request: CompileRequest) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from tpu_stack.errors import UserError
 from tpu_stack.hardware import get_chip
 from tpu_stack.kernels.quantized_matmul import Plan, make_plan
 from tpu_stack.models.config import ModelConfig
-from tpu_stack.planner.programs import matmul_of
 from tpu_stack.planner.tensors import TensorRow, ways
 from tpu_stack.planner.traffic import lookup_only
 from tpu_stack.planner.workload import Workload
@@ -51,7 +50,6 @@ def serve_product(
     if row.spec.contract_axis is None or lookup_only(config, row):
         return None
     fmt = get_format(row.serve_format)
-    implementation = matmul_of(profile.devices) if fmt.quantized else "dot"
     unembeds = row.spec.contract_axis == -1 or row.spec.name == "unembed"
     kernels = {
         name: _kernel(row, profile, rows["decode"] if unembeds else count)
@@ -59,8 +57,7 @@ def serve_product(
     }
     return {
         **_support(profile, (profile.precision.compute, fmt.operand)),
-        "implementation": implementation,
-        "runs_kernel": implementation == "pallas",
+        "implementation": "pallas" if fmt.quantized else "dot",
         "kernel": kernels,
     }
 
