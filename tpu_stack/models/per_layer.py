@@ -8,13 +8,14 @@ operand: a Pallas kernel, and every product of XLA:CPU, where the copies took ha
 >>> logits_BTV = forward(config, params, tokens_BT)  # the same numbers
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tpu_stack.quant.qtensor import QTensor
+from tpu_stack.quant.in_place import in_place
+from tpu_stack.quant.qtensor import PARTS, QTensor
 
 
 @jax.tree_util.register_dataclass
@@ -46,13 +47,19 @@ def split_layers(weight: Any) -> PerLayer:
 def _laid_out(weight: Any, layer: int) -> Any:
     """One layer of a stacked weight on devices, laid out as the weight was."""
 
-    def pick(part: Any) -> Any:
+    def pick(part: Any, name: str | None = None) -> Any:
         picked, sharding = part[layer], getattr(part, "sharding", None)
         if not isinstance(sharding, NamedSharding):
             return picked
-        return jax.device_put(picked, without_layers(sharding))
+        place = without_layers(sharding)
+        if name is not None:
+            place = in_place(place, name, weight.contract_axis, picked.ndim)
+        return jax.device_put(picked, place)
 
-    return jax.tree.map(pick, weight)
+    if not isinstance(weight, QTensor):
+        return pick(weight)
+    names = ("values", "scales") if weight.tensor_scale is None else PARTS
+    return replace(weight, **{name: pick(getattr(weight, name), name) for name in names})
 
 
 def without_layers(sharding: NamedSharding) -> NamedSharding:

@@ -19,10 +19,13 @@ from tpu_stack.quant import elements
 from tpu_stack.quant.formats import FORMATS, Format, get_format
 from tpu_stack.quant.rotation import check_rotation, rotate
 
+PARTS = ("values", "scales", "tensor_scale")
+"""A QTensor's arrays; the last is None in most formats."""
+
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["values", "scales", "tensor_scale"],
+    data_fields=PARTS,
     meta_fields=["format", "contract_axis", "rotation"],
 )
 @dataclass(frozen=True)

@@ -32,8 +32,9 @@ from tpu_stack.models.abstract import map_specs, tensor_of
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.models.per_layer import PerLayer, without_layers
 from tpu_stack.quant.formats import get_format
+from tpu_stack.quant.in_place import in_place
 from tpu_stack.quant.packing import pack_values, unpack_values
-from tpu_stack.quant.qtensor import QTensor
+from tpu_stack.quant.qtensor import PARTS, QTensor
 from tpu_stack.serving.layout import PackedLayout
 from tpu_stack.serving.manifest import MANIFEST, TOKENIZER, Manifest, Part, TensorEntry
 from tpu_stack.sharding.axes import LAYERS, TensorSpec
@@ -41,8 +42,6 @@ from tpu_stack.sharding.profiles import Profile
 
 FILE_BYTES = 4 * 2**30
 """A weights file is closed when it has reached this size."""
-
-PARTS = ("values", "scales", "tensor_scale")
 
 Tensor = np.ndarray | QTensor
 
@@ -245,7 +244,7 @@ def _placed(tensor: Tensor, target: Any, layer: int | None = None) -> Any:
     if isinstance(tensor, QTensor):
         parts = {part: getattr(tensor, part) for part in PARTS}
         placed = {
-            part: _place(array, getattr(target, part).sharding, layer)
+            part: _place(array, getattr(target, part).sharding, layer, part, tensor.contract_axis)
             for part, array in parts.items()
             if array is not None
         }
@@ -253,7 +252,14 @@ def _placed(tensor: Tensor, target: Any, layer: int | None = None) -> Any:
     return _place(tensor, target.sharding, layer)
 
 
-def _place(array: np.ndarray, sharding: NamedSharding, layer: int | None) -> jax.Array:
+def _place(
+    array: np.ndarray,
+    sharding: NamedSharding,
+    layer: int | None,
+    part: str | None = None,
+    contract_axis: int = -2,
+) -> jax.Array:
     if layer is not None:
         array, sharding = array[layer], without_layers(sharding)
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    place = sharding if part is None else in_place(sharding, part, contract_axis, array.ndim)
+    return jax.make_array_from_callback(array.shape, place, lambda index: array[index])

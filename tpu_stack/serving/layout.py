@@ -15,6 +15,7 @@ from tpu_stack.errors import UserError
 from tpu_stack.models.abstract import map_specs, tensor_specs
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.quant.formats import WORD_ROWS
+from tpu_stack.quant.in_place import in_place
 from tpu_stack.quant.policy import stored_format, stored_rotation
 from tpu_stack.quant.qtensor import QTensor, abstract_qtensor, values_shape
 from tpu_stack.sharding.axes import TensorSpec
@@ -23,7 +24,8 @@ from tpu_stack.sharding.profiles import Profile
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """The parameter tree with QTensors or arrays of ShapeDtypeStructs that carry shardings."""
+    """The parameter tree with QTensors or arrays of ShapeDtypeStructs that carry shardings, on TPU
+    with the order of axes in memory (`quant.in_place`)."""
 
     config: ModelConfig
     format: str
@@ -55,18 +57,20 @@ def _placed(spec: TensorSpec, format: str, profile: Profile, mesh: Mesh, rotatio
     fmt = stored_format(spec, format)
     values = profile.rules.partition_spec(spec.axes, spec.name)
     if not fmt.quantized:
-        return _struct(spec.shape, fmt.dtype, values, mesh)
+        return jax.ShapeDtypeStruct(spec.shape, fmt.dtype, sharding=NamedSharding(mesh, values))
     block = stored_rotation(spec, format, rotation)
     axis = spec.contract_axis or -2
     packed = abstract_qtensor(spec.shape, fmt.name, axis, block, spec.name).check(spec.name)
     specs = {"values": values, "scales": scales_spec(spec, packed, profile)}
     if packed.tensor_scale is not None:
         specs["tensor_scale"] = PartitionSpec(*_entries(spec, profile)[:-2], None, None, None)
-    structs = {
-        part: _struct(getattr(packed, part).shape, getattr(packed, part).dtype, where, mesh)
-        for part, where in specs.items()
-    }
-    return replace(packed, **structs)
+
+    def struct(part: str, where: PartitionSpec) -> jax.ShapeDtypeStruct:
+        leaf = getattr(packed, part)
+        place: Any = in_place(NamedSharding(mesh, where), part, axis, len(leaf.shape))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    return replace(packed, **{part: struct(part, where) for part, where in specs.items()})
 
 
 def _entries(spec: TensorSpec, profile: Profile) -> list[Any]:
@@ -102,10 +106,6 @@ def scales_spec(spec: TensorSpec, packed: QTensor, profile: Profile) -> Partitio
             f" over {ways} devices"
         )
     return PartitionSpec(*lead, k, None, n)
-
-
-def _struct(shape, dtype, spec: PartitionSpec, mesh: Mesh) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
 
 def packed_bytes_per_device(spec: TensorSpec, format: str, profile: Profile) -> tuple[str, int]:

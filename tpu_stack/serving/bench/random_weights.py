@@ -13,8 +13,9 @@ from jax.sharding import Mesh
 from tpu_stack.models.abstract import map_specs, tensor_of
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.models.per_layer import split_layers
+from tpu_stack.quant.in_place import in_place
 from tpu_stack.quant.policy import stored_format
-from tpu_stack.quant.qtensor import QTensor
+from tpu_stack.quant.qtensor import PARTS, QTensor
 from tpu_stack.quant.quantize import quantize
 from tpu_stack.serving.layout import PackedLayout
 from tpu_stack.sharding.axes import LAYERS, TensorSpec
@@ -57,6 +58,9 @@ def random_params(
 def _placed(packed: QTensor, target: Any) -> QTensor:
     def put(part: str) -> Any:
         array = getattr(packed, part)
-        return None if array is None else jax.device_put(array, getattr(target, part).sharding)
+        if array is None:
+            return None
+        sharding = getattr(target, part).sharding
+        return jax.device_put(array, in_place(sharding, part, packed.contract_axis, array.ndim))
 
-    return replace(packed, **{part: put(part) for part in ("values", "scales", "tensor_scale")})
+    return replace(packed, **{part: put(part) for part in PARTS})
