@@ -23,10 +23,11 @@ def in_place(
 
 
 def order_of(part: str, contract_axis: int, ndim: int) -> tuple[int, ...]:
-    """The axes from the outermost in memory to the innermost: as they stand, but for scales of
-    groups [..., G, 1, N], which the kernel reads as [G, N]."""
-    axes = tuple(range(ndim))
-    if part == "scales" and contract_axis == -2:
-        *lead, groups, one, columns = axes
-        return (*lead, one, groups, columns)
-    return axes
+    """The axes from the outermost in memory to the innermost: as they stand, but for scales, whose
+    axis of one is not to be padded to whole lanes. Groups' [..., G, 1, N] are read as [G, N], and
+    rows' [..., V, 1] as [1, V]."""
+    axes = list(range(ndim))
+    if part == "scales":
+        one = ndim - (2 if contract_axis == -2 else 1)
+        axes[one - 1 : one + 1] = one, one - 1
+    return tuple(axes)
