@@ -15,7 +15,7 @@ demo: $(VENV)/base
 	$(BIN)/tpu-stack demo
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow"
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations=15 -m "not slow"
 
 test-slow: $(VENV)/dev
 	$(BIN)/python -m pytest -m slow
