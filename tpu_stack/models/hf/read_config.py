@@ -6,6 +6,7 @@
 >>> family, config = read_config(json.loads(Path("config.json").read_text()))
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,7 +45,7 @@ class _Reader:
 def as_number(value: Any, key: str, kind: type, where: str) -> Any:
     """`value` as an int or float; a whole float counts as an int. Raises UserError otherwise."""
     fits = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not fits or (kind is int and value != int(value)):
+    if not fits or not math.isfinite(value) or (kind is int and value != int(value)):
         raise UserError(
             f"{where}: {key} is {value!r}, not {'a whole' if kind is int else 'a'} number"
         )
@@ -94,7 +95,7 @@ def _sizes(reader: _Reader) -> dict[str, Any]:
     d_model, n_heads = reader.number("hidden_size"), reader.number("num_attention_heads")
     key = "hidden_activation" if reader.get("hidden_activation") else "hidden_act"
     activation = reader.get(key)
-    if activation not in _ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in _ACTIVATIONS:
         raise UserError(
             f"{reader.where}: {key} {activation!r} is not supported; {', '.join(_ACTIVATIONS)} are"
         )
@@ -118,7 +119,8 @@ def _layers(reader: _Reader) -> dict[str, Any]:
     window, layers = reader.get("sliding_window"), reader.number("num_hidden_layers")
     types = reader.get("layer_types")
     if types is not None:
-        if not isinstance(types, list) or not set(types) <= set(_LAYERS) or len(types) != layers:
+        known = isinstance(types, list) and all(kind in list(_LAYERS) for kind in types)
+        if not known or len(types) != layers:
             raise UserError(
                 f"{reader.where}: layer_types is {types!r}; {layers} of {', '.join(_LAYERS)}"
             )
