@@ -20,18 +20,16 @@ from tpu_stack.serving.paged.batches import arrivals, next_chunk
 from tpu_stack.serving.paged.pool import PagePool
 from tpu_stack.serving.paged.programs import Prefilled, Programs
 from tpu_stack.serving.paged.residents import Residents
+from tpu_stack.serving.paged.results import Results
 from tpu_stack.serving.paged.sequence import (
     OUTPUT_WEIGHT,
     PROMPT_WEIGHT,
     Sequence,
     WaitingQueue,
 )
-from tpu_stack.serving.paged.state import StepOutput
 from tpu_stack.serving.paged.two_meshes import TwoMeshes
-from tpu_stack.serving.requests import Finished, FinishReason, Restarted, Token
+from tpu_stack.serving.requests import Finished, FinishReason, Restarted
 from tpu_stack.serving.service import InFlight, Listener, Stats, Ticket
-
-Sent = tuple[StepOutput, list[tuple[int, Sequence]]]
 
 
 class PagedEngine:
@@ -42,11 +40,11 @@ class PagedEngine:
         self.residents = Residents(self.shapes)
         self.queue = WaitingQueue()
         self._landing: deque[tuple[Prefilled, list[Sequence], list[Sequence | None]]] = deque()
-        self._sent: deque[Sent] = deque()
         self._next: tuple[Any, InFlight] | None = None
         self._counters: Counter[str] = Counter()
         self._finished: Counter[str] = Counter()
         self._seconds = {"step_s": 0.0, "host_s": 0.0}
+        self._results = Results(self.shapes, self._counters, self._finish, self._charge_output)
 
     # What clients ask -------------------------------------------------------------------------
 
@@ -107,8 +105,8 @@ class PagedEngine:
         worked = self._prefill()
         self._land(wait=not worked and not any(s.decoding for s in self.running))
         worked |= self._decode()
-        while len(self._sent) > (1 if worked else 0):
-            waited += self._read_oldest()
+        while len(self._results) > (1 if worked else 0):
+            waited += self._results.read_oldest()
             worked = True
         if worked:
             took = time.perf_counter() - started
@@ -227,7 +225,7 @@ class PagedEngine:
             self._counters["prompt_tokens"] += len(sequence.request.prompt)
             self._counters["cached_prompt_tokens"] += sequence.cached
         if fresh:
-            self._sent.append((output, fresh))
+            self._results.send(output, fresh)
 
     # Decode -----------------------------------------------------------------------------------
 
@@ -244,18 +242,14 @@ class PagedEngine:
             active[slot] = True
             sequence.pending += 1 + self.shapes.guesses
         output = self.programs.decode(self.params, self.residents.tables.copy(), active)
-        self._sent.append((output, batch))
+        self._results.send(output, batch)
         self._counters["decode_steps"] += 1
         self._counters["decode_rows"] += len(batch)
         return True
 
-    def _limit(self, sequence: Sequence) -> int:
-        request = sequence.request
-        return min(len(request.prompt) + request.max_tokens, self.shapes.length)
-
     def _goes_on(self, sequence: Sequence) -> bool:
         known = len(sequence.tokens) + sequence.pending
-        return sequence.decoding and known < self._limit(sequence)
+        return sequence.decoding and known < self.shapes.limit_of(sequence.request)
 
     def _cover(self, sequence: Sequence) -> None:
         """Sees that the next step's keys have a page, if need be by preempting the last in rank."""
@@ -267,53 +261,16 @@ class PagedEngine:
             if sequence.slot is None or not self._goes_on(sequence):
                 return
 
-    # Results ----------------------------------------------------------------------------------
+    # Ends -------------------------------------------------------------------------------------
 
     def _drain(self) -> None:
         """Waits for all that was sent off."""
         self._land(wait=True)
-        while self._sent:
-            self._read_oldest()
+        while self._results:
+            self._results.read_oldest()
 
-    def _read_oldest(self) -> float:
-        """Hands out one step's tokens; the seconds waited for them."""
-        output, batch = self._sent.popleft()
-        started = time.perf_counter()
-        tokens, counts = np.asarray(output.tokens), np.asarray(output.counts)
-        guessed = np.asarray(output.guessed)
-        waited = time.perf_counter() - started
-        details = None
-        if any(s.request.sampling.logprobs is not None for _, s in batch):
-            arrays = (output.logprobs, output.top_ids, output.top_logprobs)
-            details = tuple(map(np.asarray, arrays))
-        for row, sequence in batch:
-            sequence.pending -= tokens.shape[1]
-            self._counters["drafted"] += int(guessed[row])
-            self._counters["accepted"] += max(0, int(counts[row]) - 1)
-            for t in range(int(counts[row])):
-                if sequence.done:
-                    break
-                self._hand_out(sequence, int(tokens[row, t]), details, row, t)
-        return waited
-
-    def _hand_out(self, sequence: Sequence, token: int, details: Any, row: int, t: int) -> None:
-        if token in sequence.request.stop_tokens:
-            return self._finish(sequence, "stop")
-        sequence.tokens.append(token)
-        self._counters["new_tokens"] += 1
+    def _charge_output(self, sequence: Sequence) -> None:
         self.queue.charge(sequence.request.client, OUTPUT_WEIGHT)
-        wanted = sequence.request.sampling.logprobs
-        if wanted is None or details is None:
-            sequence.listener(Token(token))
-        else:
-            logprobs, ids, tops = (array[row, t] for array in details)
-            top = tuple(
-                (int(i), float(p)) for i, p in zip(ids[:wanted], tops[:wanted], strict=True)
-            )
-            sequence.listener(Token(token, float(logprobs), top))
-        if len(sequence.tokens) >= self._limit(sequence):
-            self._finish(sequence, "length")
-        return None
 
     def _finish(self, sequence: Sequence, reason: FinishReason, detail: str = "") -> None:
         if sequence.slot is None:

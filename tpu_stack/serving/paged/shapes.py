@@ -6,6 +6,8 @@
 
 from dataclasses import dataclass
 
+from tpu_stack.serving.requests import GenerationRequest
+
 
 @dataclass(frozen=True)
 class Shapes:
@@ -29,3 +31,7 @@ class Shapes:
     def entries(self) -> int:
         """Pages of the longest sequence."""
         return self.length // self.page
+
+    def limit_of(self, request: GenerationRequest) -> int:
+        """Tokens, prompt included, at which a request is at its end."""
+        return min(len(request.prompt) + request.max_tokens, self.length)
