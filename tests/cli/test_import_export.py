@@ -12,12 +12,15 @@ from safetensors import safe_open
 
 from tpu_stack.cli import eval as eval_verb
 from tpu_stack.cli import export, logits, pack
+from tpu_stack.cli import train as train_verb
 from tpu_stack.cli.placement import PlacementOptions
+from tpu_stack.cli.text import TextOptions
 from tpu_stack.data.chat_format import ChatFormat
 from tpu_stack.errors import UserError
 from tpu_stack.models.hf.safetensors_file import DTYPES, read_header, write_file
 from tpu_stack.serving.bundle import Bundle
 from tpu_stack.serving.huggingface import KEPT
+from tpu_stack.training.config import TrainConfig
 
 import_ = importlib.import_module("tpu_stack.cli.import")  # `import` is a word of Python
 
@@ -246,3 +249,35 @@ def test_bad_tokens_are_refused(runs, tmp_path, arrays, said):
     with pytest.raises(UserError, match=said):
         logits.run(asked)
     assert not (tmp_path / "out.npz").exists()
+
+
+def fine_tune(run: Path, out: Path, **more) -> train_verb.Options:
+    text = out.parent / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 200)
+    short = TrainConfig(steps=2, batch_size=2, seq_len=16)
+    return train_verb.Options(out, init=run, data=(text,), train=short, place=ONE, **more)
+
+
+def test_an_imported_model_is_trained_on_and_exported_as_what_it_was(runs, tmp_path):
+    assert train_verb.run(fine_tune(runs["llama"], tmp_path / "tuned")) == 0
+    export.run(export.Options(tmp_path / "tuned", tmp_path / "hf", place=ONE))
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "hf" / name).read_bytes() == (DATA / "llama" / name).read_bytes()
+    before, after = tensors(DATA / "llama"), tensors(tmp_path / "hf")
+    assert before.keys() == after.keys()
+    moved = [np.abs(after[n].astype(np.float32) - before[n].astype(np.float32)) for n in before]
+    assert 0 < max(move.max() for move in moved) < 0.1
+    assert ChatFormat.read(tmp_path / "tuned") == ChatFormat.read(runs["llama"])
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"model": "micro"}, "--model micro: --init .* brings its own"),
+        ({"text": TextOptions(tokenizer="chars")}, "--text.tokenizer chars: --init .* brings"),
+    ],
+)
+def test_a_model_is_not_named_twice(runs, tmp_path, more, said):
+    with pytest.raises(UserError, match=said):
+        train_verb.run(fine_tune(runs["llama"], tmp_path / "tuned", **more))
+    assert not (tmp_path / "tuned").exists()

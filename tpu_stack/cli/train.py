@@ -1,12 +1,20 @@
 """`tpu-stack train`: a model, a training profile, some text, a folder for the run."""
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from tpu_stack.cli.console import print_table, progress, save_json
-from tpu_stack.cli.placement import PlacementOptions, Unprefixed, place
+from tpu_stack.cli.placement import (
+    PlacementOptions,
+    Unprefixed,
+    place,
+    start_devices,
+    wanted_devices,
+)
 from tpu_stack.cli.text import TextOptions, data_config
+from tpu_stack.errors import UserError
 from tpu_stack.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -28,6 +36,9 @@ class Options:
     """Preset to train; `tpu-stack profiles --help` lists them."""
     profile: str = "8t"
     """Training profile, NAME[:TOPOLOGY]; counts chips."""
+    init: Path | None = None
+    """Run folder of `train` or `import` to begin from: its model, tokenizer and newest weights,
+    with a new optimizer. Takes the place of --model and --text.tokenizer."""
     data: tuple[Path, ...] = ()
     """Files and folders of text; the default is Python's standard library."""
     resume: bool = False
@@ -43,6 +54,8 @@ def run(options: Options) -> int:
     """Trains, prints what came of it, and returns 128 + signal when one stopped the run early."""
     job = make_job(options)
     result = run_job(job, options.out, options.resume)
+    if options.init is not None:
+        carry_over(options.init, options.out)
     summary = summarize(job, result)
     print_table(f"run {options.out}", ["what", "value"], _rows(summary))
     save_json(options.json, summary)
@@ -57,6 +70,8 @@ def make_job(options: Options) -> "Job":
     from tpu_stack.training.loop import Job
 
     train = options.train
+    if options.init is not None:
+        return _continued(options, options.init)
     preset = get_preset(options.model)
     data = data_config(
         options.data, options.text, seq_len=train.seq_len, batch_size=train.batch_size
@@ -66,6 +81,47 @@ def make_job(options: Options) -> "Job":
     config = preset.replace(vocab_size=-(-corpus.tokenizer.vocab_size // 64) * 64)
     profile, mesh = place(options.profile, "train", options.place, tensor_specs(config))
     return Job(config, train, profile, mesh, corpus, data)
+
+
+def _continued(options: Options, init: Path) -> "Job":
+    """A job that begins with the weights of another run."""
+    for flag, given, usual in (
+        ("--model", options.model, Options.model),
+        ("--text.tokenizer", options.text.tokenizer, TextOptions.tokenizer),
+    ):
+        if given != usual:
+            raise UserError(f"{flag} {given}: --init {init} brings its own; leave {flag} out")
+    start_devices(wanted_devices("train", options.place))  # opening a checkpoint starts JAX
+    from tpu_stack.checkpoint.store import CheckpointStore
+    from tpu_stack.data.pipeline import load_corpus
+    from tpu_stack.data.tokenizer import Tokenizer
+    from tpu_stack.models.abstract import tensor_specs
+    from tpu_stack.models.config import ModelConfig
+    from tpu_stack.training.loop import Job
+
+    with CheckpointStore(init, read_only=True) as store:
+        meta = store.meta(store.latest())
+    config = ModelConfig.from_dict(meta["model"])
+    tokenizer = Tokenizer.from_json(meta["tokenizer"], where=f"the tokenizer of {init}")
+    profile, mesh = place(options.profile, "train", options.place, tensor_specs(config))
+    train = options.train
+    data = data_config(
+        options.data, options.text, seq_len=train.seq_len, batch_size=train.batch_size
+    )
+    corpus = load_corpus(data, tokenizer)
+    return Job(config, train, profile, mesh, corpus, data, init)
+
+
+def carry_over(init: Path, out: Path) -> None:
+    """Copies what belongs to the model and is no weight: its chat format, and the small files of
+    the Hugging Face folder that it came from, which `export` asks for."""
+    from tpu_stack.data.chat_format import CHAT
+    from tpu_stack.serving.huggingface import KEPT
+
+    if (init / CHAT).is_file():
+        shutil.copyfile(init / CHAT, out / CHAT)
+    if (init / KEPT).is_dir():
+        shutil.copytree(init / KEPT, out / KEPT, dirs_exist_ok=True)
 
 
 def run_job(job: "Job", out: Path | None, resume: bool) -> "TrainResult":

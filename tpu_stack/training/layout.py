@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tpu_stack.models.abstract import map_specs, tensor_specs
 from tpu_stack.models.config import ModelConfig
-from tpu_stack.models.decoder import init_params
+from tpu_stack.models.decoder import Params, init_params
 from tpu_stack.sharding.axes import BATCH
 from tpu_stack.sharding.profiles import Profile
 from tpu_stack.training.step import TrainState
@@ -80,6 +80,15 @@ class StateLayout:
             return TrainState(jnp.int32(0), params, self.optimizer.init(params), key)
 
         return jax.jit(create, out_shardings=self.shardings)(jax.random.key(seed))
+
+    def begin(self, params: Params, seed: int) -> TrainState:
+        """A state of step 0 with these parameters, laid out as `abstract.params`; consumes them."""
+
+        def create(params: Params, key) -> TrainState:
+            return TrainState(jnp.int32(0), params, self.optimizer.init(params), key)
+
+        jitted = jax.jit(create, donate_argnums=0, out_shardings=self.shardings)
+        return jitted(params, jax.random.key(seed))
 
     def abstract_batch(self, batch_size: int, seq_len: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of one global batch: int32 [B, T] fields and the bool loss mask."""

@@ -40,7 +40,8 @@ Listener = Callable[[int, dict[str, float]], None]
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained, how, where and on what."""
+    """What is trained, how, where and on what; `init` is the run folder whose newest parameters a
+    new run begins with, in place of random ones."""
 
     config: ModelConfig
     train: TrainConfig
@@ -48,6 +49,7 @@ class Job:
     mesh: Mesh
     corpus: Corpus
     data: DataConfig
+    init: Path | None = None
 
     @property
     def dtype(self) -> str:
@@ -116,13 +118,21 @@ def train(
                 job.config, job.train, job.data, job.corpus, layout, store, batches
             )
         else:
-            state = layout.init(job.train.seed)
+            state = _first_state(job, layout)
         first = int(state.step)
         if first > job.train.steps:
             raise UserError(f"--train.steps {job.train.steps}: the checkpoint is at step {first}")
         if out is not None:
             metrics = stack.enter_context(MetricsWriter(out, resume_at=first))
         return _Run(job, layout, batches, listener, stop, store, metrics).steps(state)
+
+
+def _first_state(job: Job, layout: StateLayout) -> TrainState:
+    if job.init is None:
+        return layout.init(job.train.seed)
+    with CheckpointStore(job.init, read_only=True) as store:
+        params = store.restore(store.latest(), "params", layout.abstract.params)
+    return layout.begin(params, job.train.seed)
 
 
 @dataclass
