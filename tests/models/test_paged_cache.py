@@ -162,7 +162,11 @@ def test_the_tpu_compiler_copies_no_cache():
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra [aot]")
 @pytest.mark.parametrize(
     ("how", "devices"),
-    [("split", 1), ("split", 4), pytest.param("stacked", 1, marks=pytest.mark.slow)],
+    [
+        ("split", 4),
+        pytest.param("split", 1, marks=pytest.mark.slow),
+        pytest.param("stacked", 1, marks=pytest.mark.slow),
+    ],
 )
 def test_the_tpu_compiler_copies_no_weight_of_a_split_layer(how, devices):
     """A scan slices and copies every weight before a kernel reads it: three times the traffic.
