@@ -25,16 +25,16 @@ class EngineOptions:
     """An engine's size and precision; None leaves the choice to the engine or the profile."""
 
     slots: int = 8
-    """Requests that decode at once."""
+    """Requests that decode at once, over all replicas."""
     queue: int = 256
-    """Requests that may wait; beyond that they are answered 429."""
+    """Requests that may wait, over all replicas; beyond that they are answered 429."""
     max_length: int | None = None
     """Prompt and output tokens of one request; the default is the model's window."""
 
     page: int | None = None
     """Tokens of a page of the key/value cache, a multiple of 16."""
     pages: int | None = None
-    """Pages of the cache; the default gives every slot a whole window."""
+    """Pages of the cache, over all replicas; the default gives every slot a whole window."""
     guesses: int = 0
     """Tokens guessed per step from the text so far; the output stays the same. 0 guesses none."""
     dtype: Literal["bfloat16", "float32"] | None = None

@@ -100,7 +100,7 @@ def test_a_refused_request_leaves_no_trace(service):
             service.submit(GenerationRequest(prompt_of(5, 1), 40), lambda event: None)
         except QueueFull:
             refused += 1
-    assert refused  # two of eight slots and twenty waiting
+    assert 0 < refused <= 160  # each of the two lets twenty wait
     assert len(service._homes) <= 200 - refused
     wait(lambda: not service._homes)
     wait(lambda: not service.stats().running)
