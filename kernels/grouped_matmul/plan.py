@@ -62,7 +62,7 @@ def make_grouped_plan(
         offset=offset,
         rows=rows,
         kind=kind,
-        quarters=False,
+        alone=False,
     )
     plan = replace(plan, m=m)
     operands = _operands(plan)

@@ -46,7 +46,7 @@ def block_product(
         return _dot(x, w, plan.transpose)
     scales = scaling.edge_scales(s_ref, left, plan)
     if words_ref is not None:
-        scaling.write_words(scales, words_ref, s_ref.dtype != jnp.float32)
+        words_ref[...] = scaling.pair_words(scales, s_ref.dtype != jnp.float32)
         w = scaling.scaled_by_words(w, words_ref, plan.group, compiled)
         return _dot(x, w, plan.transpose)
     if plan.scale_mode == "before":

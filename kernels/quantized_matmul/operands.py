@@ -40,6 +40,12 @@ def casts_float4(kind: str) -> bool:
     return kind in _CASTS_FLOAT4
 
 
+def mxu_depth(kind: str) -> int:
+    """Rows of a weight that the MXU of this device kind holds at once; 256 for no TPU."""
+    version = _VERSIONS.get(kind)
+    return 256 if version is None else pltpu.get_tpu_info_for_chip(version, 1).mxu_column_size
+
+
 def is_native(kind: str, left: Any, right: Any) -> bool:
     """Whether the MXU of this device kind multiplies these dtypes itself; False for no TPU."""
     version = _VERSIONS.get(kind)

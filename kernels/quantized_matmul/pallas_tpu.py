@@ -18,7 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from tpu_stack.kernels.quantized_matmul import quarters, scaling
+from tpu_stack.kernels.quantized_matmul import as_bytes, scaling
+from tpu_stack.kernels.quantized_matmul.by_stripes import add_byte_products, add_mixed_products
 from tpu_stack.kernels.quantized_matmul.plan import LANES, ROWS, SUBLANES, Plan
 from tpu_stack.kernels.quantized_matmul.widen import WORD_ROWS, as_stored, widen
 
@@ -32,7 +33,7 @@ def pallas_quantized_matmul(
 
     row_scales: float32 [M, 1] when `plan.row_scaled`: x_scales times tensor_scale.
     """
-    if (plan.k_edge or plan.quarters) and plan.m < ROWS:
+    if (plan.k_edge or plan.as_bytes or "after" in plan.ways) and plan.m < ROWS:
         # Mosaic cannot mask a block taller than its array ("Sublane broadcast"). With no ragged K
         # nothing is masked, and so few rows cost little to copy. So too for the scales below.
         padded = replace(plan, m=ROWS, bm=ROWS)
@@ -40,8 +41,8 @@ def pallas_quantized_matmul(
         x = jnp.pad(x, rows)
         row_scales = None if row_scales is None else jnp.pad(row_scales, rows)
         return pallas_quantized_matmul(x, values, scales, row_scales, padded, interpret)[: plan.m]
-    if plan.quarters:
-        return _quarters(x, values, scales, row_scales, plan, interpret)
+    if plan.as_bytes:
+        return _ordered(x, values, scales, row_scales, plan, interpret)
     if plan.paired:
         return _paired(x, values, scales, row_scales, plan, interpret)
     return _call(x, values, scales, row_scales, plan, interpret)
@@ -57,14 +58,16 @@ def _paired(x: Array, values: Array, scales: Array, row_scales: Any, plan: Plan,
     return _call(scaling.pair_rows(x), values, scales, row_scales, plan, interpret)
 
 
-def _quarters(x: Array, values: Array, scales: Array, row_scales: Any, plan: Plan, interpret: Any):
-    """`_call` with x's columns in the order of `quarters.quarter_bytes`, and x's sums over groups.
+def _ordered(x: Array, values: Array, scales: Array, row_scales: Any, plan: Plan, interpret: Any):
+    """`_call` with x's columns in the order of `as_bytes`, and x's sums over groups if needed.
 
     x gets whole blocks first, of zeros: past the array there is no order to keep.
     """
     ends = ((0, -plan.m % plan.bm), (0, -plan.k % plan.bk))
     wide = jnp.pad(x.astype(jnp.bfloat16), ends)
-    x, sums = quarters.order_rows(wide, plan.group, plan.bk, plan.bm, interpret)
+    x, sums = as_bytes.order_rows(
+        wide, plan.codes, plan.group, plan.bk, plan.bm, plan.centered, interpret
+    )
     return _call(x, values, scales, row_scales, plan, interpret, sums)
 
 
@@ -77,7 +80,7 @@ def _call(
     interpret: Any,
     sums: Array | None = None,
 ):
-    """One `pallas_call`; sums [blocks of K, M, groups of a block] when `plan.quarters`."""
+    """One `pallas_call`; sums [blocks of K, M, groups of a block] when `plan.centered`."""
     operands = [x.astype(plan.operands[0]), _whole_blocks(values, plan)]
     if plan.scale_mode == "input":
         factor = scales.astype(jnp.float32).reshape(1, -1)
@@ -149,7 +152,7 @@ def _in_specs(plan: Plan) -> list[pl.BlockSpec]:
     elif plan.scale_mode != "input":
         rows, columns = (plan.bn, plan.bk) if plan.transpose else (plan.bk, plan.bn)
         specs.append(pl.BlockSpec((rows // plan.group, columns), w_index))
-    if plan.quarters:
+    if plan.centered:
         groups = plan.bk // plan.group
         specs.append(pl.BlockSpec((None, plan.bm, groups), lambda i, j, k: (k, i, 0)))
     if plan.row_scaled:
@@ -162,14 +165,21 @@ def _scratch(plan: Plan) -> list[Any]:
     accumulator = pltpu.VMEM((plan.bm, plan.bn), jnp.dtype(plan.accumulator))
     if not plan.words:
         return [accumulator]
-    return [accumulator, pltpu.VMEM((plan.words, plan.weight_block[1]), jnp.uint32)]
+    rows, columns = plan.words, plan.weight_block[1]
+    if plan.as_bytes or plan.ways:
+        kinds = 2 if "after" in plan.ways else 1
+        return [
+            accumulator,
+            *[pltpu.VMEM((columns // plan.stripe, rows, plan.stripe), jnp.uint32)] * kinds,
+        ]
+    return [accumulator, pltpu.VMEM((rows, columns), jnp.uint32)]
 
 
 def _vmem_limit(plan: Plan) -> int:
     """Double-buffered blocks, the accumulator, and the widened weight as cast and as scaled."""
     x_bytes, w_bytes = (jnp.dtype(name).itemsize for name in plan.operands)
     weight = plan.bk * plan.bn
-    if plan.storage.name in ("signs", "codes4"):
+    if plan.storage.name in ("signs", "codes4") and not plan.as_bytes:
         w_bytes = 4  # decoded in 32 bits
     blocks = 2 * (plan.bm * plan.bk * x_bytes + weight + weight // 8 + plan.bm * plan.bn * 4)
     return max(16 * _MIB, blocks + plan.bm * plan.bn * 8 + 3 * weight * w_bytes + 4 * _MIB)
@@ -177,13 +187,13 @@ def _vmem_limit(plan: Plan) -> int:
 
 def _kernel(x_ref, w_ref, *refs, plan: Plan, compiled: bool):
     """One block: acc[bm, bn] += x[bm, bk] @ w, stored when K is done."""
-    scratch = refs[len(refs) - (2 if plan.words else 1) :]
+    scratch = refs[len(refs) - len(_scratch(plan)) :]
     *factors, o_ref = refs[: len(refs) - len(scratch)]
     acc_ref = scratch[0]
     k = pl.program_id(2)
     x = x_ref[...]
     left = plan.k - k * plan.bk  # elements of K from this block's first on
-    if plan.k_edge and not plan.quarters:
+    if plan.k_edge and not plan.as_bytes:
         # Paired K is padded to whole tiles of words, and in another order within each.
         tiles = plan.paired and not plan.transpose
         x = _zero_past(x, 1, pl.cdiv(left, WORD_ROWS) * WORD_ROWS if tiles else left)
@@ -192,12 +202,14 @@ def _kernel(x_ref, w_ref, *refs, plan: Plan, compiled: bool):
     def _():
         acc_ref[...] = jnp.zeros_like(acc_ref)
 
-    if plan.scale_mode == "before":
+    if plan.as_bytes:
+        add_byte_products(x, w_ref, factors, scratch, left, plan, compiled)
+    elif plan.ways:
+        add_mixed_products(x, w_ref, factors[0], scratch, left, plan, compiled)
+    elif plan.scale_mode == "before":
         w, unit = _scaled_weight(w_ref, factors[0], scratch, left, plan, compiled)
         y = _dot(x, w, plan)
         acc_ref[...] += y if unit is None else y * unit
-    elif plan.quarters:
-        acc_ref[...] += _quarter_products(x, w_ref, factors, scratch[1], left, plan, compiled)
     elif plan.scale_mode == "after_group":
         w = _weight(w_ref, left, plan, plan.operands[1])
         scales = scaling.edge_scales(factors[0], left, plan)
@@ -241,32 +253,17 @@ def _scaled_weight(
     words_ref, unit = scratch[1], None
     exact = plan.scales_dtype != "float32"
     if plan.shifted:
-        unit = scaling.write_shifts(s_ref, words_ref, left, plan)
+        scales, unit = scaling.shifts(s_ref, left, plan)
+        words_ref[...] = scaling.pair_words(scales, exact=True)
     elif plan.paired:
         scales = scaling.edge_scales(s_ref, left, plan)
         scaling.write_sign_words(scales, words_ref, plan.group, exact)
         return scaling.signed_scales(w_ref[...], words_ref, plan.group, compiled), None
     else:
-        scaling.write_words(scaling.edge_scales(s_ref, left, plan), words_ref, exact)
+        words_ref[...] = scaling.pair_words(scaling.edge_scales(s_ref, left, plan), exact)
     w = _weight(w_ref, left, plan, "bfloat16")
     w = scaling.scaled_by_words(w, words_ref, plan.group, compiled)
     return w.astype(plan.operands[1]), unit
-
-
-def _quarter_products(
-    x: Array, w_ref: Any, factors: Any, words_ref: Any, left: Array, plan: Plan, compiled: bool
-) -> Array:
-    """What the block adds when 2-bit weights are bytes, in units of 2."""
-    scales = scaling.edge_scales(factors[0], left, plan)
-    words_ref[...] = jax.lax.bitcast_convert_type(scales, jnp.uint32)
-
-    def scale_of(group: int) -> Array:
-        words = scaling.spread(words_ref, group, compiled)
-        return jax.lax.bitcast_convert_type(words, jnp.float32)
-
-    sums = factors[1][...] * quarters.center(plan.storage.name == "half")
-    offsets = quarters.group_offsets(sums, scales, exact=plan.scales_dtype != "float32")
-    return quarters.group_products(x, w_ref, scale_of, plan.group) - offsets
 
 
 def _zero_past(block: Array, axis: int, left: Any) -> Array:

@@ -6,10 +6,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from tpu_stack.kernels.quantized_matmul import as_bytes
 from tpu_stack.kernels.quantized_matmul.operands import (
     casts_float4,
     choose_operands,
     device_kind,
+    mxu_depth,
     support,
 )
 from tpu_stack.kernels.quantized_matmul.tiles import read_tiles, tuned
@@ -46,6 +48,8 @@ class Plan:
       row_scaled: the result's rows have a float32 factor each (x_scales, tensor_scale).
       bm, bk, bn: block sizes. Multiples of the hardware tile; may exceed the array.
       out_dtype: dtype name of the result.
+      depth: rows of weight in one product where it is taken tile by tile: the depth of the MXU.
+      ways: how such tiles are multiplied in turn (by_stripes.py); empty: all in one product.
     """
 
     m: int
@@ -63,6 +67,8 @@ class Plan:
     bk: int
     bn: int
     out_dtype: str
+    depth: int
+    ways: tuple[str, ...] = ()
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -82,7 +88,9 @@ class Plan:
     @property
     def unit(self) -> float:
         """What 1 means in the widened weight."""
-        return 2.0 if self.quarters else self.storage.unit(self.operands[1])
+        if self.as_bytes:
+            return as_bytes.unit(self.storage)
+        return self.storage.unit(self.operands[1])
 
     @property
     def accumulator(self) -> str:
@@ -95,8 +103,8 @@ class Plan:
 
     @property
     def words(self) -> int:
-        """Rows of the scratch of scales as words, which `quarters` and "before" in bfloat16 use."""
-        if self.quarters:
+        """Rows of the scratch of scales as words, which `as_bytes` and "before" in bfloat16 use."""
+        if self.as_bytes:
             return self.bk // self.group
         if self.scale_mode != "before" or self.operands[1] == "float32":
             return 0
@@ -106,9 +114,30 @@ class Plan:
         return rows // self.group if self.group >= WORD_ROWS else rows // self.group // 2
 
     @property
-    def quarters(self) -> bool:
-        """Whether 2-bit weights become float8_e5m2 by shifts; see `quarters.py`."""
-        return self.storage.dtype == "int2" and self.operands[1] == "float8_e5m2"
+    def as_bytes(self) -> bool:
+        """Whether weights become float8_e5m2 on whole words; see `as_bytes.py`."""
+        narrow = self.storage.bits < 8 and self.scale_mode == "after_group"
+        return narrow and self.operands[1] == "float8_e5m2"
+
+    @property
+    def centered(self) -> bool:
+        """Whether the bytes stand for a weight and a constant, to be taken off by x's sums."""
+        return self.as_bytes and as_bytes.center(self.storage) != 0
+
+    @property
+    def rows_as_bytes(self) -> int:
+        """Rows of x in a product of `as_bytes`, which "bytes_rows" of tiles.json bounds."""
+        return _copied_rows(self.m, self.depth, self.group)
+
+    @property
+    def stripe(self) -> int:
+        """Columns of a block that are taken at once where it is taken tile by tile."""
+        return math.gcd(self.bn, 512)
+
+    @property
+    def codes(self) -> int:
+        """Weights in a byte as stored."""
+        return 8 // self.storage.bits
 
     @property
     def shifted(self) -> bool:
@@ -142,12 +171,13 @@ def make_plan(
     offset: float = 0.0,
     rows: int | None = None,
     kind: str | None = None,
-    quarters: bool = True,
+    alone: bool = True,
 ) -> Plan:
     """Validates one call and chooses its types and blocks; arguments as in `quantized_matmul`.
 
     kind: the device kind to plan for; None: the one that is traced for.
-    quarters: whether the kernel to plan for has `Plan.quarters`.
+    alone: False plans for a kernel without `Plan.as_bytes` and `Plan.ways`, such as
+      `grouped_matmul`.
     """
     kind = kind or device_kind()
     if x.ndim != 2 or values.ndim != 2:
@@ -160,16 +190,18 @@ def make_plan(
         raise ValueError(f"x {x.shape} does not fit values {values.shape}, transpose={transpose}")
     group = _group(shape, scales.shape)
     entry = tuned(kind, _format(values.dtype, offset), x.shape[0])
-    quarters = quarters and _quarters(x, storage, n, group, transpose, entry)
-    after_from = entry["quarters_from"] if quarters else entry["after_group_from"]
+    depth = mxu_depth(kind)
+    to_bytes = alone and not transpose and _to_bytes(x, storage, n, group, depth, entry)
+    after_from = 0 if to_bytes else entry["after_group_from"]
     mode = _scale_mode(shape[0], group, transpose, scale_mode, after_from)
     power = "bfloat16" if transpose or group % 16 else scales.dtype
     operands = choose_operands(x.dtype, storage, mode, kind, power)
-    if quarters and mode == "after_group":
+    if to_bytes and mode == "after_group":
         operands = ("bfloat16", "float8_e5m2")
     if operands[1] == "int8" and k > MAX_INT8_K:
         raise ValueError(f"int8 activations: K = {k} may overflow int32; at most {MAX_INT8_K}")
     blocks = _blocks(x, k, n, group, mode, transpose, storage, tiles, entry)
+    ways = _ways(x, storage, operands, mode, group, depth, entry) if not transpose else ()
     return Plan(
         *(x.shape[0], k, n, transpose, storage, operands),
         support(kind, x.dtype, storage, operands),
@@ -177,22 +209,55 @@ def make_plan(
         x_scales is not None or tensor_scale is not None,
         *blocks,
         out.name,
+        depth,
+        ways if alone else (),
     )
 
 
-def _quarters(
-    x: Any, storage: Storage, n: int, group: int, transpose: bool, entry: dict[str, Any]
+def _to_bytes(
+    x: Any, storage: Storage, n: int, group: int, depth: int, entry: dict[str, Any]
 ) -> bool:
-    """Whether `Plan.quarters` may be asked for: where tiles.json says from which group it pays.
+    """Whether `Plan.as_bytes` is possible, and pays by what tiles.json says.
 
     Groups of x's sums lie in the lanes of one register. int8 activations stay exact integers.
     Columns are whole lanes: where they and K are both ragged Mosaic aborts, "span_buffer".
     """
-    fits = group in (32, 64, 128) or (group > 0 and group % 256 == 0)
-    fits = fits and n % LANES == 0
     wide = jnp.dtype(x.dtype).name in ("bfloat16", "float8_e4m3fn")
-    two_bits = storage.dtype == "int2" and entry["bk"] <= LANES * max(group, 1)
-    return entry["quarters_from"] is not None and two_bits and fits and wide and not transpose
+    if not wide or n % LANES or (group not in (16, 32, 64, 128) and (not group or group % 256)):
+        return False
+    if storage.name != "codes4":
+        summed = storage.dtype in ("int2", "int4") and storage.name != "float4"
+        if not summed or group < 32 or entry["bk"] > LANES * group:
+            return False
+    return _copied_rows(x.shape[0], depth, group) <= entry["bytes_rows"]
+
+
+def _ways(
+    x: Any,
+    storage: Storage,
+    operands: tuple[str, str],
+    mode: str,
+    group: int,
+    depth: int,
+    entry: dict[str, Any],
+) -> tuple[str, ...]:
+    """`Plan.ways` where tiles.json has some for the format, and they are right for the call."""
+    ways = tuple(entry["ways"])
+    bfloat16 = jnp.dtype(x.dtype) == jnp.bfloat16 and operands[0] == "bfloat16"
+    if mode != "before" or not bfloat16 or group not in (32, 64, 128):
+        return ()
+    if "narrow" in ways and operands[1] != "float8_e5m2":
+        return ()
+    if "after" in ways and (
+        storage.name != "integer" or _copied_rows(x.shape[0], depth, group) > entry["ways_rows"]
+    ):
+        return ()
+    return ways
+
+
+def _copied_rows(m: int, depth: int, group: int) -> int:
+    """Rows of x in a product of `as_bytes`: a copy for each group in the MXU's depth."""
+    return _round_up(m, ROWS) * max(depth // group, 1)
 
 
 def _format(dtype: Any, offset: float) -> str:

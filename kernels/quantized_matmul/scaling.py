@@ -17,7 +17,7 @@ from jaxtyping import Array
 from tpu_stack.kernels.quantized_matmul.plan import Plan
 from tpu_stack.kernels.quantized_matmul.widen import WORD_ROWS
 
-_TILE = 8
+TILE = 8
 """Rows of a register of 32-bit words, which hold 16 rows of bfloat16."""
 
 
@@ -48,14 +48,14 @@ def scaled(w: Array, scales: Array, group: int) -> Array:
     return grouped.reshape(rows, columns)
 
 
-def write_shifts(s_ref: Any, words_ref: Any, left: Array, plan: Plan) -> Array:
-    """`write_words` of powers of two (E8M0) in units of 2^-13 of their column's largest.
+def shifts(s_ref: Any, left: Array, plan: Plan) -> tuple[Array, Array]:
+    """Powers of two (E8M0) in units of 2^-13 of their column's largest, and that unit.
 
     e2m1 times such a scale fits float8_e5m2 (up to 6 * 2^13) and is exact there down to 2^-28 of
     the column's largest scale; smaller ones round to its subnormals, under what float32 keeps of
     a sum beside the largest.
 
-    Returns: the unit, float32 [1, columns].
+    Returns: the scales, float32 [rows/g, columns], and the unit, [1, columns].
     """
     exponent = jax.lax.bitcast_convert_type(s_ref[...], jnp.uint8).astype(jnp.int32)
     if plan.k_edge:
@@ -65,22 +65,24 @@ def write_shifts(s_ref: Any, words_ref: Any, left: Array, plan: Plan) -> Array:
     scales = jax.lax.bitcast_convert_type(exponent << 23, jnp.float32)
     # 2^13 over the largest, whose exponent is top - 127: 2^(140 - top), in float32's range.
     scales = scales * jax.lax.bitcast_convert_type((127 + 140 - top) << 23, jnp.float32)
-    write_words(scales, words_ref, exact=True)
-    return jax.lax.bitcast_convert_type((top - 13) << 23, jnp.float32)
+    return scales, jax.lax.bitcast_convert_type((top - 13) << 23, jnp.float32)
 
 
-def write_words(scales: Array, words_ref: Any, exact: bool) -> None:
-    """words_ref[G, columns] uint32 = each scale's bfloat16 twice. exact: none needs rounding."""
+def pair_words(scales: Array, exact: bool) -> Array:
+    """uint32 of the same shape: each scale's bfloat16 twice. exact: none needs rounding."""
     high = _high_half(scales, exact)
-    words_ref[...] = high | (high >> 16)
+    return high | (high >> 16)
 
 
-def scaled_by_words(w: Array, words_ref: Any, group: int, stride_zero: bool) -> Array:
-    """`scaled` for bfloat16 and groups of a multiple of 16 rows; one rounding."""
+def scaled_by_words(
+    w: Array, words_ref: Any, group: int, stride_zero: bool, first: int = 0
+) -> Array:
+    """`scaled` for bfloat16 and groups of a multiple of 16 rows; one rounding. w's first group has
+    the words of row `first`."""
     rows, columns = w.shape
     parts = []
     for i in range(rows // group):
-        scale = pltpu.bitcast(spread(words_ref, i, stride_zero), jnp.bfloat16)
+        scale = pltpu.bitcast(spread(words_ref, first + i, stride_zero), jnp.bfloat16)
         block = w[i * group : (i + 1) * group].reshape(group // 16, 16, columns)
         parts.append((block * scale[None]).reshape(group, columns))
     return jnp.concatenate(parts, 0)
@@ -110,10 +112,10 @@ def signed_scales(words: Array, words_ref: Any, group: int, stride_zero: bool) -
     """
     per_tile = max(WORD_ROWS // 2 // group, 1)
     parts = []
-    for tile in range(words.shape[0] // _TILE):
-        block = words[_TILE * tile : _TILE * (tile + 1)]
+    for tile in range(words.shape[0] // TILE):
+        block = words[TILE * tile : TILE * (tile + 1)]
         for j in range(16):
-            row = tile * per_tile + _TILE * j // group
+            row = tile * per_tile + TILE * j // group
             if group >= WORD_ROWS:
                 row = tile * WORD_ROWS // group
             scale = spread(words_ref, row, stride_zero)
@@ -137,8 +139,8 @@ def unpair_rows(y: Array) -> Array:
 def spread(words_ref: Any, row: int, stride_zero: bool) -> Array:
     """One row in all sublanes. The interpreter knows no stride of 0, and takes the other way."""
     if stride_zero:
-        return words_ref[pl.ds(row, _TILE, stride=0), :]
-    return jnp.broadcast_to(words_ref[row : row + 1, :], (_TILE, words_ref.shape[1]))
+        return words_ref[pl.ds(row, TILE, stride=0), :]
+    return jnp.broadcast_to(words_ref[row : row + 1, :], (TILE, words_ref.shape[1]))
 
 
 def _high_half(scales: Array, exact: bool) -> Array:

@@ -7,6 +7,8 @@ from typing import Any
 
 DECODE_M = 64
 """Up to this many rows a call is memory-bound and takes the decode tiles."""
+_ALIASES = {"TPU v5e": "TPU v5 lite", "TPU v6e": "TPU v6 lite", "TPU v5p": "TPU v5"}
+"""Device kinds that are called otherwise in tiles.json."""
 
 
 @functools.cache
@@ -18,14 +20,18 @@ def read_tiles() -> dict[str, Any]:
 def tuned(kind: str, weight: str, m: int) -> dict[str, Any]:
     """The entry of a device kind, a format and a regime; "default" stands in for what is missing.
 
-    Returns: {"bm", "bk", "bn", "after_group_from", "quarters_from"}. `after_group_from` is the
-      narrowest group that gets a product of its own by default, wasting what it leaves of the
-      MXU's depth; None: none does. `quarters_from` is the same for 2-bit weights as bytes
-      (`quarters.py`); None: never as bytes, whatever is asked.
+    Returns: "bm", "bk", "bn", and
+
+    - "after_group_from": the narrowest group that gets a product of its own by default, wasting
+      what it leaves of the MXU's depth; None: none does.
+    - "bytes_rows": up to how many rows, those of x times the groups in the MXU's depth, weights are
+      multiplied as bytes (`as_bytes.py`); 0: never.
+    - "ways": those in which a block's tiles are multiplied in turn (`by_stripes.py`); none: all
+      alike. "ways_rows": up to how many rows, counted so, "after" is one of them.
     """
     table = read_tiles()["tiles"]
     regime = "decode" if m <= DECODE_M else "prefill"
-    for entry in (table.get(kind, {}), table["default"]):
+    for entry in (table.get(_ALIASES.get(kind, kind), {}), table["default"]):
         for name in (weight, "default"):
             if regime in entry.get(name, {}):
                 return table["default"]["default"][regime] | entry[name][regime]

@@ -1,6 +1,5 @@
 """Dispatch, tuning and the published matrix: choices made from facts and static counts."""
 
-import dataclasses
 import json
 import shutil
 
@@ -10,7 +9,7 @@ import pytest
 from tpu_stack.errors import UserError
 from tpu_stack.hardware import get_chip
 from tpu_stack.kernels.quantized_matmul import tiles as kernel_tiles
-from tpu_stack.planner.kernels import measure, tune
+from tpu_stack.planner.kernels import measure, tune, winners
 from tpu_stack.planner.kernels.bundles import Region, Schedule
 from tpu_stack.planner.kernels.cases import get_case
 from tpu_stack.planner.kernels.compile import Compiled
@@ -150,36 +149,42 @@ def test_a_call_is_timed_without_its_first():
 
 def test_winners_are_what_the_kernel_reads(tmp_path, monkeypatch):
     path = tmp_path / "tiles.json"
-    shutil.copy(tune.TILES_FILE, path)
+    shutil.copy(winners.TILES_FILE, path)
     before = json.loads(path.read_text())
-    monkeypatch.setattr(tune, "libtpu_version", lambda: before["libtpu"])
-    winner = tune.Candidate((16, 1024, 512), "after_group", 1)
+    monkeypatch.setattr(winners, "libtpu_version", lambda: before["libtpu"])
     won = [
-        (get_case("quantized_matmul", format, "bf16"), "v6e", DECODE, winner)
-        for format in ("int4", "ternary", "int2", "int1", "nvfp4")
+        (get_case("quantized_matmul", format, "bf16"), "v6e", DECODE, mode)
+        for format, mode in (
+            ("int4", "after_group"),
+            ("ternary_g128", "before"),  # where bytes are the default
+            ("int2", "after_group"),
+            ("int1", "after_group"),
+            ("nvfp4", "before"),
+        )
     ]
+    won = [(*one, tune.Candidate((16, 1024, 512), mode, 1)) for *one, mode in won]
     shared = (get_case("quantized_matmul", "int4_g128", "bf16"), *won[0][1:3])
-    other = dataclasses.replace(winner, tiles=(16, 512, 512))
-    written = tune.write_winners([*won, (*shared, other)], path)
+    other = tune.Candidate((16, 512, 512), "before", 1)
+    written = winners.write_winners([*won, (*shared, other)], path)
     assert written == [case.name for case, *_ in won]  # int4_g128 has int4's entry
     table_now = json.loads(path.read_text())
-    for name in ("int4", "ternary", "int2", "int1", "float4_e2m1fn"):
-        entry = table_now["tiles"]["TPU v6 lite"][name]["decode"]
-        assert entry == {"bm": 64, "bk": 1024, "bn": 512, "narrow_groups": "after_group"}
-    monkeypatch.setattr(kernel_tiles, "read_tiles", lambda: table_now)
-    assert kernel_tiles.tuned("TPU v6 lite", "ternary", 16)["bk"] == 1024
     assert table_now["tiles"]["default"] == before["tiles"]["default"]
     assert [p.name for p in tmp_path.iterdir()] == ["tiles.json"]
+    monkeypatch.setattr(kernel_tiles, "read_tiles", lambda: table_now)
+    for case, _, shape, winner in won:
+        plan = tune.plan_of(case, shape, "TPU v6 lite")
+        assert (plan.bm, plan.bk, plan.bn) == winner.tiles
+        assert plan.scale_mode == winner.scale_mode
 
 
 def test_winners_of_another_compiler_are_not_mixed_in(tmp_path, monkeypatch):
     path = tmp_path / "tiles.json"
-    shutil.copy(tune.TILES_FILE, path)
+    shutil.copy(winners.TILES_FILE, path)
     before = path.read_text()
-    monkeypatch.setattr(tune, "libtpu_version", lambda: "9.9.9")
+    monkeypatch.setattr(winners, "libtpu_version", lambda: "9.9.9")
     winner = tune.Candidate((16, 1024, 512), "before", 1)
     with pytest.raises(UserError, match=r"tuned with libtpu .* this is 9\.9\.9"):
-        tune.write_winners(
+        winners.write_winners(
             [(get_case("quantized_matmul", "int8", "bf16"), "v6e", DECODE, winner)], path
         )
     assert path.read_text() == before

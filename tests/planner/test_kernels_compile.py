@@ -150,9 +150,10 @@ def test_a_chip_without_a_compiler_is_refused(case):
 def test_the_real_compiler_gives_a_schedule(case, tmp_path: Path):
     full = get_case("quantized_matmul", "int4", "bf16")
     jobs = [Job(full, chip, full.large) for chip in ("v5p", "v6e", "7x")]
-    v5p, v6e, v7x = compile_jobs(jobs, cache=tmp_path)
-    for found in (v5p, v6e, v7x):
+    kernels = []
+    for found in compile_jobs(jobs, cache=tmp_path):
         assert found.error is None
-        assert found.schedules[0].loop.bundles > 0
-        assert found.schedules[0].loop.slots["MATMUL"] > 0
-    assert v6e.schedules[0].steps == 2 * v5p.schedules[0].steps  # v5p splits the grid in two
+        kernels.append(max(found.schedules, key=lambda schedule: schedule.executed))
+        assert kernels[-1].loop.bundles > 0
+        assert kernels[-1].loop.slots["MATMUL"] > 0
+    assert kernels[1].steps == 2 * kernels[0].steps  # v5p splits the grid in two

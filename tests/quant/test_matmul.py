@@ -194,8 +194,9 @@ def test_any_shape_and_format(format, m, groups, n, transpose, seed):
         y = matmul(x, weight, transpose=transpose, implementation="xla", out_dtype=jnp.float32)
         want = oracle(x, q, transpose)
         # A sum of few terms may cancel: the error is against the norms of what was multiplied.
+        # Where the sum is one term, its one rounding to bfloat16 is all of it: 2**-8 at the worst.
         scale = np.linalg.norm(np.asarray(x, np.float64)) * np.linalg.norm(q.dequantize())
-        assert np.linalg.norm(np.asarray(y) - want) <= TOLERANCE * scale + 1e-30
+        assert np.linalg.norm(np.asarray(y) - want) <= 2**-8 * scale + 1e-30
 
 
 def test_the_context_selects_and_retraces():

@@ -40,7 +40,7 @@ class Options:
 def run(options: Options) -> None:
     """Prints the candidates of each format, cheapest first."""
     from tpu_stack.errors import UserError
-    from tpu_stack.planner.kernels import tune
+    from tpu_stack.planner.kernels import tune, winners
     from tpu_stack.planner.kernels.cases import find_cases, parse_shape
     from tpu_stack.planner.kernels.targets import compile_target, has_compiler, libtpu_version
 
@@ -53,7 +53,7 @@ def run(options: Options) -> None:
     counts = [
         len(tune.settings(case, target, case.check_shape(shape))[: options.limit]) for case in cases
     ]
-    found, winners = [], []
+    found, won = [], []
     with progress() as bar:
         task = bar.add_task("tune", total=sum(counts), note="")
         for case in cases:
@@ -69,10 +69,10 @@ def run(options: Options) -> None:
         _print(f"{case.name} for {options.chip}, {options.shape}", candidates, options.top)
         best = candidates[0]
         if tune.beats(best, next(c for c in candidates if c.current)):
-            winners.append((case, options.chip, shape, best))
-    if options.write and winners:
-        written = tune.write_winners(winners)
-        print(f"wrote to {tune.TILES_FILE}: {', '.join(written)}")
+            won.append((case, options.chip, shape, best))
+    if options.write and won:
+        written = winners.write_winners(won)
+        print(f"wrote to {winners.TILES_FILE}: {', '.join(written)}")
     save_json(
         options.json,
         {

@@ -8,9 +8,8 @@ are not compiled. A real chip may order near ties otherwise: where it is at hand
 (16, 2048, 1024)
 """
 
-import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,18 +17,14 @@ from typing import Any
 import jax
 
 from tpu_stack.errors import UserError
-from tpu_stack.files import write_text
-from tpu_stack.hardware import get_chip
-from tpu_stack.kernels import quantized_matmul as package
-from tpu_stack.kernels.quantized_matmul import SCALE_MODES, make_plan
-from tpu_stack.kernels.quantized_matmul.tiles import DECODE_M, read_tiles
+from tpu_stack.kernels.quantized_matmul import SCALE_MODES, Plan, make_plan
+from tpu_stack.kernels.quantized_matmul.tiles import DECODE_M
 from tpu_stack.planner.kernels import measure as measuring
 from tpu_stack.planner.kernels.cases import Case, array_bytes
 from tpu_stack.planner.kernels.compile import Compiled, Job, compile_jobs
-from tpu_stack.planner.kernels.targets import CompileTarget, compile_target, libtpu_version
+from tpu_stack.planner.kernels.targets import CompileTarget, compile_target
 from tpu_stack.quant import get_format
 
-TILES_FILE = Path(package.__file__).parent / "tiles.json"
 ROW_BLOCKS = {"decode": (64,), "prefill": (256, 512, 1024)}
 DEPTHS = (512, 1024, 2048, 4096)
 WIDTHS = (512, 1024, 2048)
@@ -148,7 +143,7 @@ def settings(case: Case, target: CompileTarget, shape: tuple[int, ...]) -> list[
     if "tiles" not in case.tunable:
         raise UserError(f"{case.op} has no tiles to tune; quantized_matmul has")
     kind, nbytes = target.device_kind, _Bytes.of(case, shape)
-    current = _plan(case, shape, kind)
+    current = plan_of(case, shape, kind)
     asked = [((current.bm, current.bk, current.bn), current.scale_mode)]
     asked += [
         ((bm, bk, bn), mode)
@@ -160,7 +155,7 @@ def settings(case: Case, target: CompileTarget, shape: tuple[int, ...]) -> list[
     found: dict[tuple, _Setting] = {}
     for tiles, mode in asked:
         try:
-            plan = _plan(case, shape, kind, tiles=tiles, scale_mode=mode)
+            plan = plan_of(case, shape, kind, tiles=tiles, scale_mode=mode)
         except ValueError:
             continue  # not a setting of the kernel at this shape
         cut = (plan.bm, plan.bk, plan.bn)
@@ -176,7 +171,8 @@ def regime(m: int) -> str:
     return "decode" if m <= DECODE_M else "prefill"
 
 
-def _plan(case: Case, shape: tuple[int, ...], kind: str, **options: Any) -> Any:
+def plan_of(case: Case, shape: tuple[int, ...], kind: str, **options: Any) -> Plan:
+    """The kernel's plan for the case at a shape on a device kind; options as in `make_plan`."""
     arrays = dict(case.abstract(shape))
     x, values, scales = (arrays.pop(name) for name in ("x", "values", "scales"))
     offset = get_format(case.format).offset
@@ -232,62 +228,3 @@ def _candidate(
         vmem_bytes=result.vmem_bytes,
         current=current,
     )
-
-
-def tiles_name(case: Case) -> str:
-    """What tiles.json calls the case's weight: its stored type, but three are told apart."""
-    fmt = get_format(case.format)
-    special = {"int2": "int2" if fmt.offset else "ternary", "int32": "int1"}
-    return special.get(fmt.storage, fmt.storage)
-
-
-def entry_of(winner: Candidate, shape: tuple[int, ...]) -> dict[str, Any]:
-    """The winner as tiles.json writes it. `bm` is the block that was asked for, not cut to M."""
-    bm = winner.tiles[0] if regime(shape[0]) == "prefill" else ROW_BLOCKS["decode"][0]
-    entry: dict[str, Any] = {"bm": bm, "bk": winner.tiles[1], "bn": winner.tiles[2]}
-    if winner.scale_mode in ("before", "after_group"):
-        entry["narrow_groups"] = winner.scale_mode
-    return entry
-
-
-def write_winners(
-    found: Iterable[tuple[Case, str, tuple[int, ...], Candidate]], path: Path = TILES_FILE
-) -> list[str]:
-    """Puts winners into tiles.json, beside the others, with this libtpu's version.
-
-    The file has one entry for all formats stored as one type (int4 of any group), so of these the
-    first is written. Returns the names of the cases that were.
-
-    Raises: UserError when the file was tuned with another version: its other entries would then be
-      passed off as this one's. Remove them, or install that version.
-    """
-    table = json.loads(path.read_text())
-    if table["libtpu"] != libtpu_version():
-        raise UserError(
-            f"{path.name} was tuned with libtpu {table['libtpu']}, and this is "
-            f"{libtpu_version()}: tune with that version, or empty the file first"
-        )
-    written: dict[tuple[str, str, str], str] = {}
-    for case, chip, shape, winner in found:
-        place = (get_chip(chip).device_kinds[0], tiles_name(case), regime(shape[0]))
-        if place not in written:
-            kind, weight, when = place
-            entries = table["tiles"].setdefault(kind, {}).setdefault(weight, {})
-            entries[when] = entry_of(winner, shape)
-            written[place] = case.name
-    write_text(path, tiles_text(table))
-    read_tiles.cache_clear()
-    return list(written.values())
-
-
-def tiles_text(table: dict[str, Any]) -> str:
-    """tiles.json as it is kept: indented, with one line per regime."""
-    lines = ["{", f'  "libtpu": {json.dumps(table["libtpu"])},', '  "tiles": {']
-    kinds = []
-    for kind, formats in table["tiles"].items():
-        blocks = []
-        for name, regimes in formats.items():
-            rows = [f"        {json.dumps(k)}: {json.dumps(v)}" for k, v in regimes.items()]
-            blocks.append(f"      {json.dumps(name)}: {{\n" + ",\n".join(rows) + "\n      }")
-        kinds.append(f"    {json.dumps(kind)}: {{\n" + ",\n".join(blocks) + "\n    }")
-    return "\n".join([*lines, ",\n".join(kinds), "  }", "}"]) + "\n"

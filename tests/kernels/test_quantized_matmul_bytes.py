@@ -1,0 +1,131 @@
+"""Weights as float8_e5m2 bytes made on whole words, interpreted as v5e and v6e run them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+
+from tpu_stack.kernels.quantized_matmul import (
+    as_bytes,
+    make_plan,
+    quantized_matmul,
+    reference_quantized_matmul,
+)
+from tpu_stack.kernels.quantized_matmul import plan as planning
+from tpu_stack.kernels.quantized_matmul.cases import FORMATS, abstract_operands, random_operands
+from tpu_stack.kernels.quantized_matmul.widen import as_stored, storage_of
+
+V5E, V5P, V6E = "TPU v5 lite", "TPU v5", "TPU v6 lite"
+EXACT = 1e-5
+"""Relative Frobenius error: x, bytes and scales are exact in what is multiplied, so only float32
+sums round, of terms up to seven times the result's (a byte is 2 to 3.5, a weight at least 0.5)."""
+
+
+@pytest.mark.parametrize(
+    ("dtype", "offset", "codes"),
+    [
+        ("int2", 0.0, range(-2, 2)),
+        ("int2", 0.5, range(-2, 2)),
+        ("int4", 0.0, range(-8, 8)),
+        ("float4_e2m1fn", 0.0, (0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6)),
+    ],
+)
+def test_every_code_in_every_place_is_a_normal_number_of_its_value(dtype, offset, codes):
+    rng = np.random.default_rng(0)
+    values = jnp.asarray(rng.permutation(np.repeat(codes, 128 * 128 // len(codes))), jnp.float32)
+    values = values.reshape(128, 128).astype(dtype)
+    storage = storage_of(values.dtype, offset)
+    stored = as_stored(values, storage)
+    places = len(as_bytes.planes_of(storage))
+
+    def kernel(w_ref, *outs):
+        for out, (_, plane) in zip(outs, as_bytes.planes(w_ref[...], storage), strict=True):
+            out[...] = plane
+
+    plane = jax.ShapeDtypeStruct((128, 128), jnp.float8_e5m2)
+    planes = pl.pallas_call(kernel, out_shape=[plane] * places, interpret=True)(stored)
+    total = sum(
+        factor * np.asarray(plane, np.float64)
+        for factor, plane in zip(as_bytes.planes_of(storage), planes, strict=True)
+    )
+    total = (total - as_bytes.center(storage)) * as_bytes.unit(storage)
+    span = 32 * (8 // storage.bits)
+    order = np.arange(128).reshape(-1, span // (8 // storage.bits), 8 // storage.bits)
+    order = order.swapaxes(1, 2).ravel()  # of each span: those in place 0, then in place 1 ...
+    np.testing.assert_array_equal(total, np.asarray(values, np.float64)[order] + offset)
+    for plane in planes:
+        bits = np.asarray(plane).view(np.uint8)
+        assert np.all(((bits & 0x7C) != 0) | ((bits & 0x7F) == 0))  # no subnormal
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "shape", "tiles"),
+    [
+        (V6E, "int2_g64", (1, 512, 256), None),
+        (V5E, "int2_g128", (3, 640, 128), None),
+        (V5E, "ternary", (16, 96, 128), None),
+        (V5E, "ternary_g64", (17, 1152, 384), (16, 1024, 256)),
+        (V5E, "int2", (20, 544, 384), (16, 256, 256)),
+        (V5P, "int4", (3, 544, 128), None),
+        (V5E, "int4_g128", (17, 1152, 384), (16, 1024, 256)),
+        (V6E, "mxfp4", (5, 544, 384), (16, 256, 256)),
+        (V5E, "mxfp4", (1, 640, 128), None),
+        (V6E, "nvfp4", (3, 592, 128), None),
+        (V5E, "nvfp4", (17, 1152, 384), (16, 512, 256)),
+    ],
+)
+def test_bytes_are_right_at_ragged_shapes(kind, name, shape, tiles, monkeypatch):
+    monkeypatch.setattr(planning, "device_kind", lambda: kind)
+    x, values, scales, keywords = random_operands(FORMATS[name], "bfloat16", *shape)
+    how = {"scale_mode": "after_group", "tiles": tiles}
+    assert make_plan(x, values, scales, **keywords, **how).as_bytes
+    y = quantized_matmul(
+        x, values, scales, **keywords, **how, out_dtype=jnp.float32, interpret=True
+    )
+    want = reference_quantized_matmul(x, values, scales, **keywords)
+    error = np.linalg.norm(np.asarray(y, np.float64) - want) / np.linalg.norm(want)
+    assert y.shape == want.shape
+    assert error <= EXACT
+
+
+@pytest.mark.parametrize("scales_dtype", ["bfloat16", "float32"])
+def test_bytes_with_wide_groups_and_float32_scales(scales_dtype, monkeypatch):
+    monkeypatch.setattr(planning, "device_kind", lambda: V6E)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(5, 512)), jnp.bfloat16)
+    values = jnp.asarray(rng.integers(-2, 2, (512, 128)), jnp.int8).astype(jnp.int2)
+    scales = jnp.asarray(rng.normal(size=(2, 1, 128)), scales_dtype)
+    y = quantized_matmul(
+        x, values, scales, offset=0.5, scale_mode="after_group", out_dtype=jnp.float32,
+        interpret=True,
+    )  # fmt: skip
+    want = reference_quantized_matmul(x, values, scales, offset=0.5)
+    assert np.linalg.norm(np.asarray(y, np.float64) - want) <= EXACT * np.linalg.norm(want)
+
+
+def plan_of(name: str, activation: str, kind: str, n: int = 512, m: int = 16, **keywords):
+    x, values, scales, arrays = abstract_operands(FORMATS[name], activation, m, 2048, n)
+    offset = FORMATS[name].offset
+    return make_plan(x, values, scales, offset=offset, kind=kind, **arrays, **keywords)
+
+
+def test_bytes_only_where_the_tiles_say_so():
+    plan = plan_of("int2_g64", "bfloat16", V6E)
+    assert plan.as_bytes
+    assert plan.support.startswith("native: TPU v6 lite multiplies bfloat16 x float8_e5m2")
+    assert plan_of("ternary_g128", "float8_e4m3fn", V6E).as_bytes
+    assert not plan_of("int2", "bfloat16", V6E).as_bytes  # copies of x outweigh the bytes
+    assert plan_of("int2", "bfloat16", V5E).as_bytes
+    assert not plan_of("int2_g64", "bfloat16", V6E, m=17).as_bytes
+    assert plan_of("int2_g128", "bfloat16", V6E, m=17).as_bytes
+    assert not plan_of("int2_g128", "bfloat16", "TPU7x").as_bytes
+    assert not plan_of("int2_g128", "bfloat16", V6E, n=500).as_bytes
+    assert not plan_of("int2_g128", "bfloat16", V6E, alone=False).as_bytes
+    assert not plan_of("int4", "bfloat16", V6E).as_bytes  # a cast of int4 is cheap there
+    assert plan_of("int2_g128", "int8", V6E).operands == ("int8", "int8")
+
+
+def test_a_product_is_as_deep_as_the_matrix_unit():
+    assert plan_of("mxfp4", "bfloat16", V5E).depth == 128
+    assert plan_of("mxfp4", "bfloat16", V6E).depth == 256

@@ -1,0 +1,57 @@
+"""Tiles multiplied in turn in different ways, interpreted as 7x runs them."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tpu_stack.kernels.quantized_matmul import (
+    make_plan,
+    quantized_matmul,
+    reference_quantized_matmul,
+)
+from tpu_stack.kernels.quantized_matmul import plan as planning
+from tpu_stack.kernels.quantized_matmul.cases import FORMATS, abstract_operands, random_operands
+
+KIND = "TPU7x"
+TOLERANCE = {"mxfp4": 1e-6, "int4": 3e-3}
+"""Powers of two scale exactly. int4's scaled weights are rounded to bfloat16 in half the tiles."""
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "tiles"),
+    [
+        ("mxfp4", (16, 1280, 512), None),  # all five tiles of the turn
+        ("mxfp4", (5, 1504, 640), (16, 768, 640)),  # ragged K, stripes of 128 columns
+        ("int4", (3, 640, 128), None),  # ends with a product that waits to be scaled
+        ("int4", (16, 1504, 384), (16, 1024, 256)),
+        ("int4", (1, 512, 130), None),
+    ],
+)
+def test_the_ways_add_up(name, shape, tiles, monkeypatch):
+    monkeypatch.setattr(planning, "device_kind", lambda: KIND)
+    x, values, scales, keywords = random_operands(FORMATS[name], "bfloat16", *shape)
+    assert make_plan(x, values, scales, tiles=tiles, **keywords).ways
+    y = quantized_matmul(
+        x, values, scales, **keywords, tiles=tiles, out_dtype=jnp.float32, interpret=True
+    )
+    want = reference_quantized_matmul(x, values, scales, **keywords)
+    error = np.linalg.norm(np.asarray(y, np.float64) - want) / np.linalg.norm(want)
+    assert error <= TOLERANCE[name]
+
+
+def ways(name: str, activation: str = "bfloat16", m: int = 16, kind: str = KIND, **keywords):
+    x, values, scales, arrays = abstract_operands(FORMATS[name], activation, m, 2048, 512)
+    return make_plan(x, values, scales, kind=kind, **arrays, **keywords).ways
+
+
+def test_only_where_they_are_right_and_the_tiles_say_so():
+    assert set(ways("mxfp4")) == {"before", "narrow"}
+    assert set(ways("int4")) == {"before", "after"}
+    assert not ways("int4", m=17)  # results of twice the rows would bind
+    assert ways("mxfp4", m=64)
+    assert not ways("mxfp4", m=65)  # prefill has none
+    assert not ways("nvfp4")  # scales that are no powers of two
+    assert not ways("int4_g64")  # scaled after the product throughout
+    assert not ways("mxfp4", activation="float8_e4m3fn")
+    assert not ways("mxfp4", alone=False)
+    assert not ways("int4", kind="TPU v6 lite")
