@@ -200,7 +200,13 @@ def read_everything(run: Path, like: Any) -> tuple[Any, Any, str, Any]:
         )
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        name if name in ("middle", "deleted") else pytest.param(name, marks=pytest.mark.slow)
+        for name in DAMAGES
+    ],
+)
 def test_damage_is_never_silent(run, tmp_path, damage):
     """Every file of a checkpoint, damaged in turn: either UserError, or exactly what was saved.
 

@@ -50,9 +50,8 @@ def in_charge(process: subprocess.Popen[str]) -> bool:
     return bool(caught >> (signal.SIGALRM - 1) & 1)
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_saves_and_resumes(number, tmp_path, plays):
     out = tmp_path / "run"
     argv = ["train", "--out", str(out), "--data", str(plays), *SMALL]

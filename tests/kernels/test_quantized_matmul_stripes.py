@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from tpu_stack.kernels.quantized_matmul import (
     make_plan,
@@ -12,7 +13,7 @@ from tpu_stack.kernels.quantized_matmul import (
 from tpu_stack.kernels.quantized_matmul import plan as planning
 from tpu_stack.kernels.quantized_matmul.cases import FORMATS, abstract_operands, random_operands
 
-KIND = "TPU7x"
+KIND, V6E = "TPU7x", "TPU v6 lite"
 TOLERANCE = {"mxfp4": 1e-6, "int4": 3e-3}
 """Powers of two scale exactly. int4's scaled weights are rounded to bfloat16 in half the tiles."""
 
@@ -39,6 +40,23 @@ def test_the_ways_add_up(name, shape, tiles, monkeypatch):
     assert error <= TOLERANCE[name]
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"), [("TPU7x", "int4"), ("TPU7x", "mxfp4"), ("TPU v5", "int4"), (V6E, "nvfp4")]
+)
+def test_race_free_over_many_blocks(kind, name, monkeypatch):
+    monkeypatch.setattr(planning, "device_kind", lambda: kind)
+    x, values, scales, keywords = random_operands(FORMATS[name], "bfloat16", 16, 768, 256)
+    tiles = (16, 512, 128)
+    plan = make_plan(x, values, scales, tiles=tiles, **keywords)
+    assert plan.ways or plan.as_bytes
+    pltpu.reset_tpu_interpret_mode_state()
+    params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    y = quantized_matmul(x, values, scales, **keywords, tiles=tiles, interpret=params)
+    want = reference_quantized_matmul(x, values, scales, **keywords)
+    error = np.linalg.norm(np.asarray(y, np.float64) - want) / np.linalg.norm(want)
+    assert error <= 3e-3
+
+
 def ways(name: str, activation: str = "bfloat16", m: int = 16, kind: str = KIND, **keywords):
     x, values, scales, arrays = abstract_operands(FORMATS[name], activation, m, 2048, 512)
     return make_plan(x, values, scales, kind=kind, **arrays, **keywords).ways
@@ -54,4 +72,4 @@ def test_only_where_they_are_right_and_the_tiles_say_so():
     assert not ways("int4_g64")  # scaled after the product throughout
     assert not ways("mxfp4", activation="float8_e4m3fn")
     assert not ways("mxfp4", alone=False)
-    assert not ways("int4", kind="TPU v6 lite")
+    assert not ways("int4", kind=V6E)

@@ -44,7 +44,10 @@ def _run(config, params, cache, tokens, positions):
     return model.logits(hidden), cache
 
 
-@pytest.mark.parametrize("config", [CONFIG, MIXED], ids=["global", "mixed"])
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(CONFIG, id="global", marks=pytest.mark.slow), pytest.param(MIXED, id="mixed")],
+)
 def test_paged_logits_equal_contiguous_ones(config):
     params = init_params(config, jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (3, 150), 0, config.vocab_size)

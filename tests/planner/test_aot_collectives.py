@@ -99,14 +99,8 @@ def figures(found: tuple[Collective, ...]) -> dict[tuple[str, str], int]:
     return {(row.kind, row.axes_label): row.bytes for row in rows if row.bytes > SCALARS}
 
 
-@pytest.mark.parametrize(
-    ("f", "t"),
-    [
-        pytest.param(4, 1, marks=pytest.mark.slow),
-        pytest.param(1, 4, marks=pytest.mark.slow),
-        (2, 2),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("f", "t"), [(4, 1), (1, 4), (2, 2)])
 def test_bytes_by_kind_and_axis(cache, f, t):
     found = figures(compiled(cache, f, t).report.collectives)
     wanted = expected(f, t)

@@ -153,7 +153,12 @@ def test_winners_are_what_the_kernel_reads(tmp_path, monkeypatch):
     before = json.loads(path.read_text())
     monkeypatch.setattr(winners, "libtpu_version", lambda: before["libtpu"])
     won = [
-        (get_case("quantized_matmul", format, "bf16"), "v6e", DECODE, mode)
+        (
+            get_case("quantized_matmul", format, "bf16"),
+            "v6e",
+            DECODE,
+            tune.Candidate((16, 1024, 512), mode, 1),
+        )
         for format, mode in (
             ("int4", "after_group"),
             ("ternary_g128", "before"),  # where bytes are the default
@@ -162,7 +167,6 @@ def test_winners_are_what_the_kernel_reads(tmp_path, monkeypatch):
             ("nvfp4", "before"),
         )
     ]
-    won = [(*one, tune.Candidate((16, 1024, 512), mode, 1)) for *one, mode in won]
     shared = (get_case("quantized_matmul", "int4_g128", "bf16"), *won[0][1:3])
     other = tune.Candidate((16, 512, 512), "before", 1)
     written = winners.write_winners([*won, (*shared, other)], path)

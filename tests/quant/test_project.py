@@ -42,8 +42,21 @@ def splits(traced) -> int:
     return str(traced.jaxpr).count("shard_map[")
 
 
-@pytest.mark.parametrize("format", ["int8", "int4", "mxfp4"])
-@pytest.mark.parametrize(("mesh", "tied"), [("tensor=4", True), ("data=2,tensor=2", False)])
+@pytest.mark.parametrize(
+    ("format", "mesh", "tied"),
+    [
+        ("int4", "tensor=4", True),
+        ("int8", "data=2,tensor=2", False),
+        *(
+            pytest.param(name, "tensor=4", True, marks=pytest.mark.slow)
+            for name in ("int8", "mxfp4")
+        ),
+        *(
+            pytest.param(name, "data=2,tensor=2", False, marks=pytest.mark.slow)
+            for name in ("int4", "mxfp4")
+        ),
+    ],
+)
 def test_the_kernel_on_every_device_gives_the_logits_of_the_compiler(format, mesh, tied):
 
     config = dataclasses.replace(MODEL, tie_embeddings=tied)

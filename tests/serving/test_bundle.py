@@ -72,7 +72,13 @@ def assert_same(found, wanted) -> None:
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    "format",
+    [
+        name if name in ("float32", "int4", "int1") else pytest.param(name, marks=pytest.mark.slow)
+        for name in FORMATS
+    ],
+)
 def test_every_tensor_is_what_quantize_gives(trained, bundles, format):
     bundle = Bundle.open(bundles[format])
     assert list(bundle.manifest.tensors) == [spec.name for spec in tensor_specs(trained.config)]

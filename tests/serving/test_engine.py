@@ -99,6 +99,7 @@ def test_the_mesh_changes_nothing(trained, wanted, mesh):
     assert keys.sharding.shard_shape(keys.shape)[3] == MODEL.n_kv_heads // tensor
 
 
+@pytest.mark.slow
 def test_packed_weights_on_two_meshes(trained, tmp_path):
     """int4 from a bundle: what its dequantized weights generate without a cache, on either mesh."""
     pack(trained.run, "int4", *serving("data=1"), tmp_path / "bundle")

@@ -34,6 +34,7 @@ def test_logits(bundles, format):
     assert_computes_the_dequantized(params, format)
 
 
+@pytest.mark.slow
 def test_rotated_logits_and_tokens(trained, tmp_path):
     profile, mesh = serving("data=1", float32=True)
     pack(trained.run, "mxfp4", profile, mesh, tmp_path / "bundle", rotation=32)

@@ -21,6 +21,7 @@ from tpu_stack.serving.bundle import Bundle
 from tpu_stack.sharding.constrain import sharding_scope
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra [aot]")
 def test_the_tpu_compiler_moves_no_table_about():
     """A vocabulary that is split into parts of no whole lanes, as Llama 3's over four devices."""

@@ -11,7 +11,8 @@ from tpu_stack.errors import UserError
 from tpu_stack.training.loop import train
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_it_begins_with_the_weights_and_a_fresh_optimizer(bench, tmp_path, optimizer):
     first = train(bench.job("data=2,fsdp=2", steps=3), tmp_path / "first")
     job = bench.job("fsdp=2,tensor=2", steps=2, learning_rate=0.0, optimizer=optimizer, seed=9)

@@ -25,6 +25,12 @@ MESHES = [
     if data * fsdp * tensor in SIZES
 ]
 
+QUICK = {
+    f"data={data},fsdp={fsdp},tensor={tensor}"
+    for data, fsdp, tensor in ((1, 1, 1), (2, 1, 1), (1, 8, 1), (1, 1, 4), (2, 2, 2))
+}
+"""Each axis alone and all three; the others are slow tests."""
+
 # Reductions over devices add in another order: 6e-8 a rounding, 20 Adam steps that each pass errors
 # on with a gain near one. 1e-4 is what the project promises; typical here is 1e-6.
 TOLERANCE = 1e-4
@@ -79,9 +85,13 @@ def adamw(bench):
 
 def test_all_twenty_meshes_are_meant():
     assert len(MESHES) == len(set(MESHES)) == 1 + 3 + 6 + 10
+    assert set(MESHES) > QUICK
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(
+    "mesh",
+    [mesh if mesh in QUICK else pytest.param(mesh, marks=pytest.mark.slow) for mesh in MESHES],
+)
 def test_loss_at_step_20(bench, adamw, quick_options, mesh):
     start, wanted = adamw
     found = losses(bench.job(mesh), start, quick_options)
@@ -96,6 +106,7 @@ def test_accumulation_over_devices(bench, adamw, quick_options, mesh):
     assert found == pytest.approx(wanted, abs=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_muon_too(bench, quick_options):
     """Muon's products of whole matrices are sharded, and add up to the same steps.
 

@@ -66,7 +66,8 @@ def test_a_request_is_the_same_alone_and_in_a_mix(order):
 
 
 @pytest.mark.parametrize(
-    "cache_dtype", ["float32", "int8", pytest.param("float8_e4m3fn", marks=pytest.mark.slow)]
+    "cache_dtype",
+    ["float32", *(pytest.param(d, marks=pytest.mark.slow) for d in ("int8", "float8_e4m3fn"))],
 )
 def test_sequences_that_are_preempted_come_back_as_they_were(cache_dtype):
     roomy, tight = engine(128, cache_dtype), engine(20, cache_dtype)

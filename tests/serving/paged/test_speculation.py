@@ -46,6 +46,7 @@ def test_a_draft_changes_no_token_of_any_request(pages):
     assert bool(target.stats().preempted) == (pages == 24)
 
 
+@pytest.mark.slow
 def test_a_draft_that_is_the_target_is_always_right():
     """So its cache is right at every position, also after steps that kept everything."""
     target = PagedEngine(drafted(CONFIG), (parameters(), parameters()))

@@ -62,7 +62,8 @@ def test_each_mesh_has_its_own_devices():
 
 
 @pytest.mark.parametrize(
-    ("pages", "prefill"), [(128, 4), (24, 4), pytest.param(128, 2, marks=pytest.mark.slow)]
+    ("pages", "prefill"),
+    [(24, 4), *(pytest.param(128, p, marks=pytest.mark.slow) for p in (4, 2))],
 )
 def test_tokens_are_those_of_one_mesh(pages, prefill):
     """All at once, on pages for all or for few; the meshes may differ in size."""
@@ -79,9 +80,8 @@ def test_tokens_are_those_of_one_mesh(pages, prefill):
         assert moved == pages_of_prompts  # each once
 
 
-@pytest.mark.parametrize(
-    "cache_dtype", ["int8", pytest.param("float8_e4m3fn", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("cache_dtype", ["int8", "float8_e4m3fn"])
 def test_small_caches_are_handed_over_with_their_scales(cache_dtype):
     """Seed for seed what one mesh of that cache says: here a mesh that prefills for itself."""
     programs, params = built(128, cache_dtype)

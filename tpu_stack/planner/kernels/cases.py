@@ -35,6 +35,8 @@ class Case:
       op, format, activation: what names the case.
       axes: what the numbers of a shape mean, as in ("M", "K", "N").
       small: shape for the interpreter; every axis has a ragged edge.
+      smooth: more shapes for the interpreter, without the ragged edges that keep a kernel from ways
+        of its own on some chips.
       large: shape that is compiled and laid beside the roofline.
       operands: (shape, seed) -> concrete operands, the same for the same seed.
       abstract: shape -> abstract operands.
@@ -66,6 +68,7 @@ class Case:
     tunable: tuple[str, ...] = ()
     dynamic_steps: Callable[..., int] | None = None
     unread: Callable[[tuple[int, ...]], int] = lambda shape: 0
+    smooth: tuple[tuple[int, ...], ...] = ()
 
     @property
     def name(self) -> str:

@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -82,13 +83,18 @@ def default_cache() -> Path:
     return Path(base) / "tpu-stack" / "kernels"
 
 
+def abstract_device(kind: str) -> AbstractContextManager[Any]:
+    """Within it kernels are planned and traced for a TPU of this device kind."""
+    device = AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
+    return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device))
+
+
 def lower_text(case: Case, shape: tuple[int, ...], device_kind: str, **options: Any) -> str:
     """The StableHLO of a case, its kernel as Mosaic IR, for an abstract device (rung 2).
 
     Raises: whatever Pallas raises for a kernel that is not legal there.
     """
-    device = AbstractDevice(device_kind=device_kind, num_cores=1, platform="tpu")
-    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+    with abstract_device(device_kind):
         traced = jax.jit(lambda a: case.call(a, interpret=False, **options)).trace(
             case.abstract(shape)
         )

@@ -21,6 +21,8 @@ ACTIVATIONS = {"bf16": "bfloat16", "fp8": "float8_e4m3fn", "int8": "int8"}
 """Word on the command line -> dtype of x. Those of 8 bits come with a float32 scale per row."""
 
 SMALL = (5, 640, 200)
+SMOOTH = (5, 640, 256)
+"""Weights become bytes where columns are whole lanes."""
 LARGE = (16, 4096, 14336)
 
 
@@ -58,6 +60,7 @@ def make_case(format: str, activation: str) -> Case:
         limit=limit,
         limit_reason=reason,
         tunable=("tiles", "scale_mode"),
+        smooth=(SMOOTH,),
     )
 
 
