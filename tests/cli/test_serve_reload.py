@@ -12,7 +12,7 @@ import pytest
 
 from tpu_stack.cli.serve import building
 from tpu_stack.cli.serve.building import Served, ServingOptions, Weights
-from tpu_stack.cli.serve.reload import reload_on_signal
+from tpu_stack.cli.serve.reload import catch_reloads, reload_when
 from tpu_stack.data.chat_format import ChatFormat
 from tpu_stack.data.sources import Document
 from tpu_stack.data.tokenizer import build_tokenizer
@@ -116,10 +116,13 @@ def test_a_signal_reloads_and_an_error_is_one_line(capsys):
 
     before = signal.getsignal(signal.SIGUSR1)
     try:
-        reload_on_signal(reply)
+        wanted = catch_reloads()
+        os.kill(os.getpid(), signal.SIGUSR1)  # before anything is served: not lost
+        reload_when(wanted, reply)
         lines = []
-        for _ in range(3):
-            os.kill(os.getpid(), signal.SIGUSR1)
+        for number in range(3):
+            if number:
+                os.kill(os.getpid(), signal.SIGUSR1)
             assert asked.acquire(timeout=10)
             wait(lambda: lines.append(capsys.readouterr().err) or lines[-1])
     finally:

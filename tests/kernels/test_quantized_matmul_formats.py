@@ -1,5 +1,9 @@
 """Every format with every activation, interpreted, against float64 of the operands as stored."""
 
+from contextlib import nullcontext
+from functools import partial
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -135,8 +139,11 @@ def _modes(name: str) -> list[str | None]:
     return [None, "before", "after_group"] if FORMATS[name].group else [None]
 
 
-def fuzz(examples: int):
-    """`check_random_case` over so many random shapes, formats, activations and modes."""
+def fuzz(examples: int, kinds: tuple[str | None, ...] = (None,), lanes: int = 1):
+    """`check_random_case` over so many random shapes, formats, activations and modes.
+
+    kinds: device kinds to plan for; None is the host. lanes: what N is a multiple of.
+    """
 
     @settings(deadline=None, max_examples=examples, derandomize=True, database=None)
     @given(
@@ -147,22 +154,26 @@ def fuzz(examples: int):
         st.integers(1, 260),
         st.booleans(),
         st.integers(0, 9),
+        st.sampled_from(kinds),
     )
-    def check_random_case(which, activation, m, k, n, small_tiles, seed):
+    def check_random_case(which, activation, m, k, n, small_tiles, seed, kind):
         name, mode = which
+        n = -(-n // lanes) * lanes
         case = FORMATS[name]
         if case.group:
             k = case.group * (2 + k // case.group)  # two groups: one would be per column
         x, values, scales, keywords = random_operands(case, activation, m, k, n, seed)
         step = max(256, 8 * case.group)
-        y = quantized_matmul(
-            *(x, values, scales),
-            **keywords,
-            scale_mode=mode,
-            out_dtype=jnp.float32,
-            tiles=(16, step, 128) if small_tiles else None,
-            interpret=True,
-        )
+        as_kind = partial(mock.patch.object, planning, "device_kind")
+        with nullcontext() if kind is None else as_kind(lambda: kind):
+            y = quantized_matmul(
+                *(x, values, scales),
+                **keywords,
+                scale_mode=mode,
+                out_dtype=jnp.float32,
+                tiles=(16, step, 128) if small_tiles else None,
+                interpret=True,
+            )
         want = reference_quantized_matmul(x, values, scales, **keywords)
         error = np.abs(np.asarray(y, np.float64) - want)
         assert np.all(error <= WORST * sum_of_magnitudes(x, values, scales, **keywords))
@@ -179,6 +190,11 @@ def test_any_shape_format_and_mode():
 @pytest.mark.slow
 def test_two_thousand_shapes_formats_and_modes():
     fuzz(2000)()
+
+
+@pytest.mark.slow
+def test_a_thousand_as_the_chips_have_them():
+    fuzz(1000, KINDS, lanes=128)()
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

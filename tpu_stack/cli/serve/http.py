@@ -15,7 +15,7 @@ from tpu_stack.cli.console import save_json
 from tpu_stack.cli.placement import Unprefixed
 from tpu_stack.cli.serve import building
 from tpu_stack.cli.serve.building import Served, ServingOptions
-from tpu_stack.cli.serve.reload import reload_on_signal
+from tpu_stack.cli.serve.reload import catch_reloads, reload_when
 from tpu_stack.errors import UserError
 from tpu_stack.serving.engine_options import EngineOptions
 from tpu_stack.serving.http.limits import Limits
@@ -68,6 +68,7 @@ def run(options: Options) -> None:
     if not 0 <= options.drain_s < math.inf:
         raise UserError(f"--drain-s is {options.drain_s}; it must be at least 0 and finite")
     keys = _read_keys(options.api_key_file)
+    wanted = catch_reloads()
     weights = building.Weights.of(options.bundle)
     listener = bind(options.host, options.port)
     try:
@@ -85,6 +86,7 @@ def run(options: Options) -> None:
             "emulated": served.profile.emulated,
             "pid": os.getpid(),
         }
+        reload_when(wanted, lambda: served.reload(options.in_flight))
         _serve(options, served, keys, listener, said)
     finally:
         listener.close()
@@ -113,7 +115,6 @@ def _serve(
             where += f", prefill on {prefill}"
         what = f"{said['model']} ({said['format']})"
         print(f"serving {what} at {said['url']}: {where}, mesh {mesh}", flush=True)
-        reload_on_signal(lambda: served.reload(options.in_flight))
         save_json(options.json, said)
         server.run(sockets=[listener])
     finally:

@@ -3,7 +3,9 @@
 A training loop writes a bundle beside the old one, turns a link to it, and sends the signal; no
 request is lost and nothing is compiled. What does not fit is said, and the old weights go on.
 
->>> reload_on_signal(lambda: served.reload("finish"))
+>>> wanted = catch_reloads()
+>>> served = build()  # a signal that comes meanwhile is not lost
+>>> reload_when(wanted, lambda: served.reload("finish"))
 """
 
 import signal
@@ -15,14 +17,16 @@ from pathlib import Path
 from tpu_stack.errors import UserError
 
 
-def reload_on_signal(reload: Callable[[], Path]) -> None:
-    """Runs `reload` on a thread at every SIGUSR1; signals that come meanwhile are one more run.
-
-    Nothing happens on systems without the signal.
-    """
-    if not hasattr(signal, "SIGUSR1"):
-        return
+def catch_reloads() -> threading.Event:
+    """Set by every SIGUSR1 from now on; never on systems without the signal."""
     wanted = threading.Event()
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, lambda number, frame: wanted.set())
+    return wanted
+
+
+def reload_when(wanted: threading.Event, reload: Callable[[], Path]) -> None:
+    """Runs `reload` on a thread whenever `wanted` is set; what comes meanwhile is one more run."""
 
     def work() -> None:
         while True:
@@ -31,7 +35,6 @@ def reload_on_signal(reload: Callable[[], Path]) -> None:
             _say(reload)
 
     threading.Thread(target=work, name="reload", daemon=True).start()
-    signal.signal(signal.SIGUSR1, lambda number, frame: wanted.set())
 
 
 def _say(reload: Callable[[], Path]) -> None:
