@@ -7,6 +7,14 @@ from typing import Any
 import jax.numpy as jnp
 
 from tpu_stack.kernels.quantized_matmul import as_bytes
+from tpu_stack.kernels.quantized_matmul.blocks import (
+    LANES,
+    ROWS,
+    SUBLANES,
+    choose_blocks,
+    round_up,
+)
+from tpu_stack.kernels.quantized_matmul.checks import check_dtypes, group_of, logical_shape
 from tpu_stack.kernels.quantized_matmul.operands import (
     casts_float4,
     choose_operands,
@@ -17,19 +25,11 @@ from tpu_stack.kernels.quantized_matmul.operands import (
 from tpu_stack.kernels.quantized_matmul.tiles import read_tiles, tuned
 from tpu_stack.kernels.quantized_matmul.widen import WORD_ROWS, Storage, storage_of
 
-__all__ = ["SCALE_MODES", "Plan", "make_plan", "read_tiles"]
+__all__ = ["LANES", "ROWS", "SCALE_MODES", "SUBLANES", "Plan", "make_plan", "read_tiles"]
 
 SCALE_MODES = ("after", "input", "before", "after_group")
-LANES = 128
-ROWS = 16
-"""Smallest block of M: one bfloat16 tile on every chip but 8t, half a float32 one there. Fewer rows
-than this are one whole block: Mosaic cannot compile a block that is taller than such an array."""
-SUBLANES = 8
-"""Pallas's rule for the second-minor axis: a block of scales has a multiple of this many groups."""
 MAX_INT8_K = 2**31 // 2**14 - 1
 """A longer sum of products of int8 may leave int32."""
-X_DTYPES = ("bfloat16", "float32", "float8_e4m3fn", "int8")
-SCALE_DTYPES = ("bfloat16", "float32", "float8_e8m0fnu", "float8_e4m3fn")
 
 
 @dataclass(frozen=True)
@@ -183,12 +183,12 @@ def make_plan(
     if x.ndim != 2 or values.ndim != 2:
         raise ValueError(f"x and values need two axes, got {x.shape} and {values.shape}")
     storage = storage_of(values.dtype, offset, casts_float4(kind))
-    out = _check_dtypes(x, scales, tensor_scale, x_scales, out_dtype)
-    shape = _logical_shape(x, values, scales, storage, transpose, rows)
+    out = check_dtypes(x, scales, tensor_scale, x_scales, out_dtype)
+    shape = logical_shape(x, values, scales, storage, transpose, rows)
     k, n = shape[::-1] if transpose else shape
     if x.shape[1] != k or min(x.shape[0], k, n) < 1:
         raise ValueError(f"x {x.shape} does not fit values {values.shape}, transpose={transpose}")
-    group = _group(shape, scales.shape)
+    group = group_of(shape, scales.shape)
     entry = tuned(kind, _format(values.dtype, offset), x.shape[0])
     depth = mxu_depth(kind)
     to_bytes = alone and not transpose and _to_bytes(x, storage, n, group, depth, entry)
@@ -200,7 +200,7 @@ def make_plan(
         operands = ("bfloat16", "float8_e5m2")
     if operands[1] == "int8" and k > MAX_INT8_K:
         raise ValueError(f"int8 activations: K = {k} may overflow int32; at most {MAX_INT8_K}")
-    blocks = _blocks(x, k, n, group, mode, transpose, storage, tiles, entry)
+    blocks = choose_blocks(x, k, n, group, mode, transpose, storage, tiles, entry)
     ways = _ways(x, storage, operands, mode, group, depth, entry) if not transpose else ()
     return Plan(
         *(x.shape[0], k, n, transpose, storage, operands),
@@ -257,61 +257,13 @@ def _ways(
 
 def _copied_rows(m: int, depth: int, group: int) -> int:
     """Rows of x in a product of `as_bytes`: a copy for each group in the MXU's depth."""
-    return _round_up(m, ROWS) * max(depth // group, 1)
+    return round_up(m, ROWS) * max(depth // group, 1)
 
 
 def _format(dtype: Any, offset: float) -> str:
     """The name in tiles.json of values of this dtype."""
     name = jnp.dtype(dtype).name
     return {"int2": "int2" if offset else "ternary", "int32": "int1"}.get(name, name)
-
-
-def _check_dtypes(x: Any, scales: Any, tensor_scale: Any, x_scales: Any, out_dtype: Any) -> Any:
-    narrow = jnp.dtype(x.dtype).name in ("float8_e4m3fn", "int8")
-    if x_scales is not None and x_scales.shape != (x.shape[0], 1):
-        raise ValueError(f"x_scales is {x_scales.shape}; x {x.shape} needs {(x.shape[0], 1)}")
-    if tensor_scale is not None and tensor_scale.size != 1:
-        raise ValueError(f"tensor_scale is {tensor_scale.shape}; it must be one number")
-    out = jnp.dtype(out_dtype or (jnp.bfloat16 if narrow else x.dtype))
-    for what, dtype, allowed in (
-        ("x", x.dtype, X_DTYPES),
-        ("scales", scales.dtype, SCALE_DTYPES),
-        ("out_dtype", out, ("bfloat16", "float32")),
-        ("x_scales", getattr(x_scales, "dtype", jnp.float32), ("float32",)),
-        ("tensor_scale", getattr(tensor_scale, "dtype", jnp.float32), ("float32",)),
-    ):
-        if jnp.dtype(dtype).name not in allowed:
-            raise ValueError(f"{what} is {jnp.dtype(dtype).name}; supported: {', '.join(allowed)}")
-    return out
-
-
-def _logical_shape(
-    x: Any, values: Any, scales: Any, storage: Storage, transpose: bool, rows: int | None
-) -> tuple[int, int]:
-    """[rows, columns] of the weight, which for 1-bit words is not the array's shape."""
-    stored, columns = values.shape
-    if storage.name != "signs":
-        return stored, columns
-    held: int = scales.shape[0] if scales.ndim == 2 else stored * storage.rows
-    rows = (rows or int(held)) if transpose else int(x.shape[1])
-    if stored != SUBLANES * -(-rows // WORD_ROWS):
-        raise ValueError(
-            f"{stored} rows of int32 words do not hold {rows} rows of signs, which take "
-            f"{SUBLANES * -(-rows // WORD_ROWS)}"
-        )
-    return rows, columns
-
-
-def _group(values: tuple[int, int], scales: tuple[int, ...]) -> int:
-    rows, columns = values
-    if scales == (rows, 1):
-        return 0
-    if len(scales) == 3 and scales[1:] == (1, columns) and scales[0] and rows % scales[0] == 0:
-        return rows // scales[0]
-    raise ValueError(
-        f"scales {scales} fit values {values} neither as [G, 1, {columns}] with G dividing "
-        f"{rows} nor as [{rows}, 1]"
-    )
 
 
 def _scale_mode(
@@ -333,53 +285,3 @@ def _scale_mode(
             f"possible: {', '.join(right)}"
         )
     return asked or right[0]
-
-
-def _blocks(
-    x: Any,
-    k: int,
-    n: int,
-    group: int,
-    mode: str,
-    transpose: bool,
-    storage: Storage,
-    tiles: tuple[int, int, int] | None,
-    entry: dict[str, Any],
-) -> tuple[int, int, int]:
-    """(bm, bk, bn): the tuned or given ones, cut to the arrays, in whole tiles of every operand."""
-    step_k, step_n = _steps(group, mode, transpose, storage)
-    wanted = tiles or _tuned_blocks(entry, jnp.dtype(x.dtype).itemsize, k, step_k, step_n)
-    m = x.shape[0]
-    bm = m if m < ROWS else min(wanted[0], _round_up(m, ROWS))
-    bk, bn = min(wanted[1], _round_up(k, step_k)), min(wanted[2], _round_up(n, step_n))
-    if (bm % ROWS and bm != m) or bk % step_k or bn % step_n:
-        raise ValueError(
-            f"tiles ({bm}, {bk}, {bn}) are not multiples of {(ROWS, step_k, step_n)}, which "
-            f"groups of {group} need"
-        )
-    return bm, bk, bn
-
-
-def _steps(group: int, mode: str, transpose: bool, storage: Storage) -> tuple[int, int]:
-    """What bk and bn must be multiples of: whole lanes, and whole tiles of weights and scales."""
-    rows = storage.step
-    if mode in ("before", "after_group"):
-        rows = math.lcm(rows, SUBLANES * group)
-    return (LANES, rows) if transpose else (rows, LANES)
-
-
-def _tuned_blocks(
-    entry: dict[str, Any], x_bytes: int, k: int, step_k: int, step_n: int
-) -> tuple[int, int, int]:
-    """The tuned blocks; bk is the largest that divides K, if one is at least half the tuned one."""
-    bk = entry["bk"] * 2 // max(x_bytes, 2)  # a float32 block is twice the VMEM
-    bk = max(step_k, bk // step_k * step_k)
-    for divisor in range(bk, max(bk // 2, 1) - 1, -step_k):
-        if k % divisor == 0:
-            bk = divisor
-            break
-    return entry["bm"], bk, max(step_n, entry["bn"] // step_n * step_n)
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return math.ceil(value / multiple) * multiple
