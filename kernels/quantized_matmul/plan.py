@@ -189,7 +189,7 @@ def make_plan(
     if x.shape[1] != k or min(x.shape[0], k, n) < 1:
         raise ValueError(f"x {x.shape} does not fit values {values.shape}, transpose={transpose}")
     group = group_of(shape, scales.shape)
-    entry = tuned(kind, _format(values.dtype, offset), x.shape[0])
+    entry = tuned(kind, _format(values.dtype, scales.dtype, offset), x.shape[0])
     depth = mxu_depth(kind)
     to_bytes = alone and not transpose and _to_bytes(x, storage, n, group, depth, entry)
     after_from = 0 if to_bytes else entry["after_group_from"]
@@ -260,9 +260,11 @@ def _copied_rows(m: int, depth: int, group: int) -> int:
     return round_up(m, ROWS) * max(depth // group, 1)
 
 
-def _format(dtype: Any, offset: float) -> str:
-    """The name in tiles.json of values of this dtype."""
+def _format(dtype: Any, scales_dtype: Any, offset: float) -> str:
+    """The name in tiles.json of values of this dtype; formats of one dtype are told apart."""
     name = jnp.dtype(dtype).name
+    if name == "float4_e2m1fn" and jnp.dtype(scales_dtype).name == "float8_e4m3fn":
+        return "nvfp4"
     return {"int2": "int2" if offset else "ternary", "int32": "int1"}.get(name, name)
 
 

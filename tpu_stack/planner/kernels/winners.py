@@ -23,8 +23,10 @@ TILES_FILE = Path(package.__file__).parent / "tiles.json"
 
 
 def tiles_name(case: Case) -> str:
-    """What tiles.json calls the case's weight: its stored type, but three are told apart."""
+    """What tiles.json calls the case's weight: its stored type, but some are told apart."""
     fmt = get_format(case.format)
+    if case.format == "nvfp4":
+        return case.format
     special = {"int2": "int2" if fmt.offset else "ternary", "int32": "int1"}
     return special.get(fmt.storage, fmt.storage)
 
