@@ -32,7 +32,12 @@ def tiny(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "loop", [["--streams", "3"], ["--rate", "50"], ["--prefill", "8t:4", "--decode", "8i:4"]]
+    "loop",
+    [
+        ["--streams", "3"],
+        ["--rate", "50"],
+        pytest.param(["--prefill", "8t:4", "--decode", "8i:4"], marks=pytest.mark.slow),
+    ],
 )
 def test_a_real_engine_answers_every_request_in_full(tiny, loop, tmp_path, capsys):
     out = tmp_path / "bench.json"

@@ -266,6 +266,7 @@ def test_impossible_mixtures_are_refused(changes):
         replace(CONFIG, **changes)
 
 
+@pytest.mark.slow
 def test_experts_train_in_bfloat16_on_a_mesh():
     """The usual training step: master weights in float32, products in bfloat16, recomputed."""
     config = CONFIG.replace(n_layers=1, balance_loss=1.0)

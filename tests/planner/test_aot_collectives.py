@@ -111,6 +111,7 @@ def test_bytes_by_kind_and_axis(cache, f, t):
         assert 0 <= found[key] - count <= SCALARS, key
 
 
+@pytest.mark.slow
 def test_what_collectives_serve_and_what_covers_them(cache):
     result = compiled(cache, 2, 2)
     found = result.report.collectives

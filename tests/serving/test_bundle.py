@@ -206,6 +206,7 @@ def test_pack_refusals(trained, tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_a_rotated_bundle(trained, tmp_path):
     profile, mesh = serving(MESH)
     pack(trained.run, "mxfp4", profile, mesh, tmp_path / "bundle", rotation=32)
