@@ -183,7 +183,10 @@ def _as_float8(parts: list[Array]) -> Array:
 
 
 def masked_copies(x: Array, codes: int, group: int) -> Array:
-    """[M, K] in byte order -> [copies * M, K], copy i zero but for the columns of group i."""
+    """[M, K] in byte order -> [copies * M, K], copy i zero but for the columns of group i.
+
+    codes: weights in a byte; 1 is x in its own order.
+    """
     copies = max(x.shape[1] // group, 1)
     if copies == 1:
         return x

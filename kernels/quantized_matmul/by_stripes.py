@@ -87,7 +87,10 @@ def add_mixed_products(
         for rows, way in zip(_tiles(plan), ways, strict=True):
             block = w_ref[rows, columns]
             if way == "after":
-                y = _dot(_copies(x[:, rows], plan), widen(block, plan.storage, _FLOAT8))
+                y = _dot(
+                    as_bytes.masked_copies(x[:, rows], 1, plan.group),
+                    widen(block, plan.storage, _FLOAT8),
+                )
                 waiting = (y, rows)
                 continue
             w = widen(block, plan.storage, jnp.bfloat16)
@@ -110,13 +113,6 @@ def _tiles(plan: Plan) -> list[slice]:
 
 def _stripes(plan: Plan) -> list[slice]:
     return [slice(start, start + plan.stripe) for start in range(0, plan.bn, plan.stripe)]
-
-
-def _copies(x: Array, plan: Plan) -> Array:
-    """[M, K] -> [groups * M, K], copy i zero but for the columns of group i."""
-    column = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-    groups = range(x.shape[1] // plan.group)
-    return jnp.concatenate([jnp.where(column // plan.group == i, x, 0) for i in groups], 0)
 
 
 def _add_scaled(
