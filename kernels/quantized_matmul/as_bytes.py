@@ -9,13 +9,13 @@ few integer operations. The MXU takes such bytes in at twice the rate of bfloat1
   each group, times `center`, is taken from the group's product.
 - 4 bits: code q + 8 is 4 a + b, both of two bits, each plane of bytes as above: q is
   2 (4 V + V' - 14). Both are multiplied, by 4 x and by x, into one sum.
-- e2m1: sign, exponent and mantissa move to where e5m2 has them. Zero and the subnormal 1/2 become
-  normal on the way: whether the MXU keeps subnormals of float8 is written nowhere.
+- e2m1: sign, exponent and mantissa move to where e5m2 has them. The subnormal 1/2 becomes a normal
+  number on the way: whether the MXU keeps subnormals of float8 is written nowhere.
 - Bytes come out in another order of rows than the words' own; x's columns are put in it first.
 - A group of less than the MXU's depth would leave most of it idle: a tile as deep as the
   MXU is multiplied by one copy of x per group, zero outside its group, in one product.
 
->>> ordered, sums = order_rows(x, plan, interpret=False)
+>>> ordered, sums = order_rows(x, codes=4, group=64, bk=4096, bm=16, sums=True, interpret=False)
 """
 
 from functools import partial

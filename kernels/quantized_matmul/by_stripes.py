@@ -91,16 +91,16 @@ def add_mixed_products(
                     as_bytes.masked_copies(x[:, rows], 1, plan.group),
                     widen(block, plan.storage, _FLOAT8),
                 )
-                waiting = (y, rows)
-                continue
-            w = widen(block, plan.storage, jnp.bfloat16)
-            first = rows.start // plan.group
-            w = scaling.scaled_by_words(w, pairs_ref.at[stripe], plan.group, compiled, first)
-            y = _dot(x[:, rows], w.astype(plan.operands[1]) if way == "narrow" else w)
+            else:
+                w = widen(block, plan.storage, jnp.bfloat16)
+                first = rows.start // plan.group
+                w = scaling.scaled_by_words(w, pairs_ref.at[stripe], plan.group, compiled, first)
+                y = _dot(x[:, rows], w.astype(plan.operands[1]) if way == "narrow" else w)
             if waiting is not None:
                 total = _add_scaled(total, *waiting, words[0].at[stripe], plan, compiled)
-                waiting = None
-            total += y
+            waiting = (y, rows) if way == "after" else None
+            if waiting is None:
+                total += y
         if waiting is not None:
             total = _add_scaled(total, *waiting, words[0].at[stripe], plan, compiled)
         acc_ref[:, columns] += total if unit is None else total * unit[:, columns]

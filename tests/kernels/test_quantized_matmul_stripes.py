@@ -1,5 +1,7 @@
 """Tiles multiplied in turn in different ways, interpreted as 7x runs them."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from tpu_stack.kernels.quantized_matmul import (
 )
 from tpu_stack.kernels.quantized_matmul import plan as planning
 from tpu_stack.kernels.quantized_matmul.cases import FORMATS, abstract_operands, random_operands
+from tpu_stack.kernels.quantized_matmul.pallas_tpu import pallas_quantized_matmul
 
 KIND, V6E = "TPU7x", "TPU v6 lite"
 TOLERANCE = {"mxfp4": 1e-6, "int4": 3e-3}
@@ -38,6 +41,17 @@ def test_the_ways_add_up(name, shape, tiles, monkeypatch):
     want = reference_quantized_matmul(x, values, scales, **keywords)
     error = np.linalg.norm(np.asarray(y, np.float64) - want) / np.linalg.norm(want)
     assert error <= TOLERANCE[name]
+
+
+def test_any_turn_of_ways_adds_up(monkeypatch):
+    monkeypatch.setattr(planning, "device_kind", lambda: KIND)
+    x, values, scales, _ = random_operands(FORMATS["int4"], "bfloat16", 16, 1280, 256)
+    plan = make_plan(x, values, scales, out_dtype=jnp.float32)
+    plan = dataclasses.replace(plan, ways=("after", "after", "before"))
+    y = pallas_quantized_matmul(x, values, scales, None, plan, True)
+    want = reference_quantized_matmul(x, values, scales)
+    error = np.linalg.norm(np.asarray(y, np.float64) - want) / np.linalg.norm(want)
+    assert error <= TOLERANCE["int4"]
 
 
 @pytest.mark.parametrize(
