@@ -9,7 +9,7 @@ from tpu_stack.errors import UserError
 from tpu_stack.quant import explain, matmul, quantize
 from tpu_stack.quant.qtensor import QTensor
 from tpu_stack.quant.select import MAX_SLICED_M
-from tpu_stack.quant.sliced import BASE, DIGITS, MAX_K, slice_rows
+from tpu_stack.quant.sliced import BASE, MAX_K, MOST_DIGITS, slice_rows
 from tpu_stack.sharding.constrain import sharding_scope
 from tpu_stack.sharding.mesh import make_mesh
 from tpu_stack.sharding.profiles import get_profile
@@ -28,7 +28,7 @@ def test_digits_hold_what_float32_does_of_the_largest(outlier):
     x = jax.random.normal(jax.random.key(1), (5, 300)).at[:, 7].mul(outlier)
     digits, scale = slice_rows(x)
     assert digits.dtype == jnp.int8
-    parts = np.asarray(digits, np.float64).reshape(DIGITS, *x.shape)
+    parts = np.asarray(digits, np.float64).reshape(MOST_DIGITS, *x.shape)
     back = sum(part / BASE**i for i, part in enumerate(parts)) * np.asarray(scale, np.float64)
     largest = np.abs(np.asarray(x, np.float64)).max(1, keepdims=True)
     assert (np.abs(back - np.asarray(x, np.float64)) <= 2.0**-22 * largest).all()
@@ -41,6 +41,17 @@ def test_the_error_is_that_of_float32_also_beside_an_outlier():
     plain = np.asarray(jnp.dot(x, q.dequantize(), precision="highest"))
     ours, theirs = (np.linalg.norm(y - want) for y in (np.asarray(sliced(x, q)), plain))
     assert ours < 2 * theirs
+
+
+@pytest.mark.parametrize("outlier", [1.0, 300.0])
+def test_two_digits_of_bfloat16_are_finer_than_its_result(outlier):
+    """Of the norm, an eighth of a rounding to bfloat16, also beside an outlier."""
+    q = weight()
+    x = jax.random.normal(jax.random.key(1), (16, 256), jnp.bfloat16).at[:, 3].mul(outlier)
+    want = np.asarray(x, np.float64) @ np.asarray(q.dequantize(), np.float64)
+    error = np.linalg.norm(np.asarray(sliced(x, q), np.float64) - want)
+    assert error < 2.0**-12 * np.linalg.norm(want)
+    assert error > 2.0**-23 * np.linalg.norm(want)  # two digits, not three
 
 
 def test_a_row_is_the_same_whatever_comes_with_it():

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tpu_stack.quant.in_place import in_place
 from tpu_stack.quant.qtensor import PARTS, QTensor
+from tpu_stack.quant.turned import Turned
 
 
 @jax.tree_util.register_dataclass
@@ -28,7 +29,7 @@ class PerLayer:
 
 def is_weight(leaf: Any) -> bool:
     """Whether `leaf` is one weight of a parameter tree, though it may have parts."""
-    return isinstance(leaf, PerLayer | QTensor)
+    return isinstance(leaf, PerLayer | QTensor | Turned)
 
 
 def per_layer(params: dict[str, Any]) -> dict[str, Any]:

@@ -23,11 +23,12 @@ from tpu_stack.quant.qtensor import QTensor
 from tpu_stack.quant.rotation import rotate
 from tpu_stack.quant.select import Choice, choose
 from tpu_stack.quant.sliced import sliced_matmul
+from tpu_stack.quant.turned import Turned, summed_products
 
 
 def matmul(
     x: Float[Array, "*B K"],
-    w: Array | QTensor,
+    w: Array | QTensor | Turned,
     *,
     transpose: bool = False,
     out_dtype: Any = None,
@@ -37,22 +38,29 @@ def matmul(
 
     Args:
       x: activations [..., K], a float dtype; also the dtype that the weight is cast to.
-      w: [K, N], an array or a QTensor; [N, K] when `transpose` (an embedding table [V, D]).
+      w: [K, N], an array, a QTensor or a Turned; [N, K] when `transpose`, as an embedding table
+        [V, D].
       transpose: contract with the last axis of `w`.
       out_dtype: dtype of the result; `x.dtype` when None. Rounded once from float32.
       implementation: one of `select.IMPLEMENTATIONS`; None takes `use_implementation`'s, else the
-        default (see `explain`). Plain arrays always use `jnp.dot`.
+        default (see `explain`). Plain arrays use `jnp.dot`, or on a CPU `summed_products`.
 
     Returns: [..., N].
 
     Raises: UserError for shapes that do not fit, a weight that breaks QTensor's invariants, or an
       implementation that cannot run here.
     """
+    if isinstance(w, Turned):
+        return matmul(
+            x, w.table, transpose=not transpose, out_dtype=out_dtype, implementation=implementation
+        )
     _check_shapes(x, w, transpose)
     out_dtype = jnp.dtype(out_dtype or x.dtype)
-    choice = choose(x.shape, w, transpose, implementation)
     if not isinstance(w, QTensor):
-        return _dot(x, w.astype(x.dtype), transpose, out_dtype)
+        w = w.astype(x.dtype)
+        summed = choose(x.shape, w, transpose).implementation == "summed"
+        return _dot(x, w, transpose, out_dtype, summed)
+    choice = choose(x.shape, w, transpose, implementation)
     with jax.named_scope(f"quant.{choice.implementation}.{w.format}"):
         if not w.rotation:
             return _quantized(x, w, transpose, out_dtype, choice)
@@ -105,26 +113,37 @@ def _check_shapes(x: Any, w: Any, transpose: bool) -> None:
         w.check("matmul weight")
 
 
-def _dot(x: Array, w: Array, transpose: bool, out_dtype: Any = jnp.float32) -> Array:
+def _dot(
+    x: Array, w: Array, transpose: bool, out_dtype: Any = jnp.float32, summed: bool = False
+) -> Array:
     """The product, rounded once from float32 to `out_dtype`.
 
     A plain weight asks for `out_dtype` itself: a float32 product cast afterwards would make the
     backward matmuls and the tensor-parallel sums float32 too, at twice the bytes.
     """
-    return _product(x, w, transpose, jnp.dtype(out_dtype))
+    return _product(x, w, transpose, jnp.dtype(out_dtype), summed)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _product(x: Array, w: Array, transpose: bool, out_dtype: Any) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _product(x: Array, w: Array, transpose: bool, out_dtype: Any, summed: bool) -> Array:
     dims = (((x.ndim - 1,), (1 if transpose else 0,)), ((), ()))
-    return jax.lax.dot_general(x, w, dims, preferred_element_type=out_dtype)
+    dot = partial(jax.lax.dot_general, dimension_numbers=dims, preferred_element_type=out_dtype)
+    if not summed:
+        return dot(x, w)
+
+    def sums(x: Array, w: Array) -> Array:
+        y_MN = summed_products(x.reshape(-1, x.shape[-1]), w)
+        return y_MN.astype(out_dtype).reshape(*x.shape[:-1], -1)
+
+    # lowered for another platform from a CPU process (ahead of time), it is a dot
+    return jax.lax.platform_dependent(x, w, cpu=sums, default=dot)
 
 
-def _product_fwd(x, w, transpose, out_dtype):
-    return _product(x, w, transpose, out_dtype), (x, w)
+def _product_fwd(x, w, transpose, out_dtype, summed):
+    return _product(x, w, transpose, out_dtype, summed), (x, w)
 
 
-def _product_bwd(transpose, out_dtype, residuals, g):
+def _product_bwd(transpose, out_dtype, summed, residuals, g):
     """Both gradients as products of matrices, the weight's already the way round it is stored.
 
     What autodiff derives for `x` [B, T, K] is a product [N, K] to be transposed, and XLA:CPU

@@ -17,6 +17,7 @@ from tpu_stack.quant.matmul import matmul
 from tpu_stack.quant.qtensor import QTensor
 from tpu_stack.quant.select import kernel_per_device
 from tpu_stack.quant.sharded import sharded_matmul
+from tpu_stack.quant.turned import Turned
 from tpu_stack.sharding.axes import BATCH
 from tpu_stack.sharding.constrain import current_scope
 from tpu_stack.sharding.rules import Rules
@@ -24,7 +25,7 @@ from tpu_stack.sharding.rules import Rules
 
 def project(
     x: Float[Array, "B *T K"],
-    w: Array | QTensor,
+    w: Array | QTensor | Turned,
     axes: tuple[str, str],
     *,
     transpose: bool = False,
@@ -35,10 +36,8 @@ def project(
     Raises UserError as `matmul` and `sharded_matmul` do.
     """
     scope = current_scope()
-    split = scope is not None and scope[0].size > 1 and isinstance(w, QTensor)
-    if not split or not kernel_per_device():
+    if scope is None or scope[0].size == 1 or not isinstance(w, QTensor) or not kernel_per_device():
         return matmul(x, w, transpose=transpose, out_dtype=out_dtype)
-    assert scope is not None
     mesh, rules = scope
     w_spec = rules.partition_spec(axes, "a weight")
     contract = w_spec[1 if transpose else 0]

@@ -26,6 +26,7 @@ from tpu_stack.errors import UserError
 from tpu_stack.quant.blocked import BLOCK_ROWS
 from tpu_stack.quant.qtensor import QTensor
 from tpu_stack.quant.sliced import MAX_K
+from tpu_stack.quant.turned import SUMMED_ROWS
 from tpu_stack.sharding.constrain import current_platform, current_scope
 
 IMPLEMENTATIONS = ("xla", "xla_blocked", "xla_sliced", "pallas")
@@ -42,7 +43,8 @@ class Choice:
     """What `matmul` runs for one call, and why.
 
     Attributes:
-      implementation: "dot" (plain array), "xla", "xla_blocked", "xla_sliced" or "pallas".
+      implementation: "dot" or "summed" (plain array), "xla", "xla_blocked", "xla_sliced" or
+        "pallas".
       scale_mode: where the scales are applied: "none", "after" (on the output), "input" (on x) or
         "before" (on the weight).
       reason: one line for a person.
@@ -93,10 +95,10 @@ def choose(
     x_shape: tuple[int, ...], w: Any, transpose: bool = False, implementation: str | None = None
 ) -> Choice:
     """The decision `matmul` acts on. Raises UserError when the requested way cannot run."""
-    if not isinstance(w, QTensor):
-        return Choice("dot", "none", "the weight is a plain array")
-    mode = scale_mode(w, transpose)
     rows = math.prod(x_shape[:-1])
+    if not isinstance(w, QTensor):
+        return _of_array(w, transpose, rows)
+    mode = scale_mode(w, transpose)
     requested = implementation or _requested.get()
     if requested is None:
         return _default(w, transpose, mode, rows)
@@ -119,6 +121,14 @@ def choose(
             " use 'xla'"
         )
     return Choice(requested, mode, reason, requested=True)
+
+
+def _of_array(w: Any, transpose: bool, rows: int) -> Choice:
+    few = transpose and rows in SUMMED_ROWS and w.dtype == jnp.float32
+    if few and current_platform() == "cpu" and _one_device_program():
+        why = f"one CPU device, M={rows} of float32: a sum of products reads the weight fastest"
+        return Choice("summed", "none", why)
+    return Choice("dot", "none", "the weight is a plain array")
 
 
 def _default(w: QTensor, transpose: bool, mode: str, rows: int) -> Choice:

@@ -31,6 +31,7 @@ from tpu_stack.files import replacing_folder
 from tpu_stack.models.abstract import map_specs, tensor_of
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.models.per_layer import PerLayer, without_layers
+from tpu_stack.models.turned import turn_weight
 from tpu_stack.quant.formats import get_format
 from tpu_stack.quant.in_place import in_place
 from tpu_stack.quant.packing import pack_values, unpack_values
@@ -183,7 +184,8 @@ class Bundle:
 
     def load(self, profile: Profile, mesh: Mesh, *, split: bool = False) -> dict[str, Any]:
         """The verified parameter tree, sharded by `profile` on `mesh`, one tensor at a time; with
-        `split`, the blocks' weights in layers, as engines run them (`models.per_layer`).
+        `split`, as engines run them: the blocks' weights in layers (`models.per_layer`), and for
+        one CPU device turned (`models.turned`).
 
         On CPU sub-byte values are widened to a byte each, which XLA:CPU reads five times faster;
         the numbers are the same. Raises UserError naming a damaged or missing tensor.
@@ -198,10 +200,12 @@ class Bundle:
             if isinstance(tensor, QTensor) and on_cpu:
                 tensor = tensor.widen()
             target = tensor_of(layout.abstract, spec.name)
-            if split and spec.axes[0] == LAYERS:
-                count = spec.shape[0]
-                return PerLayer(tuple(_placed(tensor, target, layer) for layer in range(count)))
-            return _placed(tensor, target)
+            if not split:
+                return _placed(tensor, target)
+            if spec.axes[0] != LAYERS:
+                return turn_weight(spec, _placed(tensor, target), mesh)
+            layers = (_placed(tensor, target, layer) for layer in range(spec.shape[0]))
+            return turn_weight(spec, PerLayer(tuple(layers)), mesh)
 
         return map_specs(self.config, one)
 

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from tpu_stack.models.abstract import map_specs, tensor_of
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.models.per_layer import split_layers
+from tpu_stack.models.turned import turn_weight
 from tpu_stack.quant.in_place import in_place
 from tpu_stack.quant.policy import stored_format
 from tpu_stack.quant.qtensor import PARTS, QTensor
@@ -26,7 +27,7 @@ def random_params(
     config: ModelConfig, format: str, profile: Profile, mesh: Mesh, seed: int = 0
 ) -> dict[str, Any]:
     """Normal weights with the standard deviation D**-0.5, in `format`, laid out on the mesh, the
-    blocks' in layers.
+    blocks' in layers, as `Bundle.load` splits and turns them for an engine.
 
     `format` "float32" stores them whole. Raises UserError as `PackedLayout.of` does.
     """
@@ -37,7 +38,8 @@ def random_params(
 
     def one(spec: TensorSpec) -> Any:
         weight = stacked(spec)
-        return split_layers(weight) if spec.axes[0] == LAYERS else weight
+        weight = split_layers(weight) if spec.axes[0] == LAYERS else weight
+        return turn_weight(spec, weight, mesh)
 
     def stacked(spec: TensorSpec) -> Any:
         target = tensor_of(layout.abstract, spec.name)

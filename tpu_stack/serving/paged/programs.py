@@ -20,6 +20,7 @@ from tpu_stack.errors import UserError
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.models.paged_cache import PAGES_AXES, PagedCache, init_paged_cache
 from tpu_stack.models.per_layer import per_layer
+from tpu_stack.models.turned import turn_weights
 from tpu_stack.serving.paged.draft import draft_tokens
 from tpu_stack.serving.paged.guess import guess
 from tpu_stack.serving.paged.page_io import Contents, read_pages, write_pages
@@ -95,7 +96,7 @@ class Programs:
         draft: ModelConfig | None = None,
     ):
         self.config, self.profile, self.mesh, self.shapes = config, profile, mesh, shapes
-        configs = (config,) if draft is None else (config, draft)
+        self._configs = configs = (config,) if draft is None else (config, draft)
         if draft is not None:
             check_draft(config, draft, shapes)
         self._has_draft = draft is not None
@@ -133,8 +134,10 @@ class Programs:
         )
 
     def prepared(self, params: Any) -> Any:
-        """`params` as the programs take them: the blocks' weights in layers."""
-        each = tuple(per_layer(params) for params in self._models(params))
+        """`params` as the programs take them: the blocks' weights in layers, and turned for one
+        CPU device."""
+        pairs = zip(self._configs, self._models(params), strict=True)
+        each = tuple(turn_weights(config, per_layer(one), self.mesh) for config, one in pairs)
         return each if self._has_draft else each[0]
 
     def _models(self, params: Any) -> tuple[Any, ...]:
