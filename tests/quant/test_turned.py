@@ -52,6 +52,17 @@ def test_quantized_is_the_same_bit_for_bit(format):
     np.testing.assert_array_equal(np.asarray(y), np.asarray(same))
 
 
+@pytest.mark.parametrize("rows", [1, 8, 64])
+def test_8_bit_floats_against_float64(rows):
+    """Rows of 192 are walked in blocks, for few rows of x."""
+    q = quantize(jax.random.normal(jax.random.key(0), (K, 192)), "fp8_e4m3").widen()
+    x = jax.random.normal(jax.random.key(1), (rows, K))
+    with one_device():
+        y = np.asarray(matmul(x, turn(q)))
+    want = np.asarray(x, np.float64) @ np.asarray(q.dequantize(), np.float64)
+    assert np.linalg.norm(y - want) < 1e-6 * np.linalg.norm(want)
+
+
 @pytest.mark.parametrize("format", ["int4_g64", "mxfp4", "int1"])
 def test_what_has_groups_stays(format):
     q = quantize(jnp.ones((256, 64)), format)

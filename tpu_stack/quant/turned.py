@@ -3,7 +3,8 @@
 A product of few rows is bound by reading the weight, and XLA:CPU reads it fastest along the
 contraction: from [K, N] it packs blocks of the weight anew for every product. On two cores, K, N =
 1024, 3072, 8 rows of float32: 1.8 weights a ns from [K, N], 4.2 from [N, K] by `summed_products`;
-24 rows of int8: 3.7 and 5.7; 8 rows of bfloat16: 2.5 and 3.8 (`experiments/LOG.md`).
+24 rows of int8: 3.7 and 5.7; 8 rows of bfloat16: 2.5 and 3.8; of fp8 widened to it, 3.9 ms and 2.7
+(`experiments/LOG.md`).
 
 >>> y = matmul(x, turn(w))  # the same numbers, up to the order of sums
 """
@@ -19,7 +20,7 @@ from tpu_stack.quant.qtensor import QTensor
 
 SUMMED_ROWS = range(3, 49)
 """Rows of x for which the sum of products is the faster. XLA:CPU computes it the same, bit for bit,
-from 3 rows to 16; dot_general of [N, K], for any number."""
+from 3 rows to 16; dot_general of [N, K], from 2 to 1024."""
 
 
 @jax.tree_util.register_dataclass
