@@ -54,6 +54,15 @@ def test_a_real_engine_answers_every_request_in_full(tiny, loop, tmp_path, capsy
     assert said.get("prefill_profile") == ("8t:4" if "--prefill" in loop else None)
 
 
+def test_host_overhead_is_of_one_engine_with_room_for_its_steps(tiny, capsys, tmp_path):
+    out = tmp_path / "bench.json"
+    argv = ["serve", "bench", "--model", "tiny", "--requests", "2", "--lengths", "4:2"]
+    with pytest.raises(SystemExit):
+        main([*argv, "--host-overhead", "--json", str(out)])
+    assert "the window is 64: set --max-length to 88 or more" in capsys.readouterr().err
+    assert not out.exists()
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [

@@ -14,6 +14,7 @@ from tpu_stack.models.presets import PRESETS, get_preset
 
 # Counted from the safetensors headers of the published checkpoints (text towers only).
 PUBLISHED = {
+    "smollm2_135m": 134_515_008,
     "llama3_8b": 8_030_261_248,
     "llama3_70b": 70_553_706_496,
     "qwen3_0_6b": 596_049_920,

@@ -43,8 +43,9 @@ class Stats:
         held a request.
       drafted, accepted: tokens proposed by speculation, and those kept.
       programs: compiled programs. recompilations: those compiled after warm-up.
-      step_s, host_s: seconds in decode steps, and the part of it in which the host kept the device
-        waiting.
+      step_s, host_s: seconds in steps, and those of them in which the engine's thread did not wait
+        for the device. Most of those it works while a step runs: `serve bench --host-overhead`
+        measures what it costs.
       generation: how often weights were replaced.
     """
 

@@ -1,7 +1,7 @@
 """`tpu-stack serve bench`: load on an engine, in a closed or an open loop, beside transformers."""
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,6 +43,9 @@ class Options:
     """Requests open at once, in the closed loop."""
     repeats: int = 1
     """Runs, of the same lengths and other prompts; the one of median throughput is shown."""
+    host_overhead: bool = False
+    """Also measure, with every slot full, how much longer the engine's decode step takes than its
+    program alone."""
     peer_python: Path | None = None
     """An interpreter with torch and transformers, to run the same requests on this shape with
     random weights, in batches of --streams."""
@@ -85,6 +88,7 @@ def _check(options: Options) -> None:
 def measure(options: Options, mix: Any) -> dict[str, Any]:
     """Builds the engine, runs the load and the peer; JSON-ready."""
     from tpu_stack.serving.bench.bandwidth import hbm_utilisation
+    from tpu_stack.serving.bench.host_overhead import check_host_overhead, host_overhead
     from tpu_stack.serving.bench.peer import run_transformers
     from tpu_stack.serving.bench.workload import make_requests
 
@@ -94,6 +98,8 @@ def measure(options: Options, mix: Any) -> dict[str, Any]:
     served = build(weights, options.where, options.engine)
     service, profile = served.service, served.profile
     try:
+        if options.host_overhead:
+            check_host_overhead(service)
         runs = [
             make_requests(
                 mix,
@@ -107,6 +113,7 @@ def measure(options: Options, mix: Any) -> dict[str, Any]:
             for run in range(options.repeats)
         ]
         outcomes = [_once(options, service, requests) for requests in runs]
+        host = asdict(host_overhead(service)) if options.host_overhead else None
         facts = service.describe()
     finally:
         service.close(0.0)
@@ -122,6 +129,7 @@ def measure(options: Options, mix: Any) -> dict[str, Any]:
         **outcome.report(),
         "runs_new_tokens_per_s": [each.report()["new_tokens_per_s"] for each in outcomes],
         "hbm_utilisation": hbm_utilisation(outcome, config, format, profile),
+        "host_overhead": host,
         "peer": None,
     }  # fmt: skip
     if options.peer_python is not None:
@@ -195,6 +203,11 @@ def _rows(result: dict[str, Any]) -> list[list[str]]:
     if result["drafted"]:
         share = result["accepted"] / result["drafted"]
         rows.append(["guesses kept", f"{result['accepted']} of {result['drafted']} ({share:.0%})"])
+    if (host := result["host_overhead"]) is not None:
+        steps = f"{host['step_ms']:.1f} ms, its program {host['program_ms']:.1f} ms"
+        rows.append([f"engine's step of {host['rows']} rows", steps])
+        spread = f"quartiles {host['low']:.1%} to {host['high']:.1%} of {host['windows']} windows"
+        rows.append(["host overhead of a step", f"{host['share']:.1%} ({spread})"])
     if (peer := result["peer"]) is not None:
         rows.append(
             [f"peer: {peer['name']}, {peer['dtype']}", f"{peer['new_tokens_per_s']:,.1f} tokens/s"]

@@ -44,8 +44,8 @@ _COUNTERS = {
     "accepted": ("accepted_tokens", "Proposed tokens that were kept."),
     "recompilations": ("recompilations", "Programs compiled after warm-up; zero when all is well."),
     "generation": ("weight_replacements", "Times the weights were replaced."),
-    "step_s": ("decode_step_seconds", "Seconds in decode steps."),
-    "host_s": ("decode_host_seconds", "Seconds of decode steps in which the device waited."),
+    "step_s": ("decode_step_seconds", "Seconds in steps."),
+    "host_s": ("decode_host_seconds", "Seconds of steps in which the host was not waiting."),
 }
 
 

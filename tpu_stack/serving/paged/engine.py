@@ -128,7 +128,7 @@ class PagedEngine:
         begun = self.running or self.queue.best(begun=True)
         if in_flight == "finish" and begun:
             return
-        self._drain()
+        self.drain()
         for sequence in self.running:
             self.residents.leave(sequence)
             self._restart(sequence)
@@ -172,7 +172,7 @@ class PagedEngine:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Takes a sequence out of its slot, its pages kept on the host, and queues it again."""
-        self._drain()
+        self.drain()
         if sequence.slot is None:
             return  # its last token was among those just read
         if sequence.decoding:
@@ -263,7 +263,7 @@ class PagedEngine:
 
     # Ends -------------------------------------------------------------------------------------
 
-    def _drain(self) -> None:
+    def drain(self) -> None:
         """Waits for all that was sent off."""
         self._land(wait=True)
         while self._results:

@@ -7,6 +7,7 @@ have a cache each, and one page table serves the two.
 >>> prefilled = programs.prefill(params, tokens, starts, lengths, tables)
 """
 
+import time
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -189,6 +190,21 @@ class Programs:
                 self._models(params), self._caches, self._state, tables_BM, active_B
             )
         return output
+
+    def seconds_per_step(self, params: Any, tables_BM, active_B, count: int) -> float:
+        """Of the decode program by itself: `count` steps sent off at once, and awaited.
+
+        Afterwards the rows stand where they stood. `tables_BM` must have pages for that many more
+        tokens of every active row: keys are left there, which later steps write again.
+        """
+        kept = jax.tree.map(jnp.copy, self._state)
+        jax.block_until_ready((kept, self._caches))
+        started = time.perf_counter()
+        outputs = [self.decode(params, tables_BM, active_B) for _ in range(count)]
+        jax.block_until_ready(outputs)
+        took = time.perf_counter() - started
+        self._state = kept
+        return took / count
 
     def save(self, ids: list[int]) -> tuple[Contents, ...]:
         """The pages' contents, on the host."""

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
@@ -94,6 +95,19 @@ class EngineThread:
         params = self._engine.programs.prepared(params)
         check_same_shapes(self._engine.params, params)
         self._command(lambda: self._engine.load(params, in_flight))
+
+    def between_steps[T](self, call: Callable[[PagedEngine], T]) -> Future[T]:
+        """Calls on the engine's thread, between two steps: to measure, not to change the engine."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(call(self._engine))
+            except Exception as error:
+                future.set_exception(error)
+
+        self._command(run)
+        return future
 
     def _command(self, command: Callable[[], None]) -> None:
         with self._wake:

@@ -83,6 +83,10 @@ class TwoMeshes:
         """As `Programs.decode`, on the decode mesh."""
         return self._to.decode(params[1], tables_BM, active_B)
 
+    def seconds_per_step(self, params: Any, tables_BM, active_B, count: int) -> float:
+        """As `Programs.seconds_per_step`, on the decode mesh."""
+        return self._to.seconds_per_step(params[1], tables_BM, active_B, count)
+
     def save(self, ids: list[int]) -> tuple[Contents, ...]:
         """As `Programs.save`: the decode mesh has all of a decoding sequence's pages."""
         return self._to.save(ids)
