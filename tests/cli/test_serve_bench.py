@@ -1,6 +1,7 @@
 """The verb `serve bench`: a real engine under both loops, and what is refused."""
 
 import json
+import sys
 
 import pytest
 
@@ -52,6 +53,31 @@ def test_a_real_engine_answers_every_request_in_full(tiny, loop, tmp_path, capsy
     where = "8i:4" if "--decode" in loop else "8i"
     assert f"tiny (int8), {where} emulated on CPU" in capsys.readouterr().out
     assert said.get("prefill_profile") == ("8t:4" if "--prefill" in loop else None)
+
+
+def test_the_peer_runs_after_each_run(tiny, tmp_path, capsys):
+    """A stand-in interpreter, whose runs take 2, 1 and 4 s for eight tokens."""
+    fake, script = tmp_path / "python", tmp_path / "program.py"
+    script.write_text("""import json, sys
+print(json.dumps({"name": "a peer", "dtype": sys.argv[-1]}), flush=True)
+for seconds, _ in zip((2, 1, 4), sys.stdin):
+    print(json.dumps({"seconds": seconds}), flush=True)
+""")
+    fake.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{script}" "$@"\n')
+    fake.chmod(0o755)
+    out = tmp_path / "bench.json"
+    argv = ["serve", "bench", "--model", "tiny", "--requests", "2", "--lengths", "4:4"]
+    asked = ["--repeats", "3", "--peer-python", str(fake), "--peer-dtype", "bfloat16"]
+    assert main([*argv, *asked, "--json", str(out)]) == 0
+    said = json.loads(out.read_text())
+    peer, ours = said["peer"], said["runs_new_tokens_per_s"]
+    assert (peer["name"], peer["dtype"]) == ("a peer", "bfloat16")
+    assert peer["runs_new_tokens_per_s"] == [4.0, 8.0, 2.0]
+    assert peer["new_tokens_per_s"] == 4.0
+    pairs = [own * rate for own, rate in zip(peer["ratios"], [4.0, 8.0, 2.0], strict=True)]
+    assert sorted(pairs) == pytest.approx(ours)
+    assert peer["ratio"] == sorted(peer["ratios"])[1]
+    assert f"{peer['ratio']:.2f}x ({min(peer['ratios']):.2f}x to" in capsys.readouterr().out
 
 
 def test_host_overhead_is_of_one_engine_with_room_for_its_steps(tiny, capsys, tmp_path):

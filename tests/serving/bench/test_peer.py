@@ -7,7 +7,7 @@ import pytest
 
 from tpu_stack.errors import UserError
 from tpu_stack.models.presets import get_preset
-from tpu_stack.serving.bench.peer import run_transformers
+from tpu_stack.serving.bench.peer import TransformersPeer
 from tpu_stack.serving.requests import GenerationRequest
 
 ASKED = [GenerationRequest((1, 2, 3), 4)]
@@ -15,28 +15,44 @@ ASKED = [GenerationRequest((1, 2, 3), 4)]
 
 def test_an_interpreter_that_is_none_is_named(tmp_path):
     with pytest.raises(UserError, match=r"--peer-python .*nowhere"):
-        run_transformers(tmp_path / "nowhere", get_preset("nano"), ASKED, 8, "float32")
+        TransformersPeer(tmp_path / "nowhere", get_preset("nano"), ASKED, 8, "float32")
+
+
+def interpreter(folder: Path, program: str) -> Path:
+    """A stand-in, which runs this in place of the script that it is given."""
+    fake, script = folder / "python", folder / "program.py"
+    script.write_text(program)
+    fake.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{script}" "$@"\n')
+    fake.chmod(0o755)
+    return fake
+
+
+READY = """
+import json, sys
+config, asked = json.load(open(sys.argv[2] + "/config.json")), json.load(open(sys.argv[3]))
+said = {"width": config["hidden_size"], "asked": asked, "rest": sys.argv[4:]}
+print(json.dumps(said), flush=True)
+"""
 
 
 def test_what_went_wrong_in_the_peer_is_its_last_line(tmp_path):
-    fake = tmp_path / "python"
-    fake.write_text("#!/bin/sh\necho 'ModuleNotFoundError: no torch here' >&2; exit 1\n")
-    fake.chmod(0o755)
+    fake = interpreter(tmp_path, "import sys; sys.exit('ModuleNotFoundError: no torch here')")
     with pytest.raises(UserError, match="ModuleNotFoundError: no torch here"):
-        run_transformers(fake, get_preset("nano"), ASKED, 8, "float32")
+        TransformersPeer(fake, get_preset("nano"), ASKED, 8, "float32")
 
 
-def test_the_peer_is_given_the_shape_and_the_requests(tmp_path):
-    """A stand-in interpreter reads what the script would, and answers with it."""
-    fake = tmp_path / "python"
-    program = (
-        "import json,sys; c=json.load(open(sys.argv[2]+'/config.json'));"
-        " r=json.load(open(sys.argv[3]));"
-        " print(json.dumps({'width': c['hidden_size'], 'asked': r, 'rest': sys.argv[4:]}))"
-    )
-    fake.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{program}" "$@"\n')
-    fake.chmod(0o755)
-    said = run_transformers(Path(fake), get_preset("qwen3_0_6b"), ASKED, 8, "bfloat16", 3)
-    assert said["width"] == 1024
-    assert said["asked"] == [{"prompt": [1, 2, 3], "new": 4}]
-    assert said["rest"] == ["--batch", "8", "--dtype", "bfloat16", "--repeats", "3"]
+def test_the_peer_is_given_the_shape_and_the_requests_and_runs_when_told(tmp_path):
+    """A stand-in interpreter reads what the script would, and says how long its runs took."""
+    answers = """for seconds, line in zip((0.5, 0.25), sys.stdin):
+    assert line == "run\\n"
+    print(json.dumps({"seconds": seconds}), flush=True)
+sys.exit("out of memory")"""
+    fake = interpreter(tmp_path, READY + answers)
+    with TransformersPeer(fake, get_preset("qwen3_0_6b"), ASKED, 8, "bfloat16") as peer:
+        assert peer.facts["width"] == 1024
+        assert peer.facts["asked"] == [{"prompt": [1, 2, 3], "new": 4}]
+        assert peer.facts["rest"] == ["--batch", "8", "--dtype", "bfloat16"]
+        assert [peer.run(), peer.run()] == [8.0, 16.0]  # four new tokens
+        with pytest.raises(UserError, match="failed: out of memory"):
+            peer.run()
+    assert peer._process.poll() is not None

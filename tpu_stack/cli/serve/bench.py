@@ -3,6 +3,7 @@
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 from tyro.conf import Positional
@@ -48,7 +49,7 @@ class Options:
     program alone."""
     peer_python: Path | None = None
     """An interpreter with torch and transformers, to run the same requests on this shape with
-    random weights, in batches of --streams."""
+    random weights, in batches of --streams, after each of the --repeats."""
     peer_dtype: str = "float32"
     """The peer's dtype: float32 or bfloat16."""
     seed: int = 0
@@ -86,11 +87,9 @@ def _check(options: Options) -> None:
 
 
 def measure(options: Options, mix: Any) -> dict[str, Any]:
-    """Builds the engine, runs the load and the peer; JSON-ready."""
+    """Builds the engine, runs the load, by turns with the peer; JSON-ready."""
     from tpu_stack.serving.bench.bandwidth import hbm_utilisation
     from tpu_stack.serving.bench.host_overhead import check_host_overhead, host_overhead
-    from tpu_stack.serving.bench.peer import run_transformers
-    from tpu_stack.serving.bench.workload import make_requests
 
     weights = _weights(options)
     text = _text(options, weights)
@@ -100,26 +99,15 @@ def measure(options: Options, mix: Any) -> dict[str, Any]:
     try:
         if options.host_overhead:
             check_host_overhead(service)
-        runs = [
-            make_requests(
-                mix,
-                count=options.requests,
-                vocab_size=config.vocab_size,
-                max_length=service.max_length,
-                seed=options.seed,
-                text=text,
-                run=run,
-            )
-            for run in range(options.repeats)
-        ]
-        outcomes = [_once(options, service, requests) for requests in runs]
+        runs = _requests(options, mix, config.vocab_size, service.max_length, text)
+        outcomes, peer = _by_turns(options, config, service, runs)
         host = asdict(host_overhead(service)) if options.host_overhead else None
         facts = service.describe()
     finally:
         service.close(0.0)
     outcomes.sort(key=lambda each: each.report()["new_tokens_per_s"])
     outcome = outcomes[len(outcomes) // 2]
-    result = {
+    return {
         "model": options.model or str(options.bundle),
         "format": format,
         "lengths": options.lengths,
@@ -130,22 +118,54 @@ def measure(options: Options, mix: Any) -> dict[str, Any]:
         "runs_new_tokens_per_s": [each.report()["new_tokens_per_s"] for each in outcomes],
         "hbm_utilisation": hbm_utilisation(outcome, config, format, profile),
         "host_overhead": host,
-        "peer": None,
+        "peer": peer,
     }  # fmt: skip
-    if options.peer_python is not None:
-        del served, service, outcomes
-        print("running the peer ...", file=sys.stderr, flush=True)
-        peer = run_transformers(
-            options.peer_python,
-            config,
-            runs[0],
-            options.streams,
-            options.peer_dtype,
-            options.repeats,
+
+
+def _requests(
+    options: Options, mix: Any, vocab_size: int, max_length: int, text: list[int] | None
+) -> list[Any]:
+    """The requests of every run."""
+    from tpu_stack.serving.bench.workload import make_requests
+
+    return [
+        make_requests(
+            mix,
+            count=options.requests,
+            vocab_size=vocab_size,
+            max_length=max_length,
+            seed=options.seed,
+            text=text,
+            run=run,
         )
-        peer["ratio"] = result["new_tokens_per_s"] / peer["new_tokens_per_s"]
-        result["peer"] = peer
-    return result
+        for run in range(options.repeats)
+    ]
+
+
+def _by_turns(
+    options: Options, config: Any, service: Any, runs: list[Any]
+) -> tuple[list[Any], dict[str, Any] | None]:
+    """Every run's outcome, and what the peer did right after each, where one is asked for."""
+    from tpu_stack.serving.bench.peer import TransformersPeer
+
+    if options.peer_python is None:
+        return [_once(options, service, requests) for requests in runs], None
+    print("warming up the peer ...", file=sys.stderr, flush=True)
+    outcomes, rates = [], []
+    asked = (options.peer_python, config, runs[0], options.streams, options.peer_dtype)
+    with TransformersPeer(*asked) as peer:
+        for requests in runs:
+            outcomes.append(_once(options, service, requests))
+            rates.append(peer.run())
+    ours = [outcome.report()["new_tokens_per_s"] for outcome in outcomes]
+    ratios = [own / rate for own, rate in zip(ours, rates, strict=True)]
+    return outcomes, {
+        **peer.facts,
+        "new_tokens_per_s": median(rates),
+        "runs_new_tokens_per_s": rates,
+        "ratio": median(ratios),
+        "ratios": ratios,
+    }
 
 
 def _weights(options: Options) -> Weights:
@@ -212,5 +232,7 @@ def _rows(result: dict[str, Any]) -> list[list[str]]:
         rows.append(
             [f"peer: {peer['name']}, {peer['dtype']}", f"{peer['new_tokens_per_s']:,.1f} tokens/s"]
         )
-        rows.append(["this / the peer", f"{peer['ratio']:.2f}x"])
+        least, most = min(peer["ratios"]), max(peer["ratios"])
+        spread = f" ({least:.2f}x to {most:.2f}x)" if least < most else ""
+        rows.append(["this / the peer, run by run", f"{peer['ratio']:.2f}x{spread}"])
     return rows

@@ -2,16 +2,16 @@
 
 Run by an interpreter that has torch and transformers; it imports nothing of tpu_stack. Requests go
 in batches of one length each, as `generate` takes them, in the order they are given; what a batch
-computes for rows that are at their end counts for nothing.
+computes for rows that are at their end counts for nothing. It says what it is once it is warm, and
+then, for each line that it reads, runs all requests and says how long that took; all in JSON.
 
-    python transformers_peer.py FOLDER_WITH_CONFIG_JSON requests.json --batch 8 --dtype float32
+    yes run | head -3 | python transformers_peer.py FOLDER_WITH_CONFIG_JSON requests.json --batch 8
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import time
 
@@ -44,13 +44,12 @@ def generate(model, device: str, batch: list[dict]) -> float:
 
 
 def main() -> None:
-    """Prints one line of JSON."""
+    """Prints a line of JSON of itself, and one for each line read."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder")
     parser.add_argument("requests")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--repeats", type=int, default=1)
     options = parser.parse_args()
     with open(options.requests, encoding="utf-8") as file:
         requests = json.load(file)
@@ -63,21 +62,16 @@ def main() -> None:
     batches = [requests[i : i + options.batch] for i in range(0, len(requests), options.batch)]
     print("warming up ...", file=sys.stderr)
     generate(model, device, batches[0])
-    runs = [sum(generate(model, device, each) for each in batches) for _ in range(options.repeats)]
-    new = sum(request["new"] for request in requests)
-    seconds = statistics.median(runs)
-    print(
-        json.dumps(
-            {
-                "name": f"transformers {transformers.__version__}, torch {torch.__version__}",
-                "dtype": options.dtype,
-                "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-                "threads": torch.get_num_threads(),
-                "seconds": seconds,
-                "new_tokens_per_s": new / seconds,
-            }
-        )
-    )
+    facts = {
+        "name": f"transformers {transformers.__version__}, torch {torch.__version__}",
+        "dtype": options.dtype,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+    }
+    print(json.dumps(facts), flush=True)
+    for _ in sys.stdin:
+        seconds = sum(generate(model, device, each) for each in batches)
+        print(json.dumps({"seconds": seconds}), flush=True)
 
 
 if __name__ == "__main__":
