@@ -103,6 +103,41 @@ def test_a_link_that_turned_is_read_and_what_does_not_fit_is_not(link, where, mo
         turn(link, "one")
 
 
+def test_a_draft_is_read_again_with_its_model(link, monkeypatch):
+    """A draft that is the model itself guesses right; beside another model it guesses wrong, and
+    the tokens are the model's all the same."""
+    monkeypatch.setattr("tpu_stack.serving.paged.build.CHUNKS", (64,))
+    monkeypatch.setattr("tpu_stack.serving.paged.build.PROMPTS", (1,))
+    draft = link.parent / "draft"
+    draft.symlink_to("one")
+    served = building.build(Weights.of(link), ServingOptions(draft=draft), EngineOptions())
+
+    def share() -> tuple[list[int], float]:
+        before = served.service.stats()
+        tokens = answer(served)
+        after = served.service.stats()
+        return tokens, (after.accepted - before.accepted) / (after.drafted - before.drafted)
+
+    try:
+        first, right = share()
+        assert right > 0.8  # all but those beyond the last token
+        turn(link, "two")
+        served.reload("finish")
+        wait(lambda: served.service.stats().generation == 1)
+        second, wrong = share()
+        assert second != first
+        assert wrong < 0.5
+        draft.unlink()
+        draft.symlink_to("two")
+        served.reload("finish")
+        wait(lambda: served.service.stats().generation == 2)
+        assert share() == (second, right)
+        assert served.service.stats().recompilations == 0
+    finally:
+        served.service.close()
+        turn(link, "one")
+
+
 def test_a_signal_reloads_and_an_error_is_one_line(capsys):
     asked = threading.Semaphore(0)
     replies = iter([Path("runs/b"), UserError("runs/b is damaged"), MemoryError("no\nroom")])
