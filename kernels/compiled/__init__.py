@@ -31,6 +31,18 @@ ENVIRONMENT = {
 }
 
 
+NO_ESTIMATE = 2**62
+"""Where XLA's cost model does not know a product's types, it writes cycles beyond this, near 2**63:
+float8 beside bfloat16 on 7x, say (libtpu 0.0.52)."""
+
+
+def estimated_cycles(text: str) -> int | None:
+    """XLA's estimates in a compiled program's text, summed; None where it has none of anything, or
+    of one of them."""
+    cycles = [int(found) for found in re.findall(r'"estimated_cycles":"(\d+)"', text)]
+    return sum(cycles) if cycles and max(cycles) < NO_ESTIMATE else None
+
+
 def compile_case(
     module: str, case: str, chip: str, trips: Sequence[int] | None = None
 ) -> dict[str, Any]:

@@ -49,19 +49,35 @@ def loop_depths(code: str, name: str) -> tuple[list[int], int]:
     return _filled(marks), loops
 
 
+UNBOUNDED = 2**31 - 1
+"""Steps that the compiler states for an axis of the grid that is known only when it runs."""
+_GRID = re.compile(r"iteration_bounds: \(([\d, ]+)\)")
+
+
+def grid_bounds(code: str) -> tuple[int, ...]:
+    """Steps per axis of the grid of a final listing, as the compiler bounds them; (1,) without."""
+    bounds = [tuple(map(int, found.split(","))) for found in _GRID.findall(code)]
+    return max(bounds, key=math.prod, default=(1,))
+
+
 def issued(folder: Path, name: str, trips: Sequence[int]) -> int:
     """Bundles that one call of the kernel issues: those at depth d once per turn of d loops.
 
     Args:
       name: the kernel's in the dump, in part.
-      trips: turns of the outermost loop (the grid's steps), of a loop inside it, and so on. A
-        kernel of one step has no loop; loops deeper than `trips` turn once.
+      trips: turns of the outermost loop (the grid's steps, where the listing does not state them),
+        of a loop inside it, and so on. A kernel of one step has no loop; loops deeper than `trips`
+        turn once.
 
     Raises: DumpError when `folder` has no listing of it, or one without bundles.
     """
     for path in sorted(folder.glob(f"*-{name}*-final_bundles.txt")):
         if not path.name.endswith("schedule-analysis_final_bundles.txt"):
-            depths, _ = loop_depths(path.read_text(), name)
+            code = path.read_text()
+            depths, _ = loop_depths(code, name)
+            bounds = grid_bounds(code)
+            if UNBOUNDED not in bounds and math.prod(bounds) > 1:
+                trips = (math.prod(bounds), *trips[1:])
             return sum(math.prod(trips[:depth]) for depth in depths)
     raise DumpError(f"{name}: no final listing among {len(list(folder.iterdir()))} dump files")
 

@@ -42,7 +42,7 @@ def pallas_grouped_matmul(
         padded = replace(plan, m=ROWS, bm=ROWS)
         args = (jnp.pad(x, rows), values, scales, row_scales, group_sizes, padded, interpret)
         return pallas_grouped_matmul(*args)[: plan.m]
-    operands = [x.astype(plan.operands[0]), values]
+    operands = [x if plan.widens_rows else x.astype(plan.operands[0]), values]
     if scales is not None:
         operands.append(_flat_scales(scales, plan))
     if row_scales is not None:
@@ -144,7 +144,8 @@ def _kernel(
     def product() -> jax.Array:
         s_ref = None if plan.scale_mode in ("input", "after") else factors[0]
         left = plan.k - k * plan.bk
-        return block_product(x_ref[...], w_ref, s_ref, words_ref, left, plan, compiled)
+        x = x_ref[...].astype(plan.operands[0])
+        return block_product(x, w_ref, s_ref, words_ref, left, plan, compiled)
 
     def store(total: jax.Array) -> None:
         y = total.astype(jnp.float32)

@@ -14,6 +14,10 @@ from tpu_stack.kernels.quantized_matmul.plan import Plan, make_plan
 from tpu_stack.kernels.quantized_matmul.tiles import DECODE_M
 from tpu_stack.kernels.quantized_matmul.widen import Storage
 
+MOST_ROWS = 512
+"""Rows of a block at most: what is not the expert's in its first and last block is multiplied for
+nothing, so that larger blocks, which widen the weight less often, lose more than they gain."""
+
 
 def make_grouped_plan(
     x: Any,
@@ -64,7 +68,7 @@ def make_grouped_plan(
         kind=kind,
         alone=False,
     )
-    plan = replace(plan, m=m)
+    plan = replace(plan, m=m, bm=plan.bm if tiles else min(plan.bm, MOST_ROWS))
     operands = _operands(plan)
     if operands != plan.operands:
         told = support(kind or device_kind(), x.dtype, plan.storage, operands)

@@ -11,27 +11,21 @@ few integer operations. The MXU takes such bytes in at twice the rate of bfloat1
   2 (4 V + V' - 14). Both are multiplied, by 4 x and by x, into one sum.
 - e2m1: sign, exponent and mantissa move to where e5m2 has them. The subnormal 1/2 becomes a normal
   number on the way: whether the MXU keeps subnormals of float8 is written nowhere.
-- Bytes come out in another order of rows than the words' own; x's columns are put in it first.
+- Bytes come out in another order of rows than the words' own; x's columns are put in it first
+  (`columns.order_rows`).
 - A group of less than the MXU's depth would leave most of it idle: a tile as deep as the
   MXU is multiplied by one copy of x per group, zero outside its group, in one product.
 
->>> ordered, sums = order_rows(x, codes=4, group=64, bk=4096, bm=16, sums=True, interpret=False)
+>>> for factor, weights in planes(words_block, storage): ...
 """
-
-from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, BFloat16, Float
+from jaxtyping import Array, Float
 
+from tpu_stack.kernels.quantized_matmul.columns import WORD_BYTES
 from tpu_stack.kernels.quantized_matmul.widen import Storage
-
-_LANES = 128
-_WORD_BYTES = 32
-"""Rows of bytes in a register: four from each of a word's eight rows."""
 
 
 def center(storage: Storage) -> float:
@@ -46,69 +40,6 @@ def center(storage: Storage) -> float:
 def unit(storage: Storage) -> float:
     """What 1 means in the bytes' sum less its `center`."""
     return 2.0**10 if storage.name == "codes4" else 2.0
-
-
-def order_rows(
-    x: BFloat16[Array, "M K"], codes: int, group: int, bk: int, bm: int, sums: bool, interpret: Any
-) -> tuple[BFloat16[Array, "M K"], Float[Array, "blocks M groups"] | None]:
-    """x with its columns as bytes order rows, and its sums over each group of rows if asked.
-
-    A kernel of its own, of a few hundred bundles: XLA takes thousands of cycles to move columns by
-    four. bm divides M, bk divides K, `group` divides bk or the reverse.
-
-    codes: weights in a byte of the stored words, 4 or 2.
-    """
-    m, k = x.shape
-    ordered = jax.ShapeDtypeStruct((m, k), jnp.bfloat16)
-    added = jax.ShapeDtypeStruct((k // bk, m, bk // group), jnp.float32)
-    outs = [
-        (ordered, pl.BlockSpec((bm, bk), lambda i, j: (i, j))),
-        (added, pl.BlockSpec((None, bm, bk // group), lambda i, j: (j, i, 0))),
-    ][: 1 + sums]
-    results = pl.pallas_call(
-        partial(_order_kernel, codes=codes, group=group),
-        out_shape=tuple(shape for shape, _ in outs),
-        grid=(m // bm, k // bk),
-        in_specs=[pl.BlockSpec((bm, bk), lambda i, j: (i, j))],
-        out_specs=tuple(spec for _, spec in outs),
-        interpret=interpret,
-        name="order_rows",
-    )(x)
-    return results[0], results[1] if sums else None
-
-
-def _order_kernel(
-    x_ref: Any, ordered_ref: Any, sums_ref: Any = None, *, codes: int, group: int
-) -> None:
-    """The results of all tiles of 128 columns by one product: with ones that move and that add."""
-    bm, bk = x_ref.shape
-    tiles = bk // _LANES
-    stacked = jnp.concatenate([x_ref[:, _columns(t)] for t in range(tiles)], 0)
-    row = jax.lax.broadcasted_iota(jnp.int32, (_LANES, _LANES), 0)
-    lane = jax.lax.broadcasted_iota(jnp.int32, (_LANES, _LANES), 1)
-    span = codes * _WORD_BYTES
-    ones = [lane == row // span * span + row % codes * _WORD_BYTES + row % span // codes]
-    per_tile = max(_LANES // group, 1)
-    if sums_ref is not None:
-        ones.append(lane % per_tile == row * per_tile // _LANES)
-    right = jnp.concatenate([jnp.where(one, 1.0, 0.0).astype(jnp.bfloat16) for one in ones], 1)
-    dims = (((1,), (0,)), ((), ()))
-    y = jax.lax.dot_general(stacked, right, dims, preferred_element_type=jnp.float32)
-    for t in range(tiles):
-        ordered_ref[:, _columns(t)] = y[t * bm : (t + 1) * bm, :_LANES].astype(jnp.bfloat16)
-    if sums_ref is None:
-        return
-    lane = jax.lax.broadcasted_iota(jnp.int32, (bm, _LANES), 1)
-    sums = jnp.zeros((bm, _LANES), jnp.float32)
-    for t in range(tiles):
-        first = t * _LANES // group
-        here = (lane >= first) & (lane < first + per_tile)
-        sums += jnp.where(here, y[t * bm : (t + 1) * bm, _LANES:], 0.0)
-    sums_ref[...] = sums[:, : sums_ref.shape[1]]
-
-
-def _columns(tile: int) -> slice:
-    return slice(tile * _LANES, (tile + 1) * _LANES)
 
 
 def planes_of(storage: Storage) -> tuple[int, ...]:
@@ -191,8 +122,8 @@ def masked_copies(x: Array, codes: int, group: int) -> Array:
     if copies == 1:
         return x
     lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-    span = codes * _WORD_BYTES
-    row = lane // span * span + lane % _WORD_BYTES * codes  # up to the order in a byte
+    span = codes * WORD_BYTES
+    row = lane // span * span + lane % WORD_BYTES * codes  # up to the order in a byte
     parts = [jnp.where(row // group == i, x, jnp.zeros_like(x)) for i in range(copies)]
     return jnp.concatenate(parts, 0)
 

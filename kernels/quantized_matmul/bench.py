@@ -1,9 +1,10 @@
 """What the TPU compiler says a call and its peers cost, without a TPU (rung 3, compiled).
 
 Each case is compiled ahead of time in a subprocess, because a bad kernel can abort the process.
-Cycles are, for a Pallas kernel, the longer of the HBM time of its operands and the VLIW bundles
-that one call issues, plus XLA's estimate for what it does around; for XLA's own programs the longer
-of the HBM time and XLA's estimate. None of it is a measurement. 7x is also the proxy for TPU 8.
+Cycles are, for a Pallas kernel, the longest of the HBM time of its operands, the MXU time at the
+peak rate of what it multiplies, and the VLIW bundles that one call issues, plus XLA's estimate for
+what it does around; for XLA's own programs the longest of HBM time, MXU time and XLA's estimate.
+None of it is a measurement. 7x is also the proxy for TPU 8.
 
     python -m tpu_stack.kernels.quantized_matmul.bench --chips v6e 7x --json bench.json
     python -m tpu_stack.kernels.quantized_matmul.bench --cases mxfp4 int2@int8 xla:mxfp4
@@ -19,6 +20,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +30,13 @@ from jax.experimental.layout import Format, Layout
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tpu_stack.kernels.compiled import ENVIRONMENT, TOPOLOGY, libtpu_version, read_bundles
+from tpu_stack.kernels.compiled import (
+    ENVIRONMENT,
+    TOPOLOGY,
+    estimated_cycles,
+    libtpu_version,
+    read_bundles,
+)
 from tpu_stack.kernels.compiled.loops import issued
 from tpu_stack.kernels.quantized_matmul import make_plan, quantized_matmul
 from tpu_stack.kernels.quantized_matmul.cases import (
@@ -120,8 +128,7 @@ def compile_here(case: str, chip: str, shape: list[int]) -> dict[str, Any]:
         made = program(case, shape)
         operands = jax.tree.map(lambda a: _placed(a, whole), made.operands)
         text = jax.jit(made.function).lower(*operands).compile().as_text() or ""
-        cycles = [int(found) for found in re.findall(r'"estimated_cycles":"(\d+)"', text)]
-        result: dict[str, Any] = {"estimated_cycles": sum(cycles) if cycles else None}
+        result: dict[str, Any] = {"estimated_cycles": estimated_cycles(text)}
         if made.steps is not None:
             calls = re.findall(r"%([\w.]+) = .*custom_call_target=\"tpu_custom_call\"", text)
             result |= {"steps": made.steps, "kernels": calls}
@@ -187,6 +194,18 @@ def hbm_cycles(case: str, chip: str, shape: list[int]) -> int:
     return round((moved + 2 * m * n) / bandwidth(chip) * CLOCK_HZ[chip])
 
 
+def mxu_cycles(case: str, chip: str, shape: list[int], operands: Sequence[str]) -> int:
+    """Clock cycles of the product at the chip's peak rate for `operands`; a peer's are unknown, and
+    then the rate is that of its rows' type, the fastest that it can have."""
+    activation = parse(case).activation
+    types = set(operands or (activation,))
+    info = pltpu.get_tpu_info_for_chip(VERSIONS[chip], 1)
+    fp8 = info.fp8_ops_per_second
+    eight = {"int8": info.int8_ops_per_second, "float8_e4m3fn": fp8, "float8_e5m2": fp8}
+    rates = [eight.get(name, 0) or info.bf16_ops_per_second for name in types]
+    return round(2 * math.prod(shape) / min(rates) * CLOCK_HZ[chip])
+
+
 def bandwidth(chip: str) -> float:
     """HBM bytes per second of one TensorCore, from jax's chip table."""
     return float(pltpu.get_tpu_info_for_chip(VERSIONS[chip], 1).mem_bw_bytes_per_second)
@@ -195,7 +214,8 @@ def bandwidth(chip: str) -> float:
 def run(chips: list[str], shape: list[int], cases: list[str]) -> list[dict[str, Any]]:
     """One row per chip and case, printed as they come.
 
-    `fraction` of a kernel is HBM cycles over the larger of them and the bundles it issues.
+    `fraction` of a kernel is the longer of HBM and MXU time over the longest of them and the
+    bundles it issues.
     """
     rows = []
     for chip in chips:
@@ -203,11 +223,14 @@ def run(chips: list[str], shape: list[int], cases: list[str]) -> list[dict[str, 
             hbm = hbm_cycles(case, chip, shape)
             row = {"chip": chip, "case": case, "hbm_cycles": hbm}
             row |= compile_in_subprocess(case, chip, shape)
+            mxu = mxu_cycles(case, chip, shape, row.get("operands", ()))
+            roof = max(hbm, mxu)
+            row["mxu_cycles"] = mxu
             if "issued" in row:
-                row["fraction"] = round(hbm / max(hbm, row["issued"]), 3)
-                row["cycles"] = max(hbm, row["issued"]) + (row["estimated_cycles"] or 0)
+                row["fraction"] = round(roof / max(roof, row["issued"]), 3)
+                row["cycles"] = max(roof, row["issued"]) + (row["estimated_cycles"] or 0)
             elif row.get("estimated_cycles"):
-                row["cycles"] = max(hbm, row["estimated_cycles"])
+                row["cycles"] = max(roof, row["estimated_cycles"])
             rows.append(row)
             print(_line(row), flush=True)
     return rows
@@ -217,7 +240,7 @@ def _line(row: dict[str, Any]) -> str:
     start = f"{row['chip']:5} {row['case']:31}"
     if "error" in row:
         return f"{start} {row['error']}"
-    columns = ("bundles", "issued", "estimated_cycles", "hbm_cycles", "cycles")
+    columns = ("bundles", "issued", "estimated_cycles", "hbm_cycles", "mxu_cycles", "cycles")
     cells = " ".join(f"{row.get(key) or '-'!s:>10}" for key in columns)
     return f"{start} {cells} {row.get('fraction', '-')!s:>8}  {row.get('support', '')}".rstrip()
 
@@ -272,7 +295,8 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     print(f"M, K, N = {args.shape}; libtpu {libtpu_version()}; rung 3 (compiled, not measured)")
-    heads = " ".join(f"{head:>10}" for head in ("bundles", "issued", "XLA cycles", "HBM", "cycles"))
+    columns = ("bundles", "issued", "XLA cycles", "HBM", "MXU", "cycles")
+    heads = " ".join(f"{head:>10}" for head in columns)
     print(f"{'chip':5} {'case':31} {heads} {'fraction':>8}")
     rows = run(args.chips, args.shape, cases)
     ratios = add_ratios(rows)

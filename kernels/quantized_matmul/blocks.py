@@ -15,6 +15,9 @@ LANES = 128
 ROWS = 16
 """Smallest block of M: one bfloat16 tile on every chip but 8t, half a float32 one there. Fewer rows
 than this are one whole block: Mosaic cannot compile a block that is taller than such an array."""
+EVEN = 64
+"""Rows that several blocks of M are multiples of, two tiles of 8 bits: M is cut into equal blocks,
+since a last one that is nearly empty takes as long as the others."""
 SUBLANES = 8
 """Pallas's rule for the second-minor axis: a block of scales has a multiple of this many groups."""
 
@@ -35,6 +38,8 @@ def choose_blocks(
     wanted = tiles or _tuned_blocks(entry, jnp.dtype(x.dtype).itemsize, k, step_k, step_n)
     m = x.shape[0]
     bm = m if m < ROWS else min(wanted[0], round_up(m, ROWS))
+    if m > bm and tiles is None:
+        bm = min(bm, round_up(math.ceil(m / math.ceil(m / bm)), EVEN))
     bk, bn = min(wanted[1], round_up(k, step_k)), min(wanted[2], round_up(n, step_n))
     if (bm % ROWS and bm != m) or bk % step_k or bn % step_n:
         raise ValueError(

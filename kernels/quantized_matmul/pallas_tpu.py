@@ -18,8 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from tpu_stack.kernels.quantized_matmul import as_bytes, scaling
+from tpu_stack.kernels.quantized_matmul import scaling
 from tpu_stack.kernels.quantized_matmul.by_stripes import add_byte_products, add_mixed_products
+from tpu_stack.kernels.quantized_matmul.columns import order_rows, pair_rows
 from tpu_stack.kernels.quantized_matmul.plan import LANES, ROWS, SUBLANES, Plan
 from tpu_stack.kernels.quantized_matmul.widen import WORD_ROWS, as_stored, widen
 
@@ -55,7 +56,7 @@ def _paired(x: Array, values: Array, scales: Array, row_scales: Any, plan: Plan,
         y = _call(x, values, scales, row_scales, whole, interpret)
         return scaling.unpair_rows(y)[:, : plan.n]
     x = jnp.pad(x, ((0, 0), (0, -plan.k % WORD_ROWS)))
-    return _call(scaling.pair_rows(x), values, scales, row_scales, plan, interpret)
+    return _call(pair_rows(x, interpret), values, scales, row_scales, plan, interpret)
 
 
 def _ordered(x: Array, values: Array, scales: Array, row_scales: Any, plan: Plan, interpret: Any):
@@ -65,9 +66,7 @@ def _ordered(x: Array, values: Array, scales: Array, row_scales: Any, plan: Plan
     """
     ends = ((0, -plan.m % plan.bm), (0, -plan.k % plan.bk))
     wide = jnp.pad(x.astype(jnp.bfloat16), ends)
-    x, sums = as_bytes.order_rows(
-        wide, plan.codes, plan.group, plan.bk, plan.bm, plan.centered, interpret
-    )
+    x, sums = order_rows(wide, plan.codes, plan.group, plan.bk, plan.bm, plan.centered, interpret)
     return _call(x, values, scales, row_scales, plan, interpret, sums)
 
 
@@ -81,7 +80,7 @@ def _call(
     sums: Array | None = None,
 ):
     """One `pallas_call`; sums [blocks of K, M, groups of a block] when `plan.centered`."""
-    operands = [x.astype(plan.operands[0]), _whole_blocks(values, plan)]
+    operands = [x if plan.widens_rows else x.astype(plan.operands[0]), _whole_blocks(values, plan)]
     if plan.scale_mode == "input":
         factor = scales.astype(jnp.float32).reshape(1, -1)
         operands[0] = (x.astype(jnp.float32) * factor).astype(plan.operands[0])
@@ -191,7 +190,7 @@ def _kernel(x_ref, w_ref, *refs, plan: Plan, compiled: bool):
     *factors, o_ref = refs[: len(refs) - len(scratch)]
     acc_ref = scratch[0]
     k = pl.program_id(2)
-    x = x_ref[...]
+    x = x_ref[...].astype(plan.operands[0])
     left = plan.k - k * plan.bk  # elements of K from this block's first on
     if plan.k_edge and not plan.as_bytes:
         # Paired K is padded to whole tiles of words, and in another order within each.

@@ -105,7 +105,7 @@ def write_sign_words(scales: Array, words_ref: Any, group: int, exact: bool) -> 
 
 
 def signed_scales(words: Array, words_ref: Any, group: int, stride_zero: bool) -> Array:
-    """The scaled weight of a 1-bit block in bfloat16, its rows in the order of `pair_rows`.
+    """The scaled weight of a 1-bit block in bfloat16, its rows in the order of `columns.pair_rows`.
 
     A scale times a sign is the scale with its sign bit flipped: three integer operations make
     16 x 128 weights, bits j and j + 16 of a word going to the two halves of another.
@@ -124,14 +124,8 @@ def signed_scales(words: Array, words_ref: Any, group: int, stride_zero: bool) -
     return jnp.concatenate(parts, 0)
 
 
-def pair_rows(x: Array) -> Array:
-    """[M, K] with K a multiple of 256, columns r and r + 128 of each 256 side by side."""
-    m, k = x.shape
-    return x.reshape(m, k // WORD_ROWS, 2, WORD_ROWS // 2).swapaxes(2, 3).reshape(m, k)
-
-
 def unpair_rows(y: Array) -> Array:
-    """The inverse of `pair_rows`."""
+    """The inverse of `columns.pair_rows`."""
     m, k = y.shape
     return y.reshape(m, k // WORD_ROWS, WORD_ROWS // 2, 2).swapaxes(2, 3).reshape(m, k)
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 from tpu_stack.kernels.quantized_matmul import quantized_matmul, reference_quantized_matmul
+from tpu_stack.kernels.quantized_matmul.columns import pair_rows
 from tpu_stack.kernels.quantized_matmul.plan import make_plan
 from tpu_stack.kernels.quantized_matmul.reference import dequantize
 
@@ -126,6 +127,28 @@ def test_the_plan_says_what_runs():
     shape = ("int4", False, "group", 512, 8192, 1024)
     bf16, f32 = (operands(*shape, group=128, dtype=d) for d in (jnp.bfloat16, jnp.float32))
     assert make_plan(*f32).bk == make_plan(*bf16).bk // 2  # the same VMEM
+
+
+@pytest.mark.parametrize(
+    ("m", "bm", "blocks"),
+    [(16, 16, 1), (65, 80, 1), (1000, 1008, 1), (1024, 1024, 1), (1025, 576, 2), (3000, 1024, 3)],
+)
+def test_rows_are_cut_into_equal_blocks(m, bm, blocks):
+    """A last block that is nearly empty takes as long as the others."""
+    x, values, factor = operands("int8", False, "column", m, 128, 128)
+    plan = make_plan(x, values, factor)
+    assert (plan.bm, plan.grid[0]) == (bm, blocks)
+    assert make_plan(x, values, factor, tiles=(64, 128, 128)).bm == min(64, bm)  # as asked
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "bfloat16"])
+@pytest.mark.parametrize(("m", "k"), [(3, 256), (40, 2304), (600, 4096)])
+def test_columns_are_paired_exactly(dtype, m, k):
+    x = jnp.asarray(np.random.default_rng(m).integers(-100, 100, (m, k))).astype(dtype)
+    want = np.asarray(x.astype(jnp.float32)).reshape(m, -1, 2, 128).swapaxes(2, 3).reshape(m, k)
+    got = pair_rows(x, interpret=True)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(got.astype(jnp.float32)), want)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tpu_stack.kernels.compiled import estimated_cycles
 from tpu_stack.kernels.quantized_matmul import bench, reference_quantized_matmul
 from tpu_stack.kernels.quantized_matmul.cases import FORMATS, random_operands
 from tpu_stack.kernels.quantized_matmul.peers import make_peer
@@ -66,6 +67,25 @@ def test_a_peer_computes_the_same_product(peer, case):
 def test_a_peer_refuses_what_it_does_not_take(peer, name, shape, says):
     with pytest.raises(ValueError, match=says):
         make_peer(peer, name, "bfloat16", shape)
+
+
+def test_cycles_at_the_peak_are_those_of_the_slower_type():
+    shape = [2048, 4096, 14336]
+    bf16 = bench.mxu_cycles("int8", "v6e", shape, ("bfloat16", "bfloat16"))
+    assert bf16 == round(2 * 2048 * 4096 * 14336 / 920e12 * 1.75e9)
+    assert bench.mxu_cycles("int8@int8", "v6e", shape, ("int8", "int8")) == round(bf16 / 2)
+    assert bench.mxu_cycles("int8@int8", "v6e", shape, ("bfloat16", "int8")) == bf16
+    assert bench.mxu_cycles("qwix:int8@int8", "v6e", shape, ()) == round(bf16 / 2)
+    assert bench.mxu_cycles("xla:int8@int8", "7x", shape, ()) == round(
+        2 * 2048 * 4096 * 14336 / 1155e12 * 2.2e9  # no such unit there
+    )
+
+
+def test_where_xla_knows_no_estimate_there_is_none():
+    line = '"estimated_cycles":"{}"'
+    assert estimated_cycles(line.format(7) + line.format(5)) == 12
+    assert estimated_cycles(line.format(7) + line.format(2**63 - 1)) is None
+    assert estimated_cycles("no fusion") is None
 
 
 def test_ratios_are_of_one_product_on_one_chip():

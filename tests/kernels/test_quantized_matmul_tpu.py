@@ -13,8 +13,8 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from tpu_stack.kernels.compiled import read_bundles
 from tpu_stack.kernels.quantized_matmul import bench, quantized_matmul
-from tpu_stack.kernels.quantized_matmul.cases import ACTIVATIONS, FORMATS
-from tpu_stack.kernels.quantized_matmul.plan import read_tiles
+from tpu_stack.kernels.quantized_matmul.cases import ACTIVATIONS, FORMATS, abstract_operands
+from tpu_stack.kernels.quantized_matmul.plan import make_plan, read_tiles
 
 SHAPES = [(16, 2048, 1024), (5, 96, 130), (1024, 4096, 256)]
 
@@ -41,6 +41,21 @@ def test_lowers_to_mosaic(kind, weight, transpose, shape):
         )
         text = traced.lower(lowering_platforms=("tpu",)).as_text()
     assert text.count("tpu_custom_call") == 1
+
+
+@pytest.mark.parametrize("activation", ["int8", "float8_e4m3fn"])
+def test_rows_of_eight_bits_are_widened_in_the_kernel(activation):
+    """XLA would write them out in bfloat16 first: four times their bytes moved, and many cycles."""
+    x, values, scales, keywords = abstract_operands(FORMATS["int4"], activation, 256, 1024, 256)
+    device = AbstractDevice(device_kind="TPU8i", num_cores=1, platform="tpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+        plan = make_plan(x, values, scales, **keywords)
+        traced = jax.jit(lambda x, v, s, k: quantized_matmul(x, v, s, **k)).trace(
+            x, values, scales, keywords
+        )
+        text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert plan.operands[0] == "bfloat16"
+    assert "stablehlo.convert" not in text
 
 
 needs_libtpu = pytest.mark.skipif(

@@ -94,9 +94,17 @@ def test_cycles_multiply_out_loops_and_kernels_have_none():
         "sum": (9, 1),
     }
     assert report.cycles == 50 + 3 * 700 + 11 + 9
-    assert report.kernels == 1
+    assert report.unestimated == 1
     assert report.operations[0].name == "fusion.1"
     assert report.operations[0].source == "step (models/layers.py:88)"
+
+
+def test_a_product_that_the_cost_model_does_not_know_is_no_number():
+    """The compiler then writes nearly 2**63."""
+    text = PROGRAM.replace('"estimated_cycles":"9"', '"estimated_cycles":"9223372036854775807"')
+    report = read_program(text, MESH)
+    assert report.cycles == 50 + 3 * 700 + 11
+    assert report.unestimated == 2
 
 
 def test_collectives_name_what_they_serve_and_what_covers_them():

@@ -226,4 +226,9 @@ def test_the_fraction_is_of_the_longer_roof(int8):
     twice = row(round(2 * hbm))
     assert twice["fraction"] == pytest.approx(0.5, rel=1e-4)
     assert twice["bound"] == "bundles"
+    long = (2048, 4096, 14336)
+    schedule = Schedule("k", 100, empty, Region(100, {}), {}, (1,), 0, 0)
+    prefill = verify.on_chip(Job(int8, "v6e", long), Compiled([schedule]))
+    assert prefill["mxu_cycles"] > prefill["hbm_cycles"] > 100
+    assert (prefill["fraction"], prefill["bound"]) == (1.0, "MXU")  # never above the peak
     assert twice["support"] == "emulated"  # v6e multiplies int8 by int8, not bfloat16 by int8

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+from tpu_stack.kernels.compiled import NO_ESTIMATE
 from tpu_stack.planner.hlo_frames import Frames
 from tpu_stack.planner.hlo_loops import Scope, Site, callee, trip_count
 from tpu_stack.planner.hlo_text import Computation, Instruction, Module
@@ -27,8 +28,9 @@ _PASSED_ON = ("get-tuple-element", "tuple", "bitcast")
 class Operation:
     """An instruction at a place where the program runs it.
 
-    `cycles` is the compiler's estimate for one execution, None for a Pallas kernel; `trips` is how
-    often it runs, None when a loop's count is unknown.
+    `cycles` is the compiler's estimate for one execution, None for a Pallas kernel and for a
+    product of types that its cost model does not know; `trips` is how often it runs, None when a
+    loop's count is unknown.
     """
 
     name: str
@@ -45,7 +47,7 @@ class Operation:
 
 
 def operations(module: Module, frames: Frames) -> list[Operation]:
-    """Everything that has an estimate, and the Pallas kernels, the costliest first."""
+    """Everything that should have an estimate, and the Pallas kernels, the costliest first."""
     found = list(_walk(module, frames, Scope(module.entry), 1))
     return sorted(found, key=lambda item: -item.total_cycles)
 
@@ -53,7 +55,7 @@ def operations(module: Module, frames: Frames) -> list[Operation]:
 def _walk(module: Module, frames: Frames, scope: Scope, trips: int | None) -> Iterator[Operation]:
     for instruction in scope.computation.instructions.values():
         cycles = estimate(instruction)
-        if cycles is not None or _KERNEL in instruction.attributes:
+        if _CYCLES.search(instruction.attributes) or _KERNEL in instruction.attributes:
             source = frames.source(instruction.attributes)
             yield Operation(
                 instruction.name, instruction.opcode, instruction.op_name,
@@ -89,7 +91,7 @@ def _inside(module: Module, site: Site) -> list[tuple[str, int | None]]:
 def estimate(instruction: Instruction) -> int | None:
     """The compiler's cycles for one execution, where it gives them."""
     match = _CYCLES.search(instruction.attributes)
-    return int(match[1]) if match else None
+    return int(match[1]) if match and int(match[1]) < NO_ESTIMATE else None
 
 
 @dataclass(frozen=True)

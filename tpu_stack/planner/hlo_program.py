@@ -20,8 +20,8 @@ from tpu_stack.planner.hlo_text import parse
 class ProgramReport:
     """A compiled program: its collectives in program order, its operations by estimated cycles.
 
-    Of the operations, every one that the compiler gives an estimate for is here, and Pallas kernels
-    without one. Cycles are those of one device.
+    Of the operations, all that the compiler's cost model looks at are here, and Pallas kernels.
+    Cycles are those of one device.
     """
 
     collectives: tuple[Collective, ...]
@@ -33,8 +33,8 @@ class ProgramReport:
         return sum(item.total_cycles for item in self.operations)
 
     @property
-    def kernels(self) -> int:
-        """Pallas kernels, whose cycles are not in the sum."""
+    def unestimated(self) -> int:
+        """Pallas kernels and products without an estimate, whose cycles are not in the sum."""
         return sum(item.cycles is None for item in self.operations)
 
     def as_json(self) -> dict[str, Any]:

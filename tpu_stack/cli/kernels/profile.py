@@ -36,9 +36,10 @@ def run(options: Options) -> int:
     """Prints a table per kernel; returns 1 when the compiler refused it."""
     from tpu_stack.errors import UserError
     from tpu_stack.planner.kernels.cases import find_cases, parse_shape
-    from tpu_stack.planner.kernels.compile import compile_case
+    from tpu_stack.planner.kernels.compile import Job, compile_case
     from tpu_stack.planner.kernels.profile import profile_schedule
     from tpu_stack.planner.kernels.targets import libtpu_version
+    from tpu_stack.planner.kernels.verify import on_chip
 
     [case] = find_cases(options.op, options.format, options.activation)
     shape = case.check_shape(parse_shape(options.shape) if options.shape else case.large)
@@ -51,14 +52,16 @@ def run(options: Options) -> int:
         save_json(options.json, {"case": case.name, "error": compiled.error})
         return 1
     profiles = [profile_schedule(schedule) for schedule in compiled.schedules]
+    whole = on_chip(Job(case, options.chip, shape), compiled)
     for found in profiles:
         _print(found, f"{case.name} for {options.chip}, {','.join(map(str, shape))}")
+    print_table("\nbeside the chip's roofline", ["cycles", ""], _roofline(whole))
     save_json(
         options.json,
         {
             "case": case.name, "chip": options.chip, "shape": list(shape),
             "libtpu": libtpu_version(), "rung": 3, "xla_cycles": compiled.xla_cycles,
-            "kernels": profiles,
+            "roofline": whole, "kernels": profiles,
         },
     )  # fmt: skip
     return 0
@@ -71,6 +74,17 @@ def progress_of_one(note: str) -> Any:
     bar = progress()
     bar.add_task("compile", total=None, note=note)
     return bar
+
+
+def _roofline(whole: dict[str, Any]) -> list[list[str]]:
+    """What the call takes and what it could: each DMA is taken to overlap with compute."""
+    return [
+        ["HBM, each operand moved once", f"{whole['hbm_cycles']:,}"],
+        ["MXU at this pair's peak", f"{whole['mxu_cycles']:,}" if whole["mxu_cycles"] else "-"],
+        ["bundles issued, by all kernels", f"{whole['issued_bundles']:,}"],
+        ["XLA's estimate around them", f"{whole['xla_cycles'] or 0:,}"],
+        ["of the roofline", f"{whole['fraction']:.2f}, bound by {whole['bound']}"],
+    ]
 
 
 def _print(found: dict[str, Any], title: str) -> None:

@@ -186,7 +186,7 @@ def _print_operations(result: Any) -> None:
          f"{op.total_cycles / total:.1%}"]
         for op in report.operations[:TOP]
     ]  # fmt: skip
-    kernels = f", {report.kernels} Pallas kernels not among them" if report.kernels else ""
+    kernels = f", {report.unestimated} without an estimate" if report.unestimated else ""
     print_table(
         f"\nthe costliest operations of {report.cycles:,} estimated cycles{kernels}",
         ["from", "operation", "cycles", "count", "share"],

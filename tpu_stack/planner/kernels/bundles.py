@@ -15,18 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from tpu_stack.kernels.compiled import total_bundles
-from tpu_stack.kernels.compiled.loops import DumpError, loop_depths
+from tpu_stack.kernels.compiled.loops import UNBOUNDED, DumpError, grid_bounds, loop_depths
 
 ANALYSIS = "schedule-analysis_final_bundles.txt"
 BUNDLES = "final_bundles.txt"
 UTILIZATION = "final_hlo-static-per-bundle-utilization.txt"
 ALLOCATIONS = "post-delay-converter.txt"
 
-UNBOUNDED = 2**31 - 1
-"""Steps that the compiler states for an axis of the grid that is known only when it runs."""
-
 _STEM = re.compile(r"^(\d+-.+?)-\d+-" + re.escape(ANALYSIS) + "$")
-_GRID = re.compile(r"iteration_bounds: \(([\d, ]+)\)")
 _VMEM = re.compile(r"space=vmem, size = 0x([0-9a-f]+)(?:, offset = 0x([0-9a-f]+))?")
 
 
@@ -132,8 +128,7 @@ def _read_one(folder: Path, stem: str, analysis: str) -> Schedule:
         )
     inside = [row for row, depth in zip(rows, depths, strict=True) if depth]
     outside = [row for row, depth in zip(rows, depths, strict=True) if not depth]
-    bounds = [tuple(map(int, found.split(","))) for found in _GRID.findall(code)]
-    grid = max(bounds, key=math.prod, default=(1,))
+    grid = grid_bounds(code)
     allocated = _VMEM.findall(_text(folder, stem, ALLOCATIONS))
     return Schedule(
         name=re.sub(r"\.\d+$", "", name),

@@ -7,7 +7,6 @@ The parent (`compiler_process`) sees which request had no line, and starts anoth
 """
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from tpu_stack.kernels.compiled import estimated_cycles
 from tpu_stack.planner.kernels.cases import get_case
 from tpu_stack.planner.kernels.targets import compile_target
 
@@ -40,8 +40,7 @@ def compile_here(request: dict[str, Any]) -> dict[str, Any]:
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         function = jax.jit(lambda a: case.call(a, interpret=False, **options))
         text = function.lower(operands).compile().as_text() or ""
-    cycles = [int(found) for found in re.findall(r'"estimated_cycles":"(\d+)"', text)]
-    return {"estimated_cycles": sum(cycles) if cycles else None}
+    return {"estimated_cycles": estimated_cycles(text)}
 
 
 def main(folder: Path) -> None:

@@ -1,0 +1,120 @@
+"""x's columns in the order in which a kernel makes the weight's rows, by small kernels.
+
+XLA moves columns by two or four in thousands of cycles. The MXU moves them in a few hundred: a
+product with ones where a column goes, which is exact.
+
+>>> ordered, sums = order_rows(x, codes=4, group=64, bk=4096, bm=16, sums=True, interpret=False)
+>>> paired = pair_rows(x, interpret=False)
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, BFloat16, Float
+
+from tpu_stack.kernels.quantized_matmul.blocks import LANES, ROWS, round_up
+from tpu_stack.kernels.quantized_matmul.widen import WORD_ROWS
+
+WORD_BYTES = 32
+"""Rows of bytes in a register: four from each of a word's eight rows."""
+_PAIRED_BLOCK = (512, 2048)
+"""Rows and columns of a block of `pair_rows`, at most."""
+
+
+def order_rows(
+    x: BFloat16[Array, "M K"], codes: int, group: int, bk: int, bm: int, sums: bool, interpret: Any
+) -> tuple[BFloat16[Array, "M K"], Float[Array, "blocks M groups"] | None]:
+    """x with its columns as bytes order rows, and its sums over each group of rows if asked.
+
+    A kernel of its own, of a few hundred bundles: XLA takes thousands of cycles to move columns by
+    four. bm divides M, bk divides K, `group` divides bk or the reverse.
+
+    codes: weights in a byte of the stored words, 4 or 2.
+    """
+    m, k = x.shape
+    ordered = jax.ShapeDtypeStruct((m, k), jnp.bfloat16)
+    added = jax.ShapeDtypeStruct((k // bk, m, bk // group), jnp.float32)
+    outs = [
+        (ordered, pl.BlockSpec((bm, bk), lambda i, j: (i, j))),
+        (added, pl.BlockSpec((None, bm, bk // group), lambda i, j: (j, i, 0))),
+    ][: 1 + sums]
+    results = pl.pallas_call(
+        partial(_order_kernel, codes=codes, group=group),
+        out_shape=tuple(shape for shape, _ in outs),
+        grid=(m // bm, k // bk),
+        in_specs=[pl.BlockSpec((bm, bk), lambda i, j: (i, j))],
+        out_specs=tuple(spec for _, spec in outs),
+        interpret=interpret,
+        name="order_rows",
+    )(x)
+    return results[0], results[1] if sums else None
+
+
+def _order_kernel(
+    x_ref: Any, ordered_ref: Any, sums_ref: Any = None, *, codes: int, group: int
+) -> None:
+    """The results of all tiles of 128 columns by one product: with ones that move and that add."""
+    bm, bk = x_ref.shape
+    tiles = bk // LANES
+    stacked = jnp.concatenate([x_ref[:, _columns(t)] for t in range(tiles)], 0)
+    row = jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), 0)
+    lane = jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), 1)
+    span = codes * WORD_BYTES
+    ones = [lane == row // span * span + row % codes * WORD_BYTES + row % span // codes]
+    per_tile = max(LANES // group, 1)
+    if sums_ref is not None:
+        ones.append(lane % per_tile == row * per_tile // LANES)
+    right = jnp.concatenate([jnp.where(one, 1.0, 0.0).astype(jnp.bfloat16) for one in ones], 1)
+    dims = (((1,), (0,)), ((), ()))
+    y = jax.lax.dot_general(stacked, right, dims, preferred_element_type=jnp.float32)
+    for t in range(tiles):
+        ordered_ref[:, _columns(t)] = y[t * bm : (t + 1) * bm, :LANES].astype(jnp.bfloat16)
+    if sums_ref is None:
+        return
+    lane = jax.lax.broadcasted_iota(jnp.int32, (bm, LANES), 1)
+    sums = jnp.zeros((bm, LANES), jnp.float32)
+    for t in range(tiles):
+        first = t * LANES // group
+        here = (lane >= first) & (lane < first + per_tile)
+        sums += jnp.where(here, y[t * bm : (t + 1) * bm, LANES:], 0.0)
+    sums_ref[...] = sums[:, : sums_ref.shape[1]]
+
+
+def _columns(tile: int) -> slice:
+    return slice(tile * LANES, (tile + 1) * LANES)
+
+
+def pair_rows(x: Array, interpret: Any) -> BFloat16[Array, "M K"]:
+    """[M, K] with K a multiple of 256, columns r and r + 128 of each 256 side by side.
+
+    x: of a type that bfloat16 holds.
+    """
+    m, k = x.shape
+    bm = m if m < ROWS else min(_PAIRED_BLOCK[0], round_up(m, ROWS))
+    bk = min(_PAIRED_BLOCK[1], k)
+    block = pl.BlockSpec((bm, bk), lambda i, j: (i, j))
+    return pl.pallas_call(
+        _pair_kernel,
+        out_shape=jax.ShapeDtypeStruct((m, k), jnp.bfloat16),
+        grid=(pl.cdiv(m, bm), pl.cdiv(k, bk)),
+        in_specs=[block],
+        out_specs=block,
+        interpret=interpret,
+        name="pair_rows",
+    )(x)
+
+
+def _pair_kernel(x_ref: Any, paired_ref: Any) -> None:
+    half = WORD_ROWS // 2
+    row = jax.lax.broadcasted_iota(jnp.int32, (WORD_ROWS, WORD_ROWS), 0)
+    lane = jax.lax.broadcasted_iota(jnp.int32, (WORD_ROWS, WORD_ROWS), 1)
+    ones = jnp.where(lane == row % half * 2 + row // half, 1.0, 0.0).astype(jnp.bfloat16)
+    dims = (((1,), (0,)), ((), ()))
+    for first in range(0, x_ref.shape[1], WORD_ROWS):
+        columns = slice(first, first + WORD_ROWS)
+        tile = x_ref[:, columns].astype(jnp.bfloat16)
+        moved = jax.lax.dot_general(tile, ones, dims, preferred_element_type=jnp.float32)
+        paired_ref[:, columns] = moved.astype(jnp.bfloat16)
