@@ -23,19 +23,16 @@ def test_the_program_alone_changes_no_token():
         assert tuple(tokens_of(events)) == alone(number), number
 
 
-def test_without_pages_for_its_steps_nothing_is_measured():
-    target = engine(pages=24)
-    for request in REQUESTS:
-        ask(target, request)
-
-    def measured_amid_steps():
-        for _ in range(60):
-            target.step()
+def test_without_pages_for_its_steps_nothing_is_measured(monkeypatch):
+    target = engine()
+    _, events = ask(target, REQUESTS[0])
+    target.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(target.residents, "grow", lambda *_: False)
+        with pytest.raises(RuntimeError, match=f"no pages for {PROBE} more"):
             program_alone(target)
-
-    with pytest.raises(RuntimeError, match=f"no pages for {PROBE} more"):
-        measured_amid_steps()
     finish(target)
+    assert tuple(tokens_of(events)) == alone(0)
 
 
 @pytest.mark.parametrize("slower", [0.0, 0.05])
