@@ -1,11 +1,10 @@
 """The engine's steps beside its program's: measuring changes nobody's tokens, and counts right."""
 
 import pytest
-from paged_model import REQUESTS, alone, ask, engine, finish, parameters, programs, tokens_of
+from paged_model import REQUESTS, alone, ask, engine, finish, tokens_of
 
 from tpu_stack.serving.bench import host_overhead
 from tpu_stack.serving.bench.host_overhead import PROBE, WINDOW, program_alone
-from tpu_stack.serving.paged.engine import PagedEngine
 from tpu_stack.serving.paged.thread import EngineThread
 
 
@@ -41,7 +40,7 @@ def test_the_share_is_what_a_step_takes_longer_than_its_program(monkeypatch, slo
     now = [0.0]
     monkeypatch.setattr(host_overhead.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(host_overhead, "program_alone", lambda _: 0.15)
-    target = PagedEngine(programs(), parameters())
+    target = engine()
     step = target.step
 
     def stepped() -> bool:
