@@ -37,8 +37,13 @@ def parameters(seed: int = 0):
     return per_layer(stacked_parameters(seed))
 
 
-@cache
 def programs(pages: int = 128, cache_dtype: str = "float32", guesses: int = 0) -> Programs:
+    """Compiled once per process, however they are asked for."""
+    return _programs(pages, cache_dtype, guesses)
+
+
+@cache
+def _programs(pages: int, cache_dtype: str, guesses: int) -> Programs:
     profile, mesh = serving("tensor=1", float32=True)
     precision = dataclasses.replace(profile.precision, cache=cache_dtype)
     profile = dataclasses.replace(profile, precision=precision)
