@@ -2,10 +2,10 @@
 
 Grid (N, visits, K), K innermost, as many visits as there are (metadata.py). Each visit multiplies
 a whole block of rows with one expert's weight and stores the rows that are that expert's; the
-first visit of a block sets its other rows to zero.
+first visit of a block sets its other rows to zero. A block's product is `quantized_matmul`'s, so
+that every storage means the same, and runs as fast, here.
 """
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,10 +16,15 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from tpu_stack.kernels.grouped_matmul.metadata import visits
-from tpu_stack.kernels.grouped_matmul.product import block_product, scale_words
-from tpu_stack.kernels.quantized_matmul.plan import ROWS, SUBLANES, Plan
-
-_MIB = 2**20
+from tpu_stack.kernels.quantized_matmul import arguments
+from tpu_stack.kernels.quantized_matmul.plan import Plan
+from tpu_stack.kernels.quantized_matmul.products import (
+    block_product,
+    finished,
+    scratch_shapes,
+    split_refs,
+    vmem_limit,
+)
 
 
 def pallas_grouped_matmul(
@@ -36,52 +41,37 @@ def pallas_grouped_matmul(
     scales: None in scale mode "input", where x holds them already. row_scales: float32 [M, 1] when
     `plan.row_scaled`.
     """
-    if plan.k_edge and plan.m < ROWS:  # as in `quantized_matmul`: Mosaic cannot mask such a block
-        rows = ((0, ROWS - plan.m), (0, 0))
-        row_scales = None if row_scales is None else jnp.pad(row_scales, rows)
-        padded = replace(plan, m=ROWS, bm=ROWS)
-        args = (jnp.pad(x, rows), values, scales, row_scales, group_sizes, padded, interpret)
-        return pallas_grouped_matmul(*args)[: plan.m]
-    operands = [x if plan.widens_rows else x.astype(plan.operands[0]), values]
-    if scales is not None:
-        operands.append(_flat_scales(scales, plan))
-    if row_scales is not None:
-        operands.append(row_scales)
+    call = partial(_call, group_sizes=group_sizes, interpret=interpret)
+    return arguments.run(call, x, values, scales, row_scales, plan, interpret)
+
+
+def _call(operands: list[Array], plan: Plan, group_sizes: Array, interpret: Any) -> Array:
+    experts = group_sizes.shape[0]
     *prefetched, count = visits(group_sizes, plan.m, plan.bm)
-    block, words = (plan.bm, plan.bn), scale_words(plan)
     return pl.pallas_call(
-        partial(_kernel, plan=plan, experts=values.shape[0], compiled=interpret is False),
+        partial(_kernel, plan=plan, experts=experts, compiled=interpret is False),
         out_shape=jax.ShapeDtypeStruct((plan.m, plan.n), jnp.dtype(plan.out_dtype)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(prefetched),
             grid=(plan.grid[1], count, plan.grid[2]),
             in_specs=_in_specs(plan),
-            out_specs=pl.BlockSpec(block, lambda j, s, k, e, rows, *_: (rows[s], j)),
-            scratch_shapes=[
-                *([pltpu.VMEM(block, jnp.dtype(plan.accumulator))] if _accumulates(plan) else []),
-                *([pltpu.VMEM(words, jnp.uint32)] if words else []),
-            ],
+            out_specs=pl.BlockSpec(
+                (plan.bm, plan.bn), lambda j, s, k, expert, block, *_: (block[s], j)
+            ),
+            scratch_shapes=scratch_shapes(plan),
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=_vmem_limit(plan),
+            vmem_limit_bytes=vmem_limit(plan),
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * plan.m * plan.k * plan.n,
-            bytes_accessed=values.shape[0] * plan.k * plan.n * _weight_bits(plan) // 8,
+            bytes_accessed=experts * plan.k * plan.n * plan.storage.bits // 8,
             transcendentals=0,
         ),
         interpret=interpret,
         name=f"grouped_matmul_{plan.storage.name}_{plan.storage.dtype}_{plan.scale_mode}",
     )(*prefetched, *operands)
-
-
-def _flat_scales(scales: Array, plan: Plan) -> Array:
-    """Scales [E, G, N]: as XLA:TPU stores [E, G, 1, N] already."""
-    flat = scales.reshape(scales.shape[0], -1, scales.shape[-1])
-    if plan.scale_mode != "after" and plan.k_edge and flat.shape[1] < SUBLANES:
-        flat = jnp.pad(flat, ((0, 0), (0, SUBLANES - flat.shape[1]), (0, 0)))
-    return flat
 
 
 def _in_specs(plan: Plan) -> list[pl.BlockSpec]:
@@ -105,69 +95,46 @@ def _in_specs(plan: Plan) -> list[pl.BlockSpec]:
     elif plan.scale_mode != "input":
         rows, columns = (plan.bn, plan.bk) if plan.transpose else (plan.bk, plan.bn)
         specs.append(pl.BlockSpec((None, rows // plan.group, columns), w_index))
+    if plan.centered:
+        groups = plan.bk // plan.group
+        index = lambda j, s, k, e, block, *_: (k, block[s], 0)  # noqa: E731
+        specs.append(pl.BlockSpec((None, plan.bm, groups), index))
     if plan.row_scaled:
         specs.append(pl.BlockSpec((plan.bm, 1), lambda j, s, k, e, block, *_: (block[s], 0)))
     return specs
-
-
-def _accumulates(plan: Plan) -> bool:
-    """Whether a result is the sum of several blocks of K, kept in VMEM meanwhile."""
-    return plan.grid[2] > 1
-
-
-def _weight_bits(plan: Plan) -> int:
-    return 16 if plan.storage.dtype == "bfloat16" else plan.storage.bits
-
-
-def _vmem_limit(plan: Plan) -> int:
-    """Double-buffered blocks, the accumulator and product, and the widened weight."""
-    x_bytes, w_bytes = (jnp.dtype(name).itemsize for name in plan.operands)
-    if plan.storage.name in ("signs", "codes4"):
-        w_bytes = 4  # decoded in 32 bits
-    weight = plan.bk * plan.bn
-    stored = weight * max(8, _weight_bits(plan)) // 8
-    blocks = 2 * (plan.bm * plan.bk * x_bytes + stored + weight // 8 + plan.bm * plan.bn * 4)
-    return max(16 * _MIB, blocks + plan.bm * plan.bn * 8 + 3 * weight * w_bytes + 4 * _MIB)
 
 
 def _kernel(
     expert_ref, block_ref, weight_ref, bounds_ref, *refs, plan: Plan, experts: int, compiled: bool
 ):
     """One visit at one block of K: acc[bm, bn] += x @ w, and at the last its rows are stored."""
-    *refs, words_ref = refs if scale_words(plan) else (*refs, None)
-    *refs, acc_ref = refs if _accumulates(plan) else (*refs, None)
-    x_ref, w_ref, *factors, o_ref = refs
+    x_ref, w_ref, *rest = refs
+    factors, o_ref, acc_ref, words = split_refs(tuple(rest), plan)
     step, k = pl.program_id(1), pl.program_id(2)
     expert, block = expert_ref[step], block_ref[step]
+    first = (step == 0) | (block_ref[jnp.maximum(step - 1, 0)] != block)
     somebody = expert < experts
 
-    def product() -> jax.Array:
-        s_ref = None if plan.scale_mode in ("input", "after") else factors[0]
+    def product() -> Array:
         left = plan.k - k * plan.bk
-        x = x_ref[...].astype(plan.operands[0])
-        return block_product(x, w_ref, s_ref, words_ref, left, plan, compiled)
+        return block_product(x_ref, w_ref, factors, words, left, plan, compiled)
 
-    def store(total: jax.Array) -> None:
-        y = total.astype(jnp.float32)
-        if plan.unit != 1:
-            y = y * plan.unit
-        if plan.scale_mode == "after":
-            y = y * factors[0][...].astype(jnp.float32)
-        if plan.row_scaled:
-            y = y * factors[-1][...]
+    def store(total: Array) -> None:
+        y = finished(total, factors, plan)
         row = block * plan.bm + jax.lax.broadcasted_iota(jnp.int32, o_ref.shape, 0)
-        own = (row >= bounds_ref[expert]) & (row < bounds_ref[expert + 1]) & somebody
-        first = (step == 0) | (block_ref[jnp.maximum(step - 1, 0)] != block)
+        own = (row >= bounds_ref[expert]) & (row < bounds_ref[expert + 1])
         before = jnp.where(first, jnp.zeros_like(o_ref), o_ref[...])
         o_ref[...] = jnp.where(own, y.astype(o_ref.dtype), before)
 
+    @pl.when(jnp.logical_not(somebody) & first)
+    def _():
+        o_ref[...] = jnp.zeros_like(o_ref)
+
     if acc_ref is None:
-        # One block of K: no sum to keep in VMEM between steps. The rows of nobody are multiplied
-        # too, by the weight that is there, and not stored.
-        store(product())
+        pl.when(somebody)(lambda: store(product()))
         return
 
-    @pl.when(k == 0)
+    @pl.when(somebody & (k == 0))
     def _():
         acc_ref[...] = jnp.zeros_like(acc_ref)
 
@@ -175,6 +142,6 @@ def _kernel(
     def _():
         acc_ref[...] += product()
 
-    @pl.when(k == plan.grid[2] - 1)
+    @pl.when(somebody & (k == plan.grid[2] - 1))
     def _():
         store(acc_ref[...])

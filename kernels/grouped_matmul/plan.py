@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tpu_stack.kernels.quantized_matmul.operands import device_kind, support
+from tpu_stack.kernels.quantized_matmul.blocks import ROWS, round_up
 from tpu_stack.kernels.quantized_matmul.plan import Plan, make_plan
 from tpu_stack.kernels.quantized_matmul.tiles import DECODE_M
 from tpu_stack.kernels.quantized_matmul.widen import Storage
@@ -37,13 +37,13 @@ def make_grouped_plan(
 ) -> Plan:
     """Validates one call and chooses its types and blocks; arguments as in `grouped_matmul`.
 
-    Tiles are tuned for the rows that an expert gets when all get as many, since every expert that
-    has a row in a block multiplies the whole block. `plan.m` counts all rows, and scale mode
+    Every expert that has a row in a block multiplies the whole block. Where each row's product is
+    scaled group by group a block has the rows that an expert gets when all get as many; otherwise
+    the widening of the weight outweighs them, and a block has at least 64. `plan.m` counts all rows, and scale mode
     "input" stands for bfloat16 weights too, which have no scales.
     """
     _check_shapes(x, values, scales, group_sizes, tensor_scale, x_scales)
     m, experts = x.shape[0], values.shape[0]
-    expected = m if m <= DECODE_M else max(DECODE_M, -(-m // experts))
 
     def part(array: Any, shape: tuple[int, ...], dtype: Any = None) -> Any:
         return array if array is None else jax.ShapeDtypeStruct(shape, dtype or array.dtype)
@@ -56,23 +56,25 @@ def make_grouped_plan(
         )
     if wide:
         ones = jax.ShapeDtypeStruct((1, 1, values.shape[2]), jnp.float32)
-    plan = make_plan(
-        part(x, (expected, x.shape[1])),
-        part(values, values.shape[1:], jnp.int8 if wide else None),
-        ones if wide else part(scales, scales.shape[1:]),
-        *(transpose, scale_mode, out_dtype, tiles),
-        tensor_scale=part(tensor_scale, (1, 1, 1)),
-        x_scales=part(x_scales, (expected, 1)),
-        offset=offset,
-        rows=rows,
-        kind=kind,
-        alone=False,
-    )
+
+    def for_rows(expected: int) -> Plan:
+        return make_plan(
+            part(x, (expected, x.shape[1])),
+            part(values, values.shape[1:], jnp.int8 if wide else None),
+            ones if wide else part(scales, scales.shape[1:]),
+            *(transpose, scale_mode, out_dtype, tiles),
+            tensor_scale=part(tensor_scale, (1, 1, 1)),
+            x_scales=part(x_scales, (expected, 1)),
+            offset=offset,
+            rows=rows,
+            kind=kind,
+        )
+
+    average = -(-m // experts)
+    plan = for_rows(min(m, round_up(average, ROWS)))
+    if plan.scale_mode != "after_group" and "after" not in plan.ways:  # rows cost next to nothing
+        plan = for_rows(m if m <= DECODE_M else max(DECODE_M, average))
     plan = replace(plan, m=m, bm=plan.bm if tiles else min(plan.bm, MOST_ROWS))
-    operands = _operands(plan)
-    if operands != plan.operands:
-        told = support(kind or device_kind(), x.dtype, plan.storage, operands)
-        plan = replace(plan, operands=operands, support=told)
     if not wide:
         return plan
     dtype = jnp.dtype(x.dtype).name
@@ -83,17 +85,6 @@ def make_grouped_plan(
         support=f"native: {dtype} x {dtype}",
         scale_mode="input",
     )
-
-
-def _operands(plan: Plan) -> tuple[str, str]:
-    """The dtypes multiplied here: what the weight means, as it is or scaled.
-
-    `quantized_matmul` has ways to scale in float8 and to multiply half-integers as int8 that this
-    kernel does not share.
-    """
-    scaled_first = plan.scale_mode == "before" and plan.operands[1] != "float32"
-    halves = plan.storage.name == "half" and plan.operands[1] == "int8"
-    return ("bfloat16", "bfloat16") if scaled_first or halves else plan.operands
 
 
 def _check_shapes(

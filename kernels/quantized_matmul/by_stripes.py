@@ -1,7 +1,7 @@
 """A block's product tile by tile, in stripes of columns: as deep as the MXU, few enough to stay in
 registers, so that a tile's instructions fill the slots that its neighbour's leave.
 
-`add_byte_products` takes all tiles as bytes (as_bytes.py). `add_mixed_products` takes tiles in turn
+`byte_product` takes all tiles as bytes (as_bytes.py). `mixed_product` takes tiles in turn
 in different ways, each of which another unit of the chip binds:
 
 - "before": scaled in bfloat16 and multiplied so. Loading weights into the MXU binds.
@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from tpu_stack.kernels.quantized_matmul import as_bytes, scaling
 from tpu_stack.kernels.quantized_matmul.plan import Plan
@@ -24,20 +24,19 @@ _FLOAT8 = jnp.float8_e4m3fn
 """Holds int4 exactly."""
 
 
-def add_byte_products(
-    x: Array, w_ref: Any, factors: Any, scratch: Any, left: Array, plan: Plan, compiled: bool
-) -> None:
-    """Adds what the block gives when weights become bytes, in units of `plan.unit`.
+def byte_product(
+    x: Array, w_ref: Any, factors: Any, words_ref: Any, left: Array, plan: Plan, compiled: bool
+) -> Float[Array, "bm bn"]:
+    """What the block gives when weights become bytes, in units of `plan.unit`.
 
     Args:
       x: [bm, bk] in byte order.
       w_ref: the block as stored.
       factors: its scales, then x's sums over groups when `plan.centered`.
-      scratch: the accumulator, and the scales as words by stripes.
+      words_ref: scratch for the scales as words by stripes.
       left: elements of K from this block's first on.
       compiled: whether it is compiled, rather than interpreted.
     """
-    acc_ref, words_ref = scratch
     scales = scaling.edge_scales(factors[0], left, plan)
     words = jax.lax.bitcast_convert_type(scales, jnp.uint32)
     if plan.centered:
@@ -46,6 +45,7 @@ def add_byte_products(
             scales = scales.astype(jnp.bfloat16) if plan.k_edge else factors[0][...]
     tiles = _tiles(plan)
     copies = [as_bytes.masked_copies(x[:, rows], plan.codes, plan.group) for rows in tiles]
+    totals = []
     for stripe, columns in enumerate(_stripes(plan)):
         words_ref[stripe] = words[:, columns]  # a load of stride 0 takes whole rows alone
         total = jnp.zeros((plan.bm, plan.stripe), jnp.float32)
@@ -59,18 +59,19 @@ def add_byte_products(
             total = _add_scaled(total, y, rows, words_ref.at[stripe], plan, compiled)
         if plan.centered:
             total -= as_bytes.group_offsets(sums, scales[:, columns])
-        acc_ref[:, columns] += total
+        totals.append(total)
+    return jnp.concatenate(totals, 1)
 
 
-def add_mixed_products(
-    x: Array, w_ref: Any, s_ref: Any, scratch: Any, left: Array, plan: Plan, compiled: bool
-) -> None:
-    """Adds the block's product with its tiles in turn in the ways of `plan.ways`.
+def mixed_product(
+    x: Array, w_ref: Any, s_ref: Any, words: list[Any], left: Array, plan: Plan, compiled: bool
+) -> Float[Array, "bm bn"]:
+    """The block's product with its tiles in turn in the ways of `plan.ways`.
 
-    Arguments as in `add_byte_products`; x in its own order, s_ref the scales alone, and in scratch,
-    where "after" is a way, the scales as float32 after those as pairs of bfloat16.
+    Arguments as in `byte_product`; x in its own order, s_ref the scales alone, and in words, where
+    "after" is a way, the scales as float32 after those as pairs of bfloat16.
     """
-    acc_ref, pairs_ref, *words = scratch
+    pairs_ref, *words = words
     if plan.shifted:
         scales, unit = scaling.shifts(s_ref, left, plan)
     else:
@@ -78,6 +79,7 @@ def add_mixed_products(
     exact = plan.shifted or plan.scales_dtype != "float32"
     pairs = scaling.pair_words(scales, exact)
     ways = [plan.ways[i % len(plan.ways)] for i in range(len(_tiles(plan)))]
+    totals = []
     for stripe, columns in enumerate(_stripes(plan)):
         pairs_ref[stripe] = pairs[:, columns]
         for words_ref in words:
@@ -103,7 +105,8 @@ def add_mixed_products(
                 total += y
         if waiting is not None:
             total = _add_scaled(total, *waiting, words[0].at[stripe], plan, compiled)
-        acc_ref[:, columns] += total if unit is None else total * unit[:, columns]
+        totals.append(total if unit is None else total * unit[:, columns])
+    return jnp.concatenate(totals, 1)
 
 
 def _tiles(plan: Plan) -> list[slice]:

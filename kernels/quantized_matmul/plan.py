@@ -127,7 +127,7 @@ class Plan:
     @property
     def rows_as_bytes(self) -> int:
         """Rows of x in a product of `as_bytes`, which "bytes_rows" of tiles.json bounds."""
-        return _copied_rows(self.m, self.depth, self.group)
+        return _copied_rows(self.bm, self.depth, self.group)
 
     @property
     def stripe(self) -> int:
@@ -177,13 +177,10 @@ def make_plan(
     offset: float = 0.0,
     rows: int | None = None,
     kind: str | None = None,
-    alone: bool = True,
 ) -> Plan:
     """Validates one call and chooses its types and blocks; arguments as in `quantized_matmul`.
 
     kind: the device kind to plan for; None: the one that is traced for.
-    alone: False plans for a kernel without `Plan.as_bytes` and `Plan.ways`, such as
-      `grouped_matmul`.
     """
     kind = kind or device_kind()
     if x.ndim != 2 or values.ndim != 2:
@@ -197,7 +194,7 @@ def make_plan(
     group = group_of(shape, scales.shape)
     entry = tuned(kind, _format(values.dtype, scales.dtype, offset), x.shape[0])
     depth = mxu_depth(kind)
-    to_bytes = alone and not transpose and _to_bytes(x, storage, n, group, depth, entry)
+    to_bytes = not transpose and _to_bytes(x, storage, n, group, depth, entry)
     after_from = 0 if to_bytes else entry["after_group_from"]
     mode = _scale_mode(shape[0], group, transpose, scale_mode, after_from)
     power = "bfloat16" if transpose or group % 16 else scales.dtype
@@ -216,7 +213,7 @@ def make_plan(
         *blocks,
         out.name,
         depth,
-        ways if alone else (),
+        ways,
     )
 
 

@@ -39,7 +39,7 @@ class Storage:
         """Bits that one weight takes in memory."""
         if self.name == "signs":
             return 1
-        return {"int2": 2, "int4": 4, "float4_e2m1fn": 4}.get(self.dtype, 8)
+        return {"int2": 2, "int4": 4, "float4_e2m1fn": 4, "bfloat16": 16}.get(self.dtype, 8)
 
     @property
     def step(self) -> int:

@@ -16,6 +16,7 @@ from tpu_stack.kernels.grouped_matmul import (
     reference_grouped_matmul,
     visits,
 )
+from tpu_stack.kernels.quantized_matmul import plan as planning
 from tpu_stack.kernels.quantized_matmul.cases import FORMATS, random_operands
 
 TOLERANCE = 3e-3
@@ -103,6 +104,31 @@ def test_race_free_over_many_blocks(name, sizes):
     check(*arguments, interpret=params, tiles=tiles)
 
 
+V5E, V5P, V6E = "TPU v5 lite", "TPU v5", "TPU v6 lite"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "activation", "k"),
+    [
+        *((V6E, name, "bfloat16", 512) for name in ("mxfp4", "nvfp4", "ternary_g64")),
+        *((V5E, name, "bfloat16", 1472) for name in ("mxfp4", "int4_g64", "int2")),  # ragged K
+        (V5P, "int4_g64", "float8_e4m3fn", 512),
+        (V6E, "int2_g128", "float8_e4m3fn", 640),
+        ("TPU7x", "int4", "bfloat16", 640),
+        ("TPU7x", "mxfp4", "bfloat16", 1280),
+    ],
+)
+def test_the_ways_of_each_chip(kind, name, activation, k, monkeypatch):
+    """As bytes, or tiles in turn in several ways: blocks of 16 rows, some of nobody's."""
+    monkeypatch.setattr(planning, "device_kind", lambda: kind)
+    arguments = operands(name, [0, 17, 0, 1, 30, 2], k=k, n=256, activation=activation, spare=30)
+    plan = make_grouped_plan(*arguments[:4], **arguments[4])
+    assert plan.as_bytes or plan.ways
+    pltpu.reset_tpu_interpret_mode_state()
+    params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    check(*arguments, interpret=params)
+
+
 @settings(deadline=None, max_examples=6, derandomize=True)
 @given(
     st.lists(st.integers(0, 40), min_size=1, max_size=5),
@@ -153,6 +179,9 @@ def test_blocks_of_rows_fit_what_an_expert_gets():
         scales = jax.ShapeDtypeStruct((experts, 64, 1, 1024), jnp.bfloat16)
         sizes = jax.ShapeDtypeStruct((experts,), jnp.int32)
         plan = make_grouped_plan(x, values, scales, sizes)
+        as_bytes = make_grouped_plan(x, values, scales, sizes, kind=V5E)
+        narrow = as_bytes.scale_mode == "after_group"  # where rows cost as much as visits
+        assert as_bytes.bm == (min(m, 16) if narrow else plan.bm)
         return plan.m, plan.bm
 
     assert blocks(8, 64) == (8, 8)

@@ -30,7 +30,10 @@ def test_lowers_to_mosaic(kind):
         for case in [*SMALL, *ODD]:
             call, arguments = bench.program(case)
             text = jax.jit(call).trace(*arguments).lower(lowering_platforms=("tpu",)).as_text()
-            assert text.count("tpu_custom_call") == 1, case
+            orders = case.startswith("int1") and case.endswith(
+                "-"
+            )  # a small kernel, of x's columns
+            assert text.count("tpu_custom_call") == 1 + orders, case
 
 
 @pytest.mark.slow

@@ -121,7 +121,6 @@ def test_bytes_only_where_the_tiles_say_so():
     assert plan_of("int2_g128", "bfloat16", V6E, m=17).as_bytes
     assert not plan_of("int2_g128", "bfloat16", "TPU7x").as_bytes
     assert not plan_of("int2_g128", "bfloat16", V6E, n=500).as_bytes
-    assert not plan_of("int2_g128", "bfloat16", V6E, alone=False).as_bytes
     assert not plan_of("int4", "bfloat16", V6E).as_bytes  # a cast of int4 is cheap there
     assert plan_of("int2_g128", "int8", V6E).operands == ("int8", "int8")
 

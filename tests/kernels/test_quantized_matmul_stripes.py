@@ -85,5 +85,4 @@ def test_only_where_they_are_right_and_the_tiles_say_so():
     assert not ways("nvfp4")  # scales that are no powers of two
     assert not ways("int4_g64")  # scaled after the product throughout
     assert not ways("mxfp4", activation="float8_e4m3fn")
-    assert not ways("mxfp4", alone=False)
     assert not ways("int4", kind=V6E)

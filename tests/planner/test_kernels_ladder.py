@@ -59,8 +59,8 @@ def test_grouped_steps_and_bytes_are_those_of_the_case_s_rows():
 
     case, shape = get_case("grouped_matmul", "int4", "bf16"), (19, 128, 130)
     sizes = np.asarray(case.operands(shape, 0)["group_sizes"])
-    # Sorted rows in blocks of 16: a visit for every pair that meets, the rows of nobody included.
-    owner = np.repeat(np.arange(9), [*sizes, 19 - sizes.sum()])
+    # Sorted rows in blocks of 16: a product for every pair that meets, none for the rows of nobody.
+    owner = np.repeat(np.arange(8), sizes)
     met = {(row // 16, expert) for row, expert in enumerate(owner)}
     region = Region(10, {})
     found = Compiled([Schedule("k", 20, region, region, {}, (2, UNBOUNDED, 1), 0, 0)])

@@ -84,7 +84,8 @@ def plan_of(
 def _visits(format: str, activation: str, shape: tuple[int, ...], kind: str, **options: Any) -> int:
     block = plan_of(format, activation, shape, kind, **options).bm
     sizes = jnp.asarray(group_sizes(shape[0], 0), jnp.int32)
-    return int(visits(sizes, shape[0], block).count)
+    found = visits(sizes, shape[0], block)
+    return int((found.expert[: int(found.count)] < EXPERTS).sum())  # nobody's rows: no product
 
 
 def _unread(format: str, activation: str, shape: tuple[int, ...]) -> int:
