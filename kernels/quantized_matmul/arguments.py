@@ -3,6 +3,7 @@
 >>> y = run(call, x, values, scales, row_scales, plan, interpret)  # call(operands, plan) -> [M, N]
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -47,10 +48,9 @@ def run(
     sums = None
     if plan.as_bytes:
         # x gets whole blocks first, of zeros: past the array there is no order to keep.
-        ends = ((0, -plan.m % plan.bm), (0, -plan.k % plan.bk))
-        x = jnp.pad(x.astype(jnp.bfloat16), ends)
-        order = (plan.codes, plan.group, plan.bk, plan.bm, plan.centered)
-        x, sums = order_rows(x, *order, interpret)
+        rows = plan.bm if plan.m <= plan.bm else math.lcm(plan.bm, 32)
+        x = jnp.pad(x, ((0, -plan.m % rows), (0, -plan.k % plan.bk)))
+        x, sums = order_rows(x, plan.codes, plan.group, plan.bk, plan.centered, interpret)
     elif plan.paired and not plan.transpose:
         x = pair_rows(jnp.pad(x, ((0, 0), (0, -plan.k % WORD_ROWS))), interpret)
     operands = [x if plan.widens_rows else x.astype(plan.operands[0]), _whole_blocks(values, plan)]

@@ -1,7 +1,7 @@
 """Weights of few bits as bytes of float8_e5m2, made on whole words, with scales after the dot.
 
 A cast of int2 goes through 32-bit floats, one weight to a lane, and e2m1 is decoded at two to a
-lane. Here a register of 32-bit words, 8 or 16 weights to a lane, becomes registers of bytes with a
+lane. Here a register of 32-bit words, 8 to 32 weights to a lane, becomes registers of bytes with a
 few integer operations. The MXU takes such bytes in at twice the rate of bfloat16.
 
 - 2 bits: code q + 2, in 0..3, set in as the mantissa of 2, is the float 2 + (q + 2) / 2 =
@@ -9,6 +9,7 @@ few integer operations. The MXU takes such bytes in at twice the rate of bfloat1
   each group, times `center`, is taken from the group's product.
 - 4 bits: code q + 8 is 4 a + b, both of two bits, each plane of bytes as above: q is
   2 (4 V + V' - 14). Both are multiplied, by 4 x and by x, into one sum.
+- 1 bit: moved to the sign of 1.
 - e2m1: sign, exponent and mantissa move to where e5m2 has them. The subnormal 1/2 becomes a normal
   number on the way: whether the MXU keeps subnormals of float8 is written nowhere.
 - Bytes come out in another order of rows than the words' own; x's columns are put in it first
@@ -16,21 +17,24 @@ few integer operations. The MXU takes such bytes in at twice the rate of bfloat1
 - A group of less than the MXU's depth would leave most of it idle: a tile as deep as the
   MXU is multiplied by one copy of x per group, zero outside its group, in one product.
 
->>> for factor, weights in planes(words_block, storage): ...
+>>> for factor, weights in planes(w_ref, slice(0, 256), columns, storage): ...
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from tpu_stack.kernels.quantized_matmul.columns import WORD_BYTES
-from tpu_stack.kernels.quantized_matmul.widen import Storage
+from tpu_stack.kernels.quantized_matmul.columns import WORD_BYTES, row_at
+from tpu_stack.kernels.quantized_matmul.widen import WORD_ROWS, Storage, as_stored
 
 
 def center(storage: Storage) -> float:
     """What the bytes' sum is taken less, before doubling, to be the weight; 0: they are it."""
-    if storage.name == "codes4":
+    if storage.name in ("codes4", "signs"):
         return 0.0
     if storage.dtype == "int4":
         return 14.0
@@ -39,7 +43,7 @@ def center(storage: Storage) -> float:
 
 def unit(storage: Storage) -> float:
     """What 1 means in the bytes' sum less its `center`."""
-    return 2.0**10 if storage.name == "codes4" else 2.0
+    return {"codes4": 2.0**10, "signs": 1.0}.get(storage.name, 2.0)
 
 
 def planes_of(storage: Storage) -> tuple[int, ...]:
@@ -47,12 +51,18 @@ def planes_of(storage: Storage) -> tuple[int, ...]:
     return (4, 1) if storage.name == "integer" and storage.dtype == "int4" else (1,)
 
 
-def planes(block: Array, storage: Storage) -> list[tuple[int, Array]]:
-    """The weights [R, N] as float8_e5m2 of the same shape, each with its factor.
+def planes(w_ref: Any, rows: slice, columns: slice, storage: Storage) -> list[tuple[int, Array]]:
+    """These rows of the block, in the order of bytes, as float8_e5m2; each plane with its factor.
 
-    R is a multiple of 128. The weight is `unit` times the sum of all, less the `center`.
+    Rows start and stop at multiples of 128. The weight is `unit` times the sum of all planes times
+    their factors, less the `center`.
     """
-    words = pltpu.bitcast(block, jnp.int32)
+    if storage.name == "signs":
+        words = range(rows.start // WORD_ROWS, -(-rows.stop // WORD_ROWS))
+        bits = rows.start % WORD_ROWS // WORD_BYTES, (rows.stop - 1) % WORD_ROWS // WORD_BYTES + 1
+        blocks = [w_ref[word * 8 : word * 8 + 8, columns] for word in words]
+        return [(1, _signs(blocks, range(*bits)))]
+    words = pltpu.bitcast(as_stored(w_ref[rows, columns], storage), jnp.int32)
     # Two's complement with its upper bit turned is q + 8 of four bits, and q + 2 of two.
     if storage.name == "codes4":
         made = [_float4_bytes(words)]
@@ -61,6 +71,16 @@ def planes(block: Array, storage: Storage) -> list[tuple[int, Array]]:
     else:
         made = [_mantissas(words, (0, 2, 4, 6), turned=True)]
     return list(zip(planes_of(storage), made, strict=True))
+
+
+def _signs(words: list[Array], bits: range) -> Array:
+    """+1 and -1 from the bits of each byte, registers of words one after the other."""
+    parts = []
+    for word in words:
+        for bit in bits:
+            moved = jnp.left_shift(word, jnp.int32(7 - bit)) if bit < 7 else word
+            parts.append((moved & _each(0x80)) ^ _each(0xBC))  # e5m2's -1, turned by a one
+    return _as_float8(parts)
 
 
 def _mantissas(words: Array, places: tuple[int, ...], turned: bool) -> Array:
@@ -113,19 +133,22 @@ def _as_float8(parts: list[Array]) -> Array:
     return jnp.concatenate([pltpu.bitcast(part, jnp.float8_e5m2) for part in parts], 0)
 
 
-def masked_copies(x: Array, codes: int, group: int) -> Array:
-    """[M, K] in byte order -> [copies * M, K], copy i zero but for the columns of group i.
+def groups_of(rows: slice, codes: int, group: int) -> list[int]:
+    """The groups that these places of the order in bytes have rows of; 1 is x's own order."""
+    place = np.arange(rows.start, rows.stop)
+    return np.unique((place if codes == 1 else row_at(place, codes)) // group).tolist()
 
-    codes: weights in a byte; 1 is x in its own order.
-    """
-    copies = max(x.shape[1] // group, 1)
-    if copies == 1:
-        return x
-    lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-    span = codes * WORD_BYTES
-    row = lane // span * span + lane % WORD_BYTES * codes  # up to the order in a byte
-    parts = [jnp.where(row // group == i, x, jnp.zeros_like(x)) for i in range(copies)]
-    return jnp.concatenate(parts, 0)
+
+def masked_copies(x: Array, rows: slice, codes: int, group: int) -> Array:
+    """x's columns `rows` in byte order -> [copies * M, columns], each zero but for one of
+    `groups_of(rows, codes, group)`."""
+    part, first = x[:, rows], rows.start % WORD_ROWS  # the same masks for all tiles
+    groups = groups_of(slice(first, first + part.shape[1]), codes, group)
+    if len(groups) == 1:
+        return part
+    place = first + jax.lax.broadcasted_iota(jnp.int32, part.shape, 1)
+    found = (place if codes == 1 else row_at(place, codes)) // group
+    return jnp.concatenate([jnp.where(found == i, part, jnp.zeros_like(part)) for i in groups], 0)
 
 
 def group_offsets(sums: Array, scales: Array) -> Float[Array, "M N"]:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from tpu_stack.kernels.quantized_matmul import as_bytes, scaling
 from tpu_stack.kernels.quantized_matmul.plan import Plan
-from tpu_stack.kernels.quantized_matmul.widen import as_stored, widen
+from tpu_stack.kernels.quantized_matmul.widen import widen
 
 _FLOAT8 = jnp.float8_e4m3fn
 """Holds int4 exactly."""
@@ -44,19 +44,19 @@ def byte_product(
         if plan.scales_dtype == "bfloat16":
             scales = scales.astype(jnp.bfloat16) if plan.k_edge else factors[0][...]
     tiles = _tiles(plan)
-    copies = [as_bytes.masked_copies(x[:, rows], plan.codes, plan.group) for rows in tiles]
+    copies = [as_bytes.masked_copies(x, rows, plan.codes, plan.group) for rows in tiles]
     totals = []
     for stripe, columns in enumerate(_stripes(plan)):
         words_ref[stripe] = words[:, columns]  # a load of stride 0 takes whole rows alone
         total = jnp.zeros((plan.bm, plan.stripe), jnp.float32)
         for rows, left_side in zip(tiles, copies, strict=True):
-            block = as_stored(w_ref[rows, columns], plan.storage)
             parts = [
                 _dot(left_side if factor == 1 else factor * left_side, right)
-                for factor, right in as_bytes.planes(block, plan.storage)
+                for factor, right in as_bytes.planes(w_ref, rows, columns, plan.storage)
             ]
+            groups = as_bytes.groups_of(rows, plan.codes, plan.group)
             y = reduce(jnp.add, parts)
-            total = _add_scaled(total, y, rows, words_ref.at[stripe], plan, compiled)
+            total = _add_scaled(total, y, groups, words_ref.at[stripe], compiled)
         if plan.centered:
             total -= as_bytes.group_offsets(sums, scales[:, columns])
         totals.append(total)
@@ -90,7 +90,7 @@ def mixed_product(
             block = w_ref[rows, columns]
             if way == "after":
                 y = _dot(
-                    as_bytes.masked_copies(x[:, rows], 1, plan.group),
+                    as_bytes.masked_copies(x, rows, 1, plan.group),
                     widen(block, plan.storage, _FLOAT8),
                 )
             else:
@@ -99,12 +99,12 @@ def mixed_product(
                 w = scaling.scaled_by_words(w, pairs_ref.at[stripe], plan.group, compiled, first)
                 y = _dot(x[:, rows], w.astype(plan.operands[1]) if way == "narrow" else w)
             if waiting is not None:
-                total = _add_scaled(total, *waiting, words[0].at[stripe], plan, compiled)
-            waiting = (y, rows) if way == "after" else None
+                total = _add_scaled(total, *waiting, words[0].at[stripe], compiled)
+            waiting = (y, as_bytes.groups_of(rows, 1, plan.group)) if way == "after" else None
             if waiting is None:
                 total += y
         if waiting is not None:
-            total = _add_scaled(total, *waiting, words[0].at[stripe], plan, compiled)
+            total = _add_scaled(total, *waiting, words[0].at[stripe], compiled)
         totals.append(total if unit is None else total * unit[:, columns])
     return jnp.concatenate(totals, 1)
 
@@ -118,13 +118,11 @@ def _stripes(plan: Plan) -> list[slice]:
     return [slice(start, start + plan.stripe) for start in range(0, plan.bn, plan.stripe)]
 
 
-def _add_scaled(
-    total: Array, y: Array, rows: slice, words_ref: Any, plan: Plan, compiled: bool
-) -> Array:
+def _add_scaled(total: Array, y: Array, groups: list[int], words_ref: Any, compiled: bool) -> Array:
     """total [M, columns] and each group's product in y [groups * M, columns] times its scales."""
     m, columns = total.shape
-    for i in range(y.shape[0] // m):
-        words = scaling.spread(words_ref, rows.start // plan.group + i, compiled)
+    for i, group in enumerate(groups):
+        words = scaling.spread(words_ref, group, compiled)
         scale = jax.lax.bitcast_convert_type(words, jnp.float32)
         part = y[i * m : (i + 1) * m].reshape(-1, scaling.TILE, columns)
         total += (part * scale[None]).reshape(m, columns)

@@ -3,10 +3,11 @@
 XLA moves columns by two or four in thousands of cycles. The MXU moves them in a few hundred: a
 product with ones where a column goes, which is exact.
 
->>> ordered, sums = order_rows(x, codes=4, group=64, bk=4096, bm=16, sums=True, interpret=False)
+>>> ordered, sums = order_rows(x, codes=4, group=64, bk=4096, sums=True, interpret=False)
 >>> paired = pair_rows(x, interpret=False)
 """
 
+import math
 from functools import partial
 from typing import Any
 
@@ -20,21 +21,40 @@ from tpu_stack.kernels.quantized_matmul.widen import WORD_ROWS
 
 WORD_BYTES = 32
 """Rows of bytes in a register: four from each of a word's eight rows."""
+_ORDERED_ROWS = 128
+"""Rows of a block of `order_rows`, at most."""
 _PAIRED_BLOCK = (512, 2048)
 """Rows and columns of a block of `pair_rows`, at most."""
 
 
+def row_at(place: Array, codes: int) -> Array:
+    """The row of the weight that is at each place in the order of bytes.
+
+    A register of eight rows of words becomes one of 32 rows of bytes, byte b of word row r at
+    4 r + b, for each of the `codes` places in a byte. Words of fewer than 32 codes hold rows side
+    by side: byte b's place j in word row r is row codes (4 r + b) + j. Words of 32 signs hold
+    every eighth row: it is row 64 b + 8 j + r.
+    """
+    span = codes * WORD_BYTES
+    first, at, within = place // span * span, place % span // WORD_BYTES, place % WORD_BYTES
+    if codes == 8:
+        return first + within % 4 * 64 + at * 8 + within // 4
+    return first + within * codes + at
+
+
 def order_rows(
-    x: BFloat16[Array, "M K"], codes: int, group: int, bk: int, bm: int, sums: bool, interpret: Any
+    x: Array, codes: int, group: int, bk: int, sums: bool, interpret: Any
 ) -> tuple[BFloat16[Array, "M K"], Float[Array, "blocks M groups"] | None]:
     """x with its columns as bytes order rows, and its sums over each group of rows if asked.
 
     A kernel of its own, of a few hundred bundles: XLA takes thousands of cycles to move columns by
-    four. bm divides M, bk divides K, `group` divides bk or the reverse.
+    four. bk divides K, `group` divides bk or the reverse.
 
-    codes: weights in a byte of the stored words, 4 or 2.
+    x: [M, K] of a type that bfloat16 holds; M at most 128 or a multiple of 32.
+    codes: weights in a byte of the stored words: 8, 4 or 2.
     """
     m, k = x.shape
+    bm = m if m <= _ORDERED_ROWS else math.gcd(m, _ORDERED_ROWS)
     ordered = jax.ShapeDtypeStruct((m, k), jnp.bfloat16)
     added = jax.ShapeDtypeStruct((k // bk, m, bk // group), jnp.float32)
     outs = [
@@ -56,35 +76,32 @@ def order_rows(
 def _order_kernel(
     x_ref: Any, ordered_ref: Any, sums_ref: Any = None, *, codes: int, group: int
 ) -> None:
-    """The results of all tiles of 128 columns by one product: with ones that move and that add."""
+    """The results of all tiles of columns by one product: with ones that move and that add."""
     bm, bk = x_ref.shape
-    tiles = bk // LANES
-    stacked = jnp.concatenate([x_ref[:, _columns(t)] for t in range(tiles)], 0)
-    row = jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), 0)
-    lane = jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), 1)
-    span = codes * WORD_BYTES
-    ones = [lane == row // span * span + row % codes * WORD_BYTES + row % span // codes]
-    per_tile = max(LANES // group, 1)
+    width = max(LANES, codes * WORD_BYTES)
+    tiles = [slice(first, first + width) for first in range(0, bk, width)]
+    x = x_ref[...].astype(jnp.bfloat16)
+    stacked = jnp.concatenate([x[:, columns] for columns in tiles], 0)
+    row = jax.lax.broadcasted_iota(jnp.int32, (width, width), 0)
+    lane = jax.lax.broadcasted_iota(jnp.int32, (width, width), 1)
+    ones = [row == row_at(lane, codes)]
+    per_tile = max(width // group, 1)
     if sums_ref is not None:
-        ones.append(lane % per_tile == row * per_tile // LANES)
+        ones.append(lane % per_tile == row * per_tile // width)
     right = jnp.concatenate([jnp.where(one, 1.0, 0.0).astype(jnp.bfloat16) for one in ones], 1)
     dims = (((1,), (0,)), ((), ()))
     y = jax.lax.dot_general(stacked, right, dims, preferred_element_type=jnp.float32)
-    for t in range(tiles):
-        ordered_ref[:, _columns(t)] = y[t * bm : (t + 1) * bm, :LANES].astype(jnp.bfloat16)
+    for t, columns in enumerate(tiles):
+        ordered_ref[:, columns] = y[t * bm : (t + 1) * bm, :width].astype(jnp.bfloat16)
     if sums_ref is None:
         return
-    lane = jax.lax.broadcasted_iota(jnp.int32, (bm, LANES), 1)
-    sums = jnp.zeros((bm, LANES), jnp.float32)
-    for t in range(tiles):
-        first = t * LANES // group
+    lane = jax.lax.broadcasted_iota(jnp.int32, (bm, width), 1)
+    sums = jnp.zeros((bm, width), jnp.float32)
+    for t in range(len(tiles)):
+        first = t * width // group
         here = (lane >= first) & (lane < first + per_tile)
-        sums += jnp.where(here, y[t * bm : (t + 1) * bm, LANES:], 0.0)
+        sums += jnp.where(here, y[t * bm : (t + 1) * bm, width:], 0.0)
     sums_ref[...] = sums[:, : sums_ref.shape[1]]
-
-
-def _columns(tile: int) -> slice:
-    return slice(tile * LANES, (tile + 1) * LANES)
 
 
 def pair_rows(x: Array, interpret: Any) -> BFloat16[Array, "M K"]:

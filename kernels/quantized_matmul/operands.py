@@ -55,6 +55,11 @@ def is_native(kind: str, left: Any, right: Any) -> bool:
     return bool(info.is_matmul_supported(jnp.dtype(left), jnp.dtype(right)))
 
 
+def has_no_int8(kind: str) -> bool:
+    """Whether this is a device kind of a TPU whose MXU multiplies floats alone."""
+    return kind in _VERSIONS and not is_native(kind, "int8", "int8")
+
+
 def choose_operands(
     x_dtype: Any, storage: Storage, mode: str, kind: str, scales_dtype: Any = "bfloat16"
 ) -> tuple[str, str]:
@@ -62,7 +67,8 @@ def choose_operands(
 
     Scales applied before the product ("before", "input") make bfloat16 of either side, unless they
     are powers of two: those shift e2m1 within float8_e5m2, which the MXU takes in at twice the
-    rate. int8 on int8 is exact in int32 on every chip, so it stays int8 where it is emulated too.
+    rate. int8 on int8 is exact in int32 on every chip, so it stays int8 where it is emulated too
+    (but see `ways.choose_way`).
     """
     x = jnp.dtype(x_dtype).name
     if x == "float32":

@@ -12,22 +12,20 @@ from tpu_stack.kernels.quantized_matmul.blocks import (
     ROWS,
     SUBLANES,
     choose_blocks,
-    round_up,
 )
 from tpu_stack.kernels.quantized_matmul.checks import check_dtypes, group_of, logical_shape
 from tpu_stack.kernels.quantized_matmul.operands import (
     casts_float4,
-    choose_operands,
     device_kind,
     mxu_depth,
     support,
 )
 from tpu_stack.kernels.quantized_matmul.tiles import read_tiles, tuned
+from tpu_stack.kernels.quantized_matmul.ways import SCALE_MODES, Weight, choose_way, copied_rows
 from tpu_stack.kernels.quantized_matmul.widen import WORD_ROWS, Storage, storage_of
 
 __all__ = ["LANES", "ROWS", "SCALE_MODES", "SUBLANES", "Plan", "make_plan", "read_tiles"]
 
-SCALE_MODES = ("after", "input", "before", "after_group")
 MAX_INT8_K = 2**31 // 2**14 - 1
 """A longer sum of products of int8 may leave int32."""
 
@@ -127,7 +125,7 @@ class Plan:
     @property
     def rows_as_bytes(self) -> int:
         """Rows of x in a product of `as_bytes`, which "bytes_rows" of tiles.json bounds."""
-        return _copied_rows(self.bm, self.depth, self.group)
+        return copied_rows(self.bm, self.depth, self.codes, self.group)
 
     @property
     def stripe(self) -> int:
@@ -193,74 +191,19 @@ def make_plan(
         raise ValueError(f"x {x.shape} does not fit values {values.shape}, transpose={transpose}")
     group = group_of(shape, scales.shape)
     entry = tuned(kind, _format(values.dtype, scales.dtype, offset), x.shape[0])
-    depth = mxu_depth(kind)
-    to_bytes = not transpose and _to_bytes(x, storage, n, group, depth, entry)
-    after_from = 0 if to_bytes else entry["after_group_from"]
-    mode = _scale_mode(shape[0], group, transpose, scale_mode, after_from)
-    power = "bfloat16" if transpose or group % 16 else scales.dtype
-    operands = choose_operands(x.dtype, storage, mode, kind, power)
-    if to_bytes and mode == "after_group":
-        operands = ("bfloat16", "float8_e5m2")
+    weight = Weight(storage, shape, group, jnp.dtype(scales.dtype).name, transpose)
+    mode, operands, ways = choose_way(x, weight, kind, entry, scale_mode)
     if operands[1] == "int8" and k > MAX_INT8_K:
         raise ValueError(f"int8 activations: K = {k} may overflow int32; at most {MAX_INT8_K}")
     blocks = choose_blocks(x, k, n, group, mode, transpose, storage, tiles, entry)
-    ways = _ways(x, storage, operands, mode, group, depth, entry) if not transpose else ()
     return Plan(
         *(x.shape[0], k, n, transpose, storage, operands),
         support(kind, x.dtype, storage, operands),
-        *(group, mode, jnp.dtype(scales.dtype).name),
+        *(group, mode, weight.scales_dtype),
         x_scales is not None or tensor_scale is not None,
         *blocks,
-        out.name,
-        depth,
-        ways,
+        *(out.name, mxu_depth(kind), ways),
     )
-
-
-def _to_bytes(
-    x: Any, storage: Storage, n: int, group: int, depth: int, entry: dict[str, Any]
-) -> bool:
-    """Whether `Plan.as_bytes` is possible, and pays by what tiles.json says.
-
-    Groups of x's sums lie in the lanes of one register. int8 activations stay exact integers.
-    Columns are whole lanes: where they and K are both ragged Mosaic aborts, "span_buffer".
-    """
-    wide = jnp.dtype(x.dtype).name in ("bfloat16", "float8_e4m3fn")
-    if not wide or n % LANES or (group not in (16, 32, 64, 128) and (not group or group % 256)):
-        return False
-    if storage.name != "codes4":
-        summed = storage.dtype in ("int2", "int4") and storage.name != "float4"
-        if not summed or group < 32 or entry["bk"] > LANES * group:
-            return False
-    return _copied_rows(x.shape[0], depth, group) <= entry["bytes_rows"]
-
-
-def _ways(
-    x: Any,
-    storage: Storage,
-    operands: tuple[str, str],
-    mode: str,
-    group: int,
-    depth: int,
-    entry: dict[str, Any],
-) -> tuple[str, ...]:
-    """`Plan.ways` where tiles.json has some for the format, and they are right for the call."""
-    ways = tuple(entry["ways"])
-    bfloat16 = jnp.dtype(x.dtype) == jnp.bfloat16 and operands[0] == "bfloat16"
-    if mode != "before" or not bfloat16 or group not in (32, 64, 128):
-        return ()
-    if "narrow" in ways and operands[1] != "float8_e5m2":
-        return ()
-    if "after" in ways and (
-        storage.name != "integer" or _copied_rows(x.shape[0], depth, group) > entry["ways_rows"]
-    ):
-        return ()
-    return ways
-
-
-def _copied_rows(m: int, depth: int, group: int) -> int:
-    """Rows of x in a product of `as_bytes`: a copy for each group in the MXU's depth."""
-    return round_up(m, ROWS) * max(depth // group, 1)
 
 
 def _format(dtype: Any, scales_dtype: Any, offset: float) -> str:
@@ -269,24 +212,3 @@ def _format(dtype: Any, scales_dtype: Any, offset: float) -> str:
     if name == "float4_e2m1fn" and jnp.dtype(scales_dtype).name == "float8_e4m3fn":
         return "nvfp4"
     return {"int2": "int2" if offset else "ternary", "int32": "int1"}.get(name, name)
-
-
-def _scale_mode(
-    rows: int, group: int, transpose: bool, asked: str | None, after_from: int | None
-) -> str:
-    per_row, per_column = group == 0, group == rows
-    if per_row or per_column:
-        right = ("after" if per_row == transpose else "input",)
-    elif transpose:
-        right = ("before",)
-    else:
-        right = ("before", "after_group")
-        if after_from is not None and group >= after_from:
-            right = right[::-1]
-    if asked is not None and asked not in right:
-        raise ValueError(
-            f"scale_mode {asked!r} is not possible here (transpose={transpose}, "
-            f"{'per row' if per_row else f'groups of {group} in {rows} rows'}); "
-            f"possible: {', '.join(right)}"
-        )
-    return asked or right[0]

@@ -14,6 +14,7 @@ from tpu_stack.kernels.quantized_matmul import (
 )
 from tpu_stack.kernels.quantized_matmul import plan as planning
 from tpu_stack.kernels.quantized_matmul.cases import FORMATS, abstract_operands, random_operands
+from tpu_stack.kernels.quantized_matmul.columns import row_at
 from tpu_stack.kernels.quantized_matmul.widen import as_stored, storage_of
 
 V5E, V5P, V6E = "TPU v5 lite", "TPU v5", "TPU v6 lite"
@@ -39,12 +40,7 @@ def test_every_code_in_every_place_is_a_normal_number_of_its_value(dtype, offset
     stored = as_stored(values, storage)
     places = len(as_bytes.planes_of(storage))
 
-    def kernel(w_ref, *outs):
-        for out, (_, plane) in zip(outs, as_bytes.planes(w_ref[...], storage), strict=True):
-            out[...] = plane
-
-    plane = jax.ShapeDtypeStruct((128, 128), jnp.float8_e5m2)
-    planes = pl.pallas_call(kernel, out_shape=[plane] * places, interpret=True)(stored)
+    planes = planes_of(stored, storage, slice(0, 128), places)
     total = sum(
         factor * np.asarray(plane, np.float64)
         for factor, plane in zip(as_bytes.planes_of(storage), planes, strict=True)
@@ -54,9 +50,44 @@ def test_every_code_in_every_place_is_a_normal_number_of_its_value(dtype, offset
     order = np.arange(128).reshape(-1, span // (8 // storage.bits), 8 // storage.bits)
     order = order.swapaxes(1, 2).ravel()  # of each span: those in place 0, then in place 1 ...
     np.testing.assert_array_equal(total, np.asarray(values, np.float64)[order] + offset)
+    no_subnormal(planes)
+
+
+def planes_of(stored, storage, rows, places=1):
+    """The planes of these rows of the block, [128, 128] each."""
+
+    def kernel(w_ref, *outs):
+        every = as_bytes.planes(w_ref, rows, slice(0, 128), storage)
+        for out, (_, plane) in zip(outs, every, strict=True):
+            out[...] = plane
+
+    plane = jax.ShapeDtypeStruct((rows.stop - rows.start, 128), jnp.float8_e5m2)
+    return pl.pallas_call(kernel, out_shape=[plane] * places, interpret=True)(stored)
+
+
+def no_subnormal(planes):
     for plane in planes:
         bits = np.asarray(plane).view(np.uint8)
-        assert np.all(((bits & 0x7C) != 0) | ((bits & 0x7F) == 0))  # no subnormal
+        assert np.all(((bits & 0x7C) != 0) | ((bits & 0x7F) == 0))
+
+
+@pytest.mark.parametrize("depth", [128, 256])
+def test_every_sign_in_every_place(depth):
+    signs = np.random.default_rng(0).integers(0, 2, (512, 128)) * 2 - 1
+    row = np.arange(512)
+    words = np.zeros((16, 128), np.uint32)
+    for k in row:  # the layout that `quantized_matmul` documents
+        bit = np.uint32(1) << np.uint32(k % 256 // 8)
+        words[8 * (k // 256) + k % 8] |= np.where(signs[k] > 0, bit, np.uint32(0))
+    stored, storage = jnp.asarray(words.view(np.int32)), storage_of(jnp.int32)
+    found = []
+    for first in range(0, 512, depth):
+        planes = planes_of(stored, storage, slice(first, first + depth))
+        no_subnormal(planes)
+        found.append(np.asarray(planes[0], np.float64))
+    place = row_at(row, 8)
+    assert sorted(place) == list(row)
+    np.testing.assert_array_equal(np.concatenate(found), signs[place])
 
 
 @pytest.mark.parametrize(
@@ -73,13 +104,19 @@ def test_every_code_in_every_place_is_a_normal_number_of_its_value(dtype, offset
         (V5E, "mxfp4", (1, 640, 128), None),
         (V6E, "nvfp4", (3, 592, 128), None),
         (V5E, "nvfp4", (17, 1152, 384), (16, 512, 256)),
+        (V6E, "int1_g64", (16, 576, 128), None),
+        (V5E, "int1_g128", (3, 640, 256), None),
+        (V6E, "int1_g128", (32, 1408, 256), (16, 1024, 128)),
     ],
 )
-def test_bytes_are_right_at_ragged_shapes(kind, name, shape, tiles, monkeypatch):
+@pytest.mark.parametrize("activation", ["bfloat16", "int8"])
+def test_bytes_are_right_at_ragged_shapes(kind, name, shape, tiles, activation, monkeypatch):
     monkeypatch.setattr(planning, "device_kind", lambda: kind)
-    x, values, scales, keywords = random_operands(FORMATS[name], "bfloat16", *shape)
+    x, values, scales, keywords = random_operands(FORMATS[name], activation, *shape)
     how = {"scale_mode": "after_group", "tiles": tiles}
-    assert make_plan(x, values, scales, **keywords, **how).as_bytes
+    if not make_plan(x, values, scales, **keywords, **how).as_bytes:
+        assert (activation, name[:5]) in {("int8", "int2_"), ("int8", "int4_")}  # as int8 there
+        return
     y = quantized_matmul(
         x, values, scales, **keywords, **how, out_dtype=jnp.float32, interpret=True
     )
@@ -119,10 +156,15 @@ def test_bytes_only_where_the_tiles_say_so():
     assert plan_of("int2", "bfloat16", V5E).as_bytes
     assert not plan_of("int2_g64", "bfloat16", V6E, m=17).as_bytes
     assert plan_of("int2_g128", "bfloat16", V6E, m=17).as_bytes
-    assert not plan_of("int2_g128", "bfloat16", "TPU7x").as_bytes
+    assert plan_of("int2_g128", "bfloat16", "TPU7x").as_bytes
+    assert not plan_of("int2", "bfloat16", "TPU7x").as_bytes
     assert not plan_of("int2_g128", "bfloat16", V6E, n=500).as_bytes
     assert not plan_of("int4", "bfloat16", V6E).as_bytes  # a cast of int4 is cheap there
     assert plan_of("int2_g128", "int8", V6E).operands == ("int8", "int8")
+    assert plan_of("int2_g64", "int8", V6E).as_bytes  # it would be scaled first, as bfloat16
+    assert plan_of("int2_g128", "int8", "TPU7x").as_bytes  # which has no units for int8
+    assert plan_of("int1_g64", "bfloat16", V6E).as_bytes
+    assert plan_of("int1", "bfloat16", V6E).paired
 
 
 def test_a_product_is_as_deep_as_the_matrix_unit():

@@ -84,5 +84,7 @@ def test_only_where_they_are_right_and_the_tiles_say_so():
     assert not ways("mxfp4", m=65)  # prefill has none
     assert not ways("nvfp4")  # scales that are no powers of two
     assert not ways("int4_g64")  # scaled after the product throughout
-    assert not ways("mxfp4", activation="float8_e4m3fn")
+    assert ways("mxfp4", activation="float8_e4m3fn") == ways("mxfp4")  # rows are widened
+    assert ways("int4", activation="int8") == ways("int4")
+    assert not ways("int4", activation="float32")
     assert not ways("int4", kind=V6E)
