@@ -1,4 +1,4 @@
-"""x's columns in the order in which a kernel makes the weight's rows, by small kernels.
+"""x as a kernel wants it, by small kernels: columns in the order of the weight's rows, or widened.
 
 XLA moves columns by two or four in thousands of cycles. The MXU moves them in a few hundred: a
 product with ones where a column goes, which is exact.
@@ -23,12 +23,12 @@ WORD_BYTES = 32
 """Rows of bytes in a register: four from each of a word's eight rows."""
 _ORDERED_ROWS = 128
 """Rows of a block of `order_rows`, at most."""
-_PAIRED_BLOCK = (512, 2048)
-"""Rows and columns of a block of `pair_rows`, at most."""
+_BLOCK = (512, 2048)
+"""Rows and columns of a block of `pair_rows` and `widen_rows`, at most."""
 
 
-def row_at(place: Array, codes: int) -> Array:
-    """The row of the weight that is at each place in the order of bytes.
+def row_at(place: Any, codes: int) -> Any:
+    """The row of the weight that is at each place in the order of bytes; of numpy or jax arrays.
 
     A register of eight rows of words becomes one of 32 rows of bytes, byte b of word row r at
     4 r + b, for each of the `codes` places in a byte. Words of fewer than 32 codes hold rows side
@@ -110,8 +110,8 @@ def pair_rows(x: Array, interpret: Any) -> BFloat16[Array, "M K"]:
     x: of a type that bfloat16 holds.
     """
     m, k = x.shape
-    bm = m if m < ROWS else min(_PAIRED_BLOCK[0], round_up(m, ROWS))
-    bk = min(_PAIRED_BLOCK[1], k)
+    bm = m if m < ROWS else min(_BLOCK[0], round_up(m, ROWS))
+    bk = min(_BLOCK[1], k)
     block = pl.BlockSpec((bm, bk), lambda i, j: (i, j))
     return pl.pallas_call(
         _pair_kernel,
@@ -122,6 +122,26 @@ def pair_rows(x: Array, interpret: Any) -> BFloat16[Array, "M K"]:
         interpret=interpret,
         name="pair_rows",
     )(x)
+
+
+def widen_rows(x: Array, interpret: Any) -> BFloat16[Array, "M K"]:
+    """x, of a type that bfloat16 holds, in bfloat16. XLA takes twenty times as long for float8."""
+    m, k = x.shape
+    bm, bk = (min(block, size) for block, size in zip(_BLOCK, (m, k), strict=True))
+    block = pl.BlockSpec((bm, bk), lambda i, j: (i, j))
+    return pl.pallas_call(
+        _widen_kernel,
+        out_shape=jax.ShapeDtypeStruct((m, k), jnp.bfloat16),
+        grid=(pl.cdiv(m, bm), pl.cdiv(k, bk)),
+        in_specs=[block],
+        out_specs=block,
+        interpret=interpret,
+        name="widen_rows",
+    )(x)
+
+
+def _widen_kernel(x_ref: Any, wide_ref: Any) -> None:
+    wide_ref[...] = x_ref[...].astype(jnp.bfloat16)
 
 
 def _pair_kernel(x_ref: Any, paired_ref: Any) -> None:

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
+from tpu_stack.kernels.quantized_matmul import plan as planning
 from tpu_stack.kernels.quantized_matmul import quantized_matmul, reference_quantized_matmul
-from tpu_stack.kernels.quantized_matmul.columns import pair_rows
+from tpu_stack.kernels.quantized_matmul.columns import order_rows, pair_rows, row_at, widen_rows
 from tpu_stack.kernels.quantized_matmul.plan import make_plan
 from tpu_stack.kernels.quantized_matmul.reference import dequantize
 
@@ -149,6 +150,48 @@ def test_columns_are_paired_exactly(dtype, m, k):
     got = pair_rows(x, interpret=True)
     assert got.dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.asarray(got.astype(jnp.float32)), want)
+
+
+@pytest.mark.parametrize(("m", "k"), [(96, 256), (80, 2304), (600, 4096)])
+def test_rows_are_widened_exactly(m, k):
+    x = jnp.asarray(np.random.default_rng(m).normal(size=(m, k))).astype("float8_e4m3fn")
+    got = widen_rows(x, interpret=True)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(got), np.asarray(x.astype(jnp.bfloat16)))
+
+
+def test_float8_rows_of_many_blocks_are_widened_once(monkeypatch):
+    monkeypatch.setattr(planning, "device_kind", lambda: "TPU v6 lite")
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(80, 256))).astype("float8_e4m3fn")
+    values = jnp.asarray(rng.integers(-9, 9, (256, 768)), jnp.int8)
+    scales = jnp.asarray(rng.random((1, 1, 768)), jnp.float32)
+    x_scales = jnp.asarray(rng.random((80, 1)), jnp.float32)
+
+    def call(x, interpret=True):
+        return quantized_matmul(
+            x, values, scales, x_scales=x_scales, tiles=(64, 256, 128), out_dtype=jnp.float32,
+            interpret=interpret,
+        )  # fmt: skip
+
+    assert "widen_rows" in str(jax.make_jaxpr(call)(x))
+    assert "widen_rows" not in str(jax.make_jaxpr(call)(x.astype(jnp.bfloat16)))
+    want = reference_quantized_matmul(x, values, scales, x_scales=x_scales)
+    np.testing.assert_allclose(np.asarray(call(x)), want, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("codes", [2, 4, 8])
+@pytest.mark.parametrize("m", [5, 128, 160])
+def test_columns_are_ordered_and_summed_exactly(codes, m):
+    x = np.random.default_rng(m).integers(-100, 100, (m, 1024))
+    for dtype in ("int8", "bfloat16"):
+        rows = jnp.asarray(x).astype(dtype)
+        got, sums = order_rows(rows, codes, 64, 512, codes < 8, interpret=True)
+        want = x[:, row_at(np.arange(1024), codes)]
+        np.testing.assert_array_equal(np.asarray(got, np.int32), want)
+        if sums is not None:
+            want = x.reshape(m, 2, 8, 64).sum(-1).swapaxes(0, 1)
+            np.testing.assert_array_equal(np.asarray(sums), want)
 
 
 @pytest.mark.parametrize(
