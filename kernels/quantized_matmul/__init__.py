@@ -58,7 +58,8 @@ def quantized_matmul(
       interpret: True or a `pltpu.InterpretParams` to interpret, False to compile for TPU, None to
         decide when lowered: compiled for TPU, interpreted on CPU.
 
-    int8 activations with integer weights are multiplied as integers, exactly, in int32.
+    int8 activations with integer weights are multiplied exactly: in int32, or as floats that hold
+    every sum before it is scaled.
 
     Returns: [M, N].
 

@@ -71,7 +71,7 @@ def mixed_product(
     Arguments as in `byte_product`; x in its own order, s_ref the scales alone, and in words, where
     "after" is a way, the scales as float32 after those as pairs of bfloat16.
     """
-    pairs_ref, *words = words
+    pairs_ref, *after = words
     if plan.shifted:
         scales, unit = scaling.shifts(s_ref, left, plan)
     else:
@@ -82,7 +82,7 @@ def mixed_product(
     totals = []
     for stripe, columns in enumerate(_stripes(plan)):
         pairs_ref[stripe] = pairs[:, columns]
-        for words_ref in words:
+        for words_ref in after:
             words_ref[stripe] = jax.lax.bitcast_convert_type(scales[:, columns], jnp.uint32)
         total = jnp.zeros((plan.bm, plan.stripe), jnp.float32)
         waiting = None  # products to scale, behind the next tile's instructions
@@ -99,12 +99,12 @@ def mixed_product(
                 w = scaling.scaled_by_words(w, pairs_ref.at[stripe], plan.group, compiled, first)
                 y = _dot(x[:, rows], w.astype(plan.operands[1]) if way == "narrow" else w)
             if waiting is not None:
-                total = _add_scaled(total, *waiting, words[0].at[stripe], compiled)
+                total = _add_scaled(total, *waiting, after[0].at[stripe], compiled)
             waiting = (y, as_bytes.groups_of(rows, 1, plan.group)) if way == "after" else None
             if waiting is None:
                 total += y
         if waiting is not None:
-            total = _add_scaled(total, *waiting, words[0].at[stripe], compiled)
+            total = _add_scaled(total, *waiting, after[0].at[stripe], compiled)
         totals.append(total if unit is None else total * unit[:, columns])
     return jnp.concatenate(totals, 1)
 

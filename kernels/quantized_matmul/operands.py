@@ -97,7 +97,7 @@ def choose_operands(
 def support(kind: str, x_dtype: Any, storage: Storage, operands: tuple[str, str]) -> str:
     """One line: "native" or "emulated", and why."""
     left, right = operands
-    stored = "1-bit words" if storage.name == "signs" else storage.dtype
+    stored = "a word of 1-bit weights" if storage.name == "signs" else storage.dtype
     product = f"{left} x {right}"
     if kind not in _VERSIONS:
         return f"emulated: no matmul facts for {kind!r}; {stored} is widened, {product} multiplied"

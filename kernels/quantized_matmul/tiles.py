@@ -7,8 +7,15 @@ from typing import Any
 
 DECODE_M = 64
 """Up to this many rows a call is memory-bound and takes the decode tiles."""
-_ALIASES = {"TPU v5e": "TPU v5 lite", "TPU v6e": "TPU v6 lite", "TPU v5p": "TPU v5"}
-"""Device kinds that are called otherwise in tiles.json."""
+_ALIASES = {
+    "TPU v5e": "TPU v5 lite",
+    "TPU v6e": "TPU v6 lite",
+    "TPU v5p": "TPU v5",
+    "TPU8t": "TPU7x",
+    "TPU8i": "TPU7x",
+}
+"""Device kinds that take another's tiles: called otherwise in tiles.json, or, as TPU 8, of which no
+compiler is public, taken to be like it."""
 
 
 @functools.cache

@@ -171,6 +171,21 @@ SCALE_REASONS = {
 }
 
 
+def _way(plan: Plan) -> list[str]:
+    """What is done beyond a cast and a product."""
+    if plan.as_bytes:
+        return [
+            "whole words of weights become bytes of float8_e5m2, each row of x a copy per group"
+        ]
+    if plan.ways:
+        return [
+            f"tiles of {plan.depth} rows in turn, so that no unit waits: {', '.join(plan.ways)}"
+        ]
+    if plan.paired:
+        return ["signs are laid over the scales' own sign bits; x's columns are paired to match"]
+    return []
+
+
 def _reasons(
     format: str, chip: Chip, shape: tuple[int, ...], chosen: Candidate, plan: Plan
 ) -> list[str]:
@@ -180,8 +195,11 @@ def _reasons(
         chosen.support,
         f"M={shape[0]} against a ridge of {chosen.ridge_rows:.0f} rows: {binds} binds (projected)",
         f"scales {plan.scale_mode}: {SCALE_REASONS[plan.scale_mode]}",
+        *_way(plan),
         f"{format} is {bits:.2f} bits a weight, {16 / bits:.1f} times less than bfloat16",
     ]
     if chip.is_projected:
-        reasons.append(f"no compiler for {chip.name} is public: lowered there, compiled for 7x")
+        reasons.append(
+            f"no compiler for {chip.name} is public: lowered there, compiled and tuned for 7x"
+        )
     return reasons
