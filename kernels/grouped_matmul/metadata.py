@@ -1,4 +1,4 @@
-"""Which expert meets which block of rows, worked out on the device before the kernel starts.
+"""Which expert meets which block of rows, worked out on the device before the product starts.
 
 Rows are sorted by expert, so the pairs (block, expert that has a row in it), in order, visit each
 block's experts one after the other: the output block stays in VMEM until all its rows are there.
@@ -8,9 +8,13 @@ megablox (arXiv:2211.15841), without its requirement that blocks divide the rows
 >>> metadata = visits(group_sizes, rows=1000, block=128)  # metadata.count pairs
 """
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int
 
 
@@ -39,32 +43,76 @@ def expert_of_rows(group_sizes: Int[Array, " E"], rows: int) -> Int[Array, " M"]
     return jnp.sum(ends <= jnp.arange(rows)[:, None], 1, dtype=jnp.int32)
 
 
-def visits(group_sizes: Int[Array, " E"], rows: int, block: int) -> Visits:
+def visits(group_sizes: Int[Array, " E"], rows: int, block: int, interpret: Any = None) -> Visits:
     """The visits of ceil(rows / block) blocks. Sizes that add up to more than `rows` are cut.
 
-    All pairs are compared rather than summed, searched and gathered: XLA makes several programs of
-    each of those, and to start one costs as much as all the arithmetic here.
+    A kernel of one scalar loop: XLA makes a dozen programs of it, and to start one costs as much as
+    all the arithmetic here.
+
+    interpret: as in `grouped_matmul`.
     """
-    experts = group_sizes.shape[0]
-    sizes = jnp.append(jnp.maximum(group_sizes, 0), rows)  # the rows of nobody: one more expert's
-    ends = jnp.minimum(_running_sum(sizes), rows)
-    starts = jnp.minimum(_running_sum(sizes) - sizes, rows)
-    first = starts // block
-    blocks = jnp.where(ends > starts, (ends - 1) // block - first + 1, 0)
-    until = _running_sum(blocks)
-    begin = until - blocks
-    count = until[-1]
-    step = jnp.minimum(jnp.arange(-(-rows // block) + experts), count - 1)
-    here = (begin <= step[:, None]) & (step[:, None] < until)  # one expert at each step
-    expert = jnp.sum(jnp.where(here, jnp.arange(experts + 1), 0), 1)
-    last = jnp.max(jnp.where(blocks[:-1] > 0, jnp.arange(experts), 0))
-    return Visits(
-        expert.astype(jnp.int32),
-        (step + jnp.sum(jnp.where(here, first - begin, 0), 1)).astype(jnp.int32),
-        jnp.minimum(expert, last).astype(jnp.int32),
-        jnp.append(starts, rows).astype(jnp.int32),
-        count.astype(jnp.int32),
+    run = partial(_visits, rows=rows, block=block)
+    if interpret is not None:
+        return run(group_sizes, interpret=interpret)
+    return jax.lax.platform_dependent(
+        group_sizes, cpu=partial(run, interpret=True), tpu=partial(run, interpret=False)
     )
+
+
+def _visits(group_sizes: Array, rows: int, block: int, interpret: Any) -> Visits:
+    experts = group_sizes.shape[0]
+    steps = -(-rows // block) + experts
+    lengths = (steps, steps, steps, experts + 2, 1)
+    expert, at, weight, bounds, count = pl.pallas_call(
+        partial(_kernel, rows=rows, block=block),
+        out_shape=[jax.ShapeDtypeStruct((length,), jnp.int32) for length in lengths],
+        in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM)],
+        out_specs=[pl.BlockSpec(memory_space=pltpu.SMEM)] * len(lengths),
+        interpret=interpret,
+        name="visits",
+    )(group_sizes)
+    return Visits(expert, at, weight, bounds, count.reshape(()))
+
+
+def _kernel(
+    sizes_ref: Any,
+    expert_ref: Any,
+    block_ref: Any,
+    weight_ref: Any,
+    bounds_ref: Any,
+    count_ref: Any,
+    rows: int,
+    block: int,
+) -> None:
+    experts, steps = sizes_ref.shape[0], expert_ref.shape[0]
+
+    def put(step: Any, expert: Any, at: Any, weight: Any) -> None:
+        expert_ref[step] = expert
+        block_ref[step] = at
+        weight_ref[step] = weight
+
+    def visit(expert: Any, so_far: Any) -> Any:
+        step, start, last = so_far
+        size = sizes_ref[jnp.minimum(expert, experts - 1)]
+        size = jnp.where(expert < experts, jnp.maximum(size, 0), rows)  # the last: nobody's rows
+        end = jnp.minimum(start + jnp.minimum(size, rows), rows)
+        last = jnp.where((end > start) & (expert < experts), expert, last)
+        bounds_ref[expert] = start
+        first, until = start // block, jnp.where(end > start, (end - 1) // block + 1, 0)
+
+        def one(at: Any, step: Any) -> Any:
+            put(step, expert, at, jnp.minimum(expert, last))
+            return step + 1
+
+        return jax.lax.fori_loop(first, jnp.maximum(first, until), one, step), end, last
+
+    zero = jnp.int32(0)
+    count, _, last = jax.lax.fori_loop(0, experts + 1, visit, (zero, zero, zero))
+    bounds_ref[experts + 1] = jnp.int32(rows)
+    count_ref[0] = count
+    # What is past the last step is never visited, yet a valid place.
+    end = jnp.int32(-(-rows // block) - 1)
+    jax.lax.fori_loop(count, steps, lambda step, _: put(step, jnp.int32(experts), end, last), None)
 
 
 def _running_sum(sizes: Int[Array, " E"]) -> Int[Array, " E"]:

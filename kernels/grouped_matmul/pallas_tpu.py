@@ -47,7 +47,7 @@ def pallas_grouped_matmul(
 
 def _call(operands: list[Array], plan: Plan, group_sizes: Array, interpret: Any) -> Array:
     experts = group_sizes.shape[0]
-    *prefetched, count = visits(group_sizes, plan.m, plan.bm)
+    *prefetched, count = visits(group_sizes, plan.m, plan.bm, interpret)
     return pl.pallas_call(
         partial(_kernel, plan=plan, experts=experts, compiled=interpret is False),
         out_shape=jax.ShapeDtypeStruct((plan.m, plan.n), jnp.dtype(plan.out_dtype)),

@@ -30,10 +30,9 @@ def test_lowers_to_mosaic(kind):
         for case in [*SMALL, *ODD]:
             call, arguments = bench.program(case)
             text = jax.jit(call).trace(*arguments).lower(lowering_platforms=("tpu",)).as_text()
-            orders = case.startswith("int1") and case.endswith(
-                "-"
-            )  # a small kernel, of x's columns
-            assert text.count("tpu_custom_call") == 1 + orders, case
+            # The visits, the product, and for some 1-bit weights x's columns in their order.
+            kernels = 3 if case.startswith("int1") and case.endswith("-") else 2
+            assert text.count("tpu_custom_call") == kernels, case
 
 
 @pytest.mark.slow
