@@ -105,7 +105,9 @@ def make_plan(
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap is {softcap}; it needs to be positive")
     scaled = _check_scales(k_pages, k_scales, v_scales)
-    pages, heads = tiles or _tiles(page, kv_heads, head_dim, jnp.dtype(k_pages.dtype).itemsize)
+    in_sight = min(page_table.shape[1] * page, window or page_table.shape[1] * page)
+    itemsize = jnp.dtype(k_pages.dtype).itemsize
+    pages, heads = tiles or _tiles(page, in_sight, kv_heads, head_dim, itemsize)
     pages = min(pages, page_table.shape[1])
     if pages < 1 or heads < 1 or kv_heads % heads:
         raise ValueError(f"tiles ({pages}, {heads}): {heads} does not divide {kv_heads} key heads")
@@ -156,13 +158,21 @@ def _check_scales(k_pages: Any, k_scales: Any, v_scales: Any) -> bool:
 
 @functools.cache
 def read_tiles() -> dict[str, Any]:
-    """tiles.json: `libtpu`, `tokens` per grid step, `max_pages` and `block_bytes` of keys."""
+    """tiles.json: `libtpu`, `least_tokens` and `most_tokens` per grid step, the `share` of the
+    tokens in sight that a step takes between them, `max_pages`, and `block_bytes` of keys."""
     return json.loads((Path(__file__).parent / "tiles.json").read_text(encoding="utf-8"))
 
 
-def _tiles(page: int, kv_heads: int, head_dim: int, itemsize: int) -> tuple[int, int]:
-    """Pages up to the wanted tokens, then as many key heads as the block's bytes allow."""
+def _tiles(
+    page: int, in_sight: int, kv_heads: int, head_dim: int, itemsize: int
+) -> tuple[int, int]:
+    """Pages up to the wanted tokens, then as many key heads as the block's bytes allow.
+
+    A step costs some hundred bundles whatever it holds, and the last of a sequence is computed
+    whole: long sequences are best in large steps, short ones in small.
+    """
     wanted = read_tiles()
-    pages = min(wanted["max_pages"], max(1, wanted["tokens"] // page))
+    tokens = min(wanted["most_tokens"], max(wanted["least_tokens"], in_sight // wanted["share"]))
+    pages = min(wanted["max_pages"], max(1, tokens // page))
     most = max(1, wanted["block_bytes"] // (pages * page * head_dim * itemsize))
     return pages, max(d for d in range(1, kv_heads + 1) if kv_heads % d == 0 and d <= most)
