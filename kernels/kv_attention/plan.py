@@ -11,8 +11,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from tpu_stack.kernels.quantized_matmul.operands import device_kind
+
 Q_DTYPES = ("bfloat16", "float32")
 PAGE_DTYPES = ("bfloat16", "float8_e4m3fn", "int8")
+TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")
+"""Device kinds that are two cores, which share a grid."""
 PAGE_STEP = 16
 """Rows of a bfloat16 tile: pages of a multiple of this many tokens join without being moved."""
 
@@ -31,6 +35,7 @@ class Plan:
       softcap: scores become softcap * tanh(score / softcap); None for none.
       scale: of the scores.
       scaled: whether the pages come with scales per token.
+      cores: of the device, where they divide the sequences; else 1.
     """
 
     batch: int
@@ -45,6 +50,7 @@ class Plan:
     softcap: float | None
     scale: float
     scaled: bool
+    cores: int
 
     @property
     def group(self) -> int:
@@ -57,12 +63,17 @@ class Plan:
         return self.pages * self.page
 
     @property
-    def grid(self) -> tuple[int, int, int]:
-        """(sequences, blocks of key heads, blocks of pages). A window bounds the last."""
+    def steps(self) -> int:
+        """Blocks of pages per sequence. A window bounds them."""
         blocks = -(-self.table // self.pages)
-        if self.window is not None:
-            blocks = min(blocks, (self.window + self.tokens - 2) // self.tokens + 1)
-        return (self.batch, self.kv_heads // self.heads, blocks)
+        if self.window is None:
+            return blocks
+        return min(blocks, (self.window + self.tokens - 2) // self.tokens + 1)
+
+    @property
+    def grid(self) -> tuple[int, int, int, int]:
+        """(cores, sequences of each, blocks of key heads, blocks of pages)."""
+        return self.cores, self.batch // self.cores, self.kv_heads // self.heads, self.steps
 
 
 def make_plan(
@@ -124,6 +135,7 @@ def make_plan(
         softcap=softcap,
         scale=head_dim**-0.5 if scale is None else scale,
         scaled=scaled,
+        cores=2 if device_kind() in TWO_CORES and batch % 2 == 0 else 1,
     )
 
 

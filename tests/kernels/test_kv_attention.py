@@ -89,10 +89,10 @@ def test_a_window_at_every_edge_of_a_block(window):
 
 def test_a_window_bounds_the_grid():
     arguments = operands(table=400, lengths=[16])
-    assert make_plan(*arguments, tiles=(2, 1)).grid == (1, 2, 200)
+    assert make_plan(*arguments, tiles=(2, 1)).grid == (1, 1, 2, 200)
     # 33 tokens that start at the last token of a block end in the second block after it.
-    assert make_plan(*arguments, tiles=(2, 1), window=34).grid == (1, 2, 3)
-    assert make_plan(*arguments, tiles=(2, 1), window=33).grid == (1, 2, 2)
+    assert make_plan(*arguments, tiles=(2, 1), window=34).grid == (1, 1, 2, 3)
+    assert make_plan(*arguments, tiles=(2, 1), window=33).grid == (1, 1, 2, 2)
 
 
 def test_race_free_and_reads_nothing_uninitialised():

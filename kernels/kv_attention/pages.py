@@ -1,0 +1,130 @@
+"""A block's pages, copied from device memory while the block before it is computed on.
+
+>>> copies = Copies(fetch_ref, lengths_ref, stored, buffers, semaphores, plan)
+>>> copies.start(place, slot)  # and a step later
+>>> copies.wait(place, slot)
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array
+
+from tpu_stack.kernels.kv_attention.plan import Plan
+
+
+class Place(NamedTuple):
+    """One step of a core's grid: sequence, block of key heads, block of pages, as int32 scalars."""
+
+    sequence: Any
+    heads: Any
+    block: Any
+
+
+def first_block(length: Array, plan: Plan) -> Array | int:
+    """The block that holds the first token in sight."""
+    if plan.window is None:
+        return 0
+    return jnp.maximum(length - plan.window, 0) // plan.tokens
+
+
+def pages_to_fetch(page_table: Array, lengths: Array, count: int, plan: Plan) -> Array:
+    """int32 [B, steps * pages]: the page of each copy at each step. Worked out before the kernel,
+    whose scalar arithmetic would cost as much as the attention.
+
+    No entry of the table past the length is used: there the last page within it stays.
+    """
+    length = jnp.clip(lengths, 0, plan.table * plan.page)[:, None]
+    last = jnp.maximum(pl.cdiv(length, plan.page) - 1, 0)
+    entry = first_block(length, plan) * plan.pages + jnp.arange(plan.steps * plan.pages)
+    fetch = jnp.take_along_axis(page_table, jnp.minimum(entry, last), axis=1)
+    # A sequence without tokens may have any number in its first entry.
+    return jnp.clip(fetch, 0, count - 1)
+
+
+@dataclass(frozen=True)
+class Copies:
+    """The copies of the pages of one step.
+
+    Attributes:
+      fetch_ref: `pages_to_fetch`.
+      lengths_ref: int32 [B].
+      stored: refs in device memory of keys and values, then of their scales if there are any.
+      buffers: for each of them VMEM [2, pages, heads, ...]: slot 0 and 1.
+      semaphores: one per slot.
+    """
+
+    fetch_ref: Any
+    lengths_ref: Any
+    stored: tuple[Any, ...]
+    buffers: tuple[Any, ...]
+    semaphores: Any
+    plan: Plan
+
+    def tokens(self, place: Place) -> tuple[Array, Array]:
+        """The sequence's length, and its first token of the step."""
+        plan = self.plan
+        length = jnp.clip(self.lengths_ref[place.sequence], 0, plan.table * plan.page)
+        return length, (first_block(length, plan) + place.block) * plan.tokens
+
+    def start(self, place: Place, slot: Any, once: bool = False) -> None:
+        """Starts to fill the slot's buffers with the pages that the sequence has in this step.
+
+        once: that this is called at one step of all, so that its instructions should be few.
+        """
+        whole, pages = self._pages(place)
+
+        def start_page(page: Any, _: None = None) -> None:
+            for copy in self._of(place, slot, page):
+                copy.start()
+
+        @pl.when(jnp.logical_not(whole) | once)
+        def _():
+            jax.lax.fori_loop(0, pages, start_page, None)
+
+        if not once:  # written out: a loop costs as much again
+
+            @pl.when(whole)
+            def _():
+                for page in range(self.plan.pages):
+                    start_page(page)
+
+    def wait(self, place: Place, slot: Any) -> None:
+        """Until what `start` started is there."""
+        whole, pages = self._pages(place)
+
+        def wait_page(page: Any, _: None) -> None:
+            for copy in self._of(place, slot, page):
+                copy.wait()
+
+        @pl.when(whole)
+        def _():
+            # A semaphore counts bytes: one wait for as many as all copies bring.
+            for buffer in self.buffers:
+                of_slot, semaphore = buffer.at[slot], self.semaphores.at[slot]
+                pltpu.make_async_copy(of_slot, of_slot, semaphore).wait()
+
+        @pl.when(jnp.logical_not(whole))
+        def _():
+            jax.lax.fori_loop(0, pages, wait_page, None)
+
+    def _pages(self, place: Place) -> tuple[Array, Array]:
+        """Whether the block is whole, and the pages that the sequence has in it."""
+        length, first = self.tokens(place)
+        left = jnp.clip(length - first, 0, self.plan.tokens)
+        return left == self.plan.tokens, pl.cdiv(left, self.plan.page)
+
+    def _of(self, place: Place, slot: Any, page: Any) -> list[Any]:
+        plan = self.plan
+        number = self.fetch_ref[place.sequence, place.block * plan.pages + page]
+        heads = pl.ds(place.heads * plan.heads, plan.heads)
+        return [
+            pltpu.make_async_copy(
+                array.at[heads, number], buffer.at[slot, page], self.semaphores.at[slot]
+            )
+            for array, buffer in zip(self.stored, self.buffers, strict=True)
+        ]
