@@ -9,6 +9,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from tpu_stack.kernels.kv_attention import kv_attention, make_plan, reference_kv_attention
+from tpu_stack.kernels.kv_attention import plan as planning
 
 TOLERANCE = {"bfloat16": 2 * 2.0**-8, "float32": 1e-5}
 """Relative Frobenius error. In bfloat16 the weights, the result and, where it is no bfloat16
@@ -59,6 +60,23 @@ def check(arguments, interpret=None, tiles=None, **options):
 @pytest.mark.parametrize("options", [{"scale": 0.3}, {"window": 20, "softcap": 2.0}], ids=str)
 def test_ragged_lengths(dtype, q_dtype, options):
     check(operands(dtype, q_dtype), tiles=(2, 1), **options)
+
+
+@pytest.mark.parametrize("batch", [6, 3])
+def test_two_cores_share_the_sequences(batch, monkeypatch):
+    monkeypatch.setattr(planning, "device_kind", lambda: "TPU v5p")
+    arguments = operands(lengths=[33, 0, 80, 16, 37, 1][:batch])
+    assert make_plan(*arguments, tiles=(2, 1)).grid[:2] == ((2, 3) if batch == 6 else (1, 3))
+    params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    check(arguments, interpret=params, tiles=(2, 1))
+
+
+def test_long_sequences_take_large_steps():
+    def tokens(table, window=None):
+        return make_plan(*operands(table=table, page=128, lengths=[9]), window=window).tokens
+
+    assert [tokens(table) for table in (1, 8, 16, 32, 64)] == [128, 256, 512, 1024, 1024]
+    assert tokens(64, window=1024) == 256  # as few as fit the window well
 
 
 @pytest.mark.parametrize(
