@@ -19,6 +19,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+from jax.experimental.layout import Format, Layout
+
 from tpu_stack.kernels.compiled.loops import DumpError, issued, libtpu_version
 
 TOPOLOGY = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
@@ -41,6 +44,20 @@ def estimated_cycles(text: str) -> int | None:
     of one of them."""
     cycles = [int(found) for found in re.findall(r'"estimated_cycles":"(\d+)"', text)]
     return sum(cycles) if cycles and max(cycles) < NO_ESTIMATE else None
+
+
+def placed(array: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    """The abstract operand on the device. A factor per row, float32 [M, 1], lies as the kernel that
+    makes it leaves it, row by row: XLA would have a parameter of that shape come transposed, and
+    copy it.
+    """
+    place = Format(Layout((0, 1)), sharding) if is_row_factor(array) else sharding
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)
+
+
+def is_row_factor(array: Any) -> bool:
+    """Whether it is float32 [M, 1]."""
+    return array.ndim == 2 and array.shape[1] == 1 and array.dtype == "float32"
 
 
 def compile_case(

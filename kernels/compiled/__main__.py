@@ -12,7 +12,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tpu_stack.kernels.compiled import TOPOLOGY
+from tpu_stack.kernels.compiled import TOPOLOGY, placed
 
 
 def kernels(module: str, case: str, mesh: Mesh) -> list[str]:
@@ -23,7 +23,7 @@ def kernels(module: str, case: str, mesh: Mesh) -> list[str]:
     whole = NamedSharding(mesh, PartitionSpec())
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         function, arguments = importlib.import_module(module).program(case)
-        arguments = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole) for a in arguments]
+        arguments = [placed(a, whole) for a in arguments]
         text = jax.jit(function).lower(*arguments).compile().as_text() or ""
     calls = re.findall(r"%([\w.]+) = .*custom_call_target=\"tpu_custom_call\"", text)
     if not calls:

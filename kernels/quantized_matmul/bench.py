@@ -14,20 +14,16 @@ None of it is a measurement. 7x is also the proxy for TPU 8.
 
 import argparse
 import json
-import math
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.experimental import topologies
-from jax.experimental.layout import Format, Layout
-from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tpu_stack.kernels.compiled import (
@@ -35,26 +31,15 @@ from tpu_stack.kernels.compiled import (
     TOPOLOGY,
     estimated_cycles,
     libtpu_version,
+    placed,
     read_bundles,
 )
 from tpu_stack.kernels.compiled.loops import issued
-from tpu_stack.kernels.quantized_matmul import make_plan, quantized_matmul
-from tpu_stack.kernels.quantized_matmul.cases import (
-    ACTIVATIONS,
-    FORMATS,
-    abstract_operands,
-    stored_bytes,
-)
-from tpu_stack.kernels.quantized_matmul.peers import BFLOAT16, PEERS, XLA_PEERS, Peer, make_peer
+from tpu_stack.kernels.quantized_matmul import make_plan
+from tpu_stack.kernels.quantized_matmul.bench_case import hbm_cycles, mxu_cycles, parse, program
+from tpu_stack.kernels.quantized_matmul.cases import FORMATS
+from tpu_stack.kernels.quantized_matmul.peers import BFLOAT16, PEERS, XLA_PEERS
 
-CLOCK_HZ = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9, "7x": 2.2e9}
-"""Implied by peak bf16 FLOP/s over MXU size in jax's chip table; used only to state HBM cycles."""
-VERSIONS = {
-    "v5e": pltpu.ChipVersion.TPU_V5E,
-    "v5p": pltpu.ChipVersion.TPU_V5P,
-    "v6e": pltpu.ChipVersion.TPU_V6E,
-    "7x": pltpu.ChipVersion.TPU_7X,
-}
 KERNEL_CASES = ("int8", "int4", "int4:after_group")
 FAMILIES = ("int8", "fp8_e4m3", "int4", "int4_g128", "mxfp4", "nvfp4", "int2", "ternary", "int1")
 """A format of each kind, whose rows stand for the others."""
@@ -74,48 +59,6 @@ ALL_CASES = (
 """Every format with bfloat16, float8 and int8 activations, and XLA's ways to do the same."""
 
 
-class Parts(NamedTuple):
-    """What a case's name says; `peer` and `mode` are empty where it says nothing."""
-
-    peer: str
-    format: str
-    activation: str
-    mode: str
-
-
-def parse(case: str) -> Parts:
-    """The parts of "[PEER:]FORMAT[@ACTIVATION][:MODE]".
-
-    Raises: ValueError for a peer, format or activation that does not exist.
-    """
-    peer, _, rest = case.rpartition(":") if case.split(":")[0] in PEERS else ("", "", case)
-    name, _, mode = rest.partition(":")
-    name, _, activation = name.partition("@")
-    activation = activation or "bfloat16"
-    if name not in FORMATS and not (peer and name == BFLOAT16):
-        known = (*FORMATS, *((BFLOAT16,) if peer else ()))
-        raise ValueError(f"case {case!r}: no format {name!r}; formats: {', '.join(known)}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"case {case!r}: no activation {activation!r}: {', '.join(ACTIVATIONS)}")
-    return Parts(peer, name, activation, mode)
-
-
-def program(case: str, shape: list[int]) -> Peer:
-    """The function that one case compiles, its abstract operands and the steps of its grid."""
-    parts = parse(case)
-    if parts.peer:
-        return make_peer(parts.peer, parts.format, parts.activation, tuple(shape))
-    format = FORMATS[parts.format]
-    operands = abstract_operands(format, parts.activation, *shape)
-    options = {"offset": format.offset, "scale_mode": parts.mode or None}
-
-    def function(x: Any, values: Any, scales: Any, keywords: dict[str, Any]) -> Any:
-        return quantized_matmul(x, values, scales, interpret=False, **options, **keywords)
-
-    *arrays, keywords = operands
-    return Peer(function, operands, math.prod(make_plan(*arrays, **options, **keywords).grid))
-
-
 def compile_here(case: str, chip: str, shape: list[int]) -> dict[str, Any]:
     """Compiles one case in this process; `estimated_cycles` is None where XLA gives none.
 
@@ -126,22 +69,13 @@ def compile_here(case: str, chip: str, shape: list[int]) -> dict[str, Any]:
     whole = NamedSharding(mesh, PartitionSpec())
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         made = program(case, shape)
-        operands = jax.tree.map(lambda a: _placed(a, whole), made.operands)
+        operands = jax.tree.map(lambda a: placed(a, whole), made.operands)
         text = jax.jit(made.function).lower(*operands).compile().as_text() or ""
         result: dict[str, Any] = {"estimated_cycles": estimated_cycles(text)}
         if made.steps is not None:
             calls = re.findall(r"%([\w.]+) = .*custom_call_target=\"tpu_custom_call\"", text)
             result |= {"steps": made.steps, "kernels": calls}
         return result | ({} if parse(case).peer else _planned(case, operands))
-
-
-def _placed(array: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    """The operand on the device. A factor per row, [M, 1], lies as the kernel that makes it leaves
-    it, row by row: XLA would have a parameter of that shape come transposed, and copy it.
-    """
-    rows = array.ndim == 2 and array.shape[1] == 1
-    place = Format(Layout((0, 1)), sharding) if rows else sharding
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)
 
 
 def _planned(case: str, operands: tuple[Any, ...]) -> dict[str, Any]:
@@ -181,34 +115,6 @@ def compile_in_subprocess(case: str, chip: str, shape: list[int]) -> dict[str, A
             result["bundles"] = sum(read.values())
             result["issued"] = sum(issued(Path(folder), k, (result["steps"],)) for k in kernels)
         return result
-
-
-def hbm_cycles(case: str, chip: str, shape: list[int]) -> int:
-    """Clock cycles that moving the operands and result once takes at the chip's HBM bandwidth."""
-    parts, (m, k, n) = parse(case), shape
-    if parts.format == BFLOAT16:
-        moved = 2.0 * (m * k + k * n)
-    else:
-        operands = abstract_operands(FORMATS[parts.format], parts.activation, *shape)
-        moved = sum(stored_bytes(array) for array in jax.tree.leaves(operands))
-    return round((moved + 2 * m * n) / bandwidth(chip) * CLOCK_HZ[chip])
-
-
-def mxu_cycles(case: str, chip: str, shape: list[int], operands: Sequence[str]) -> int:
-    """Clock cycles of the product at the chip's peak rate for `operands`; a peer's are unknown, and
-    then the rate is that of its rows' type, the fastest that it can have."""
-    activation = parse(case).activation
-    types = set(operands or (activation,))
-    info = pltpu.get_tpu_info_for_chip(VERSIONS[chip], 1)
-    fp8 = info.fp8_ops_per_second
-    eight = {"int8": info.int8_ops_per_second, "float8_e4m3fn": fp8, "float8_e5m2": fp8}
-    rates = [eight.get(name, 0) or info.bf16_ops_per_second for name in types]
-    return round(2 * math.prod(shape) / min(rates) * CLOCK_HZ[chip])
-
-
-def bandwidth(chip: str) -> float:
-    """HBM bytes per second of one TensorCore, from jax's chip table."""
-    return float(pltpu.get_tpu_info_for_chip(VERSIONS[chip], 1).mem_bw_bytes_per_second)
 
 
 def run(chips: list[str], shape: list[int], cases: list[str]) -> list[dict[str, Any]]:

@@ -108,12 +108,14 @@ def test_results_are_kept_by_content(case, tmp_path, monkeypatch):
 
 
 def test_source_lines_are_no_part_of_the_content():
-    def key(lines, body="abc"):
+    def key(lines, body="abc", rows="bf16"):
         text = rf"{{\22body\22: \22{body}\22, \22debug_locations\22: \22{lines}\22}}"
-        return compiling._key(text, "v6e")
+        case = get_case("quantized_matmul", "int8", rows)
+        return compiling._key(text, Job(case, "v6e", case.small))
 
     assert key("one") == key("two")
     assert key("one") != key("one", body="abd")
+    assert key("one") != key("one", rows="fp8")  # factors of rows come in a layout of their own
 
 
 def test_a_kernel_that_cannot_be_lowered_is_a_result(case, tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ import jax
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from tpu_stack.files import write_json
+from tpu_stack.kernels.compiled import is_row_factor
 from tpu_stack.planner.kernels.bundles import Schedule
 from tpu_stack.planner.kernels.cases import Case
 from tpu_stack.planner.kernels.compiler_process import answers
@@ -155,7 +156,7 @@ def compile_jobs(
             except Exception as error:  # refused before the compiler saw it
                 results[index] = Compiled(error=f"not lowered: {one_line(error)}")
             else:
-                files[index] = (cache or default_cache()) / f"{_key(text, job.chip)}.json"
+                files[index] = (cache or default_cache()) / f"{_key(text, job)}.json"
                 kept = _read(files[index])
                 if kept is None:
                     requests.append(_request(index, job))
@@ -199,9 +200,11 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text}"
 
 
-def _key(text: str, chip: str) -> str:
+def _key(text: str, job: Job) -> str:
     """Names a compile by what goes into it; the kernel's source lines are left out."""
-    parts = (_LOCATIONS.sub("", text), chip, libtpu_version(), jax.__version__, str(READER))
+    parts = [_LOCATIONS.sub("", text), job.chip, libtpu_version(), jax.__version__, str(READER)]
+    if any(map(is_row_factor, job.case.abstract(job.shape).values())):
+        parts.append("row factors lie row by row")  # which the text does not say
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:40]
 
 

@@ -15,7 +15,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tpu_stack.kernels.compiled import estimated_cycles
+from tpu_stack.kernels.compiled import estimated_cycles, placed
 from tpu_stack.planner.kernels.cases import get_case
 from tpu_stack.planner.kernels.targets import compile_target
 
@@ -31,8 +31,7 @@ def compile_here(request: dict[str, Any]) -> dict[str, Any]:
     mesh = Mesh(topology.devices[:1], ("x",))
     whole = NamedSharding(mesh, PartitionSpec())
     operands = {
-        name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=whole)
-        for name, array in case.abstract(tuple(request["shape"])).items()
+        name: placed(array, whole) for name, array in case.abstract(tuple(request["shape"])).items()
     }
     options = request["options"]
     if "tiles" in options:
