@@ -42,8 +42,15 @@ float8 beside bfloat16 on 7x, say (libtpu 0.0.52)."""
 def estimated_cycles(text: str) -> int | None:
     """XLA's estimates in a compiled program's text, summed; None where it has none of anything, or
     of one of them."""
+    cycles, unknown = estimates(text)
+    return cycles if cycles and not unknown else None
+
+
+def estimates(text: str) -> tuple[int, int]:
+    """XLA's estimates in a compiled program's text, summed, and of how many parts it has none."""
     cycles = [int(found) for found in re.findall(r'"estimated_cycles":"(\d+)"', text)]
-    return sum(cycles) if cycles and max(cycles) < NO_ESTIMATE else None
+    known = [count for count in cycles if count < NO_ESTIMATE]
+    return sum(known), len(cycles) - len(known)
 
 
 def placed(array: Any, sharding: Any) -> jax.ShapeDtypeStruct:
@@ -68,7 +75,8 @@ def compile_case(
     Args:
       trips: turns of the kernel's loops, as `loops.issued` takes them.
 
-    Returns: {"bundles": of all kernels, "kernels": {name: bundles}} and, given trips, "issued"; or
+    Returns: {"bundles": of all kernels, "kernels": {name: bundles}, "xla_cycles": XLA's estimate
+      around them, "unestimated": of how many parts it has none} and, given trips, "issued"; or
       {"error": one line}.
 
     Raises: DumpError when the compiler's dump is not as expected.
@@ -78,8 +86,9 @@ def compile_case(
         result = _child(module, [case], chip, {"LIBTPU_INIT_ARGS": flags})[case]
         if isinstance(result, str):
             return {"error": result}
-        kernels = read_bundles(Path(folder), result)
+        kernels = read_bundles(Path(folder), result["kernels"])
         row: dict[str, Any] = {"bundles": sum(kernels.values()), "kernels": kernels}
+        row |= {key: result[key] for key in ("xla_cycles", "unestimated")}
         if trips is not None:
             row["issued"] = sum(issued(Path(folder), name, trips) for name in kernels)
         return row
@@ -92,7 +101,7 @@ def refusals(module: str, cases: list[str], chip: str) -> dict[str, str]:
 
 
 def _child(module: str, cases: list[str], chip: str, env: dict[str, str]) -> dict[str, Any]:
-    """By case the names of its kernels, or why there are none; an abort is the reason for all."""
+    """By case what the child says of it, or why nothing; an abort is the reason for all."""
     command = [sys.executable, "-m", "tpu_stack.kernels.compiled", module, chip, *cases]
     env = os.environ | ENVIRONMENT | env
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
@@ -147,7 +156,7 @@ def bench_main(
     parser.add_argument("--json", type=Path, help="also write the rows here")
     args = parser.parse_args()
     print(f"libtpu {libtpu_version()}; rung 3 (compiled, not measured)")
-    print(f"{'case':40} {'chip':5} {'bundles':>9} {'issued':>10}")
+    print(f"{'case':40} {'chip':5} {'bundles':>9} {'issued':>10} {'XLA cycles':>11}")
     rows = _rows(module, args.cases, args.chips, trips)
     _compare(rows, peers or {})
     print("GPU: nothing was measured")
@@ -168,19 +177,27 @@ def _rows(
             row = compile_case(module, case, chip, None if trips is None else trips(case, chip))
             rows.append({"case": case, "chip": chip, **row})
             told = f"{row.get('bundles')!s:>9} {row.get('issued', '-')!s:>10}"
+            told += f" {row.get('xla_cycles') or '-'!s:>11}"
             print(f"{case:40} {chip:5} {row.get('error') or told}", flush=True)
     return rows
 
 
 def _compare(rows: list[dict[str, Any]], peers: dict[str, str]) -> None:
-    """Gives each peer's row `ratio`, our bundles issued over its, and prints them."""
-    ours = {(row["chip"], row["case"]): row["issued"] for row in rows if "issued" in row}
+    """Gives each peer's row `ratio`, our bundles issued and XLA's cycles around them over its, and
+    prints them. What XLA has no estimate of is not counted: in a peer's favour, and ours is left
+    out."""
+    own = set(peers.values())
+    cycles = {
+        (row["chip"], row["case"]): row["issued"] + row["xla_cycles"]
+        for row in rows
+        if "issued" in row and not (row["unestimated"] and row["case"] in own)
+    }
     for row in rows:
-        key = (row["chip"], peers.get(row["case"]))
-        if key in ours and "issued" in row:
-            row["ratio"] = round(ours[key] / row["issued"], 3)
+        ours, theirs = (row["chip"], peers.get(row["case"])), (row["chip"], row["case"])
+        if ours in cycles and theirs in cycles:
+            row["ratio"] = round(cycles[ours] / cycles[theirs], 3)
             slower = "  SLOWER" if row["ratio"] > 1 else ""
-            print(f"{row['chip']:5} ours over {row['case']}: {row['ratio']:.2f} issued{slower}")
+            print(f"{row['chip']:5} ours over {row['case']}: {row['ratio']:.2f} cycles{slower}")
 
 
 def _save(path: Path, report: dict[str, Any]) -> None:

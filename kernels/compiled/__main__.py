@@ -1,4 +1,4 @@
-"""The child of `compile_case`: compiles programs and prints the names of their kernels as JSON.
+"""The child of `compile_case`: compiles programs and prints their kernels as JSON.
 
 python -m tpu_stack.kernels.compiled tpu_stack.kernels.quantize_rows.bench v6e int8,bfloat16,16,4096
 """
@@ -7,16 +7,18 @@ import importlib
 import json
 import re
 import sys
+from typing import Any
 
 import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tpu_stack.kernels.compiled import TOPOLOGY, placed
+from tpu_stack.kernels.compiled import TOPOLOGY, estimates, placed
 
 
-def kernels(module: str, case: str, mesh: Mesh) -> list[str]:
-    """Names of the Pallas kernels in one case, compiled for the mesh's one device.
+def kernels(module: str, case: str, mesh: Mesh) -> dict[str, Any]:
+    """Names of the Pallas kernels in one case, compiled for the mesh's one device, and XLA's
+    estimate of cycles for what it does around them.
 
     The kernels see its device kind through the abstract mesh.
     """
@@ -28,11 +30,12 @@ def kernels(module: str, case: str, mesh: Mesh) -> list[str]:
     calls = re.findall(r"%([\w.]+) = .*custom_call_target=\"tpu_custom_call\"", text)
     if not calls:
         raise RuntimeError(f"{module} {case} compiled to no Pallas kernel")
-    return calls
+    cycles, unknown = estimates(text)
+    return {"kernels": calls, "xla_cycles": cycles, "unestimated": unknown}
 
 
 def main(module: str, chip: str, *cases: str) -> None:
-    """Prints {case: [kernel names], or one line why it does not compile}."""
+    """Prints {case: what `kernels` gives, or one line why it does not compile}."""
     topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY[chip])
     mesh = Mesh(topology.devices[:1], ("x",))
     results = {}

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from tpu_stack.kernels.grouped_matmul.metadata import visits
 from tpu_stack.kernels.quantized_matmul import arguments
-from tpu_stack.kernels.quantized_matmul.plan import Plan
+from tpu_stack.kernels.quantized_matmul.plan import ROWS, Plan
 from tpu_stack.kernels.quantized_matmul.products import (
     block_product,
     finished,
@@ -128,7 +128,7 @@ def _kernel(
 
     @pl.when(jnp.logical_not(somebody) & first)
     def _():
-        o_ref[...] = jnp.zeros_like(o_ref)
+        _clear(o_ref)
 
     if acc_ref is None:
         pl.when(somebody)(lambda: store(product()))
@@ -145,3 +145,14 @@ def _kernel(
     @pl.when(somebody & (k == plan.grid[2] - 1))
     def _():
         store(acc_ref[...])
+
+
+def _clear(ref: Any) -> None:
+    """Zeros in a few instructions, for what is seldom done."""
+    rows = ROWS if ref.shape[0] % ROWS == 0 else ref.shape[0]
+    zeros = jnp.zeros((rows, ref.shape[1]), ref.dtype)
+
+    def clear(i: Any, _: None) -> None:
+        ref[pl.ds(pl.multiple_of(i * rows, rows), rows), :] = zeros
+
+    jax.lax.fori_loop(0, ref.shape[0] // rows, clear, None)
