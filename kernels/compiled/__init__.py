@@ -19,9 +19,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-from jax.experimental.layout import Format, Layout
-
 from tpu_stack.kernels.compiled.loops import DumpError, issued, libtpu_version
 
 TOPOLOGY = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
@@ -51,20 +48,6 @@ def estimates(text: str) -> tuple[int, int]:
     cycles = [int(found) for found in re.findall(r'"estimated_cycles":"(\d+)"', text)]
     known = [count for count in cycles if count < NO_ESTIMATE]
     return sum(known), len(cycles) - len(known)
-
-
-def placed(array: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-    """The abstract operand on the device. A factor per row, float32 [M, 1], lies as the kernel that
-    makes it leaves it, row by row: XLA would have a parameter of that shape come transposed, and
-    copy it.
-    """
-    place = Format(Layout((0, 1)), sharding) if is_row_factor(array) else sharding
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)
-
-
-def is_row_factor(array: Any) -> bool:
-    """Whether it is float32 [M, 1]."""
-    return array.ndim == 2 and array.shape[1] == 1 and array.dtype == "float32"
 
 
 def compile_case(

@@ -13,7 +13,8 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tpu_stack.kernels.compiled import TOPOLOGY, estimates, placed
+from tpu_stack.kernels.compiled import TOPOLOGY, estimates
+from tpu_stack.kernels.compiled.placed import placed
 
 
 def kernels(module: str, case: str, mesh: Mesh) -> dict[str, Any]:

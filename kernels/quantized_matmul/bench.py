@@ -31,10 +31,10 @@ from tpu_stack.kernels.compiled import (
     TOPOLOGY,
     estimated_cycles,
     libtpu_version,
-    placed,
     read_bundles,
 )
 from tpu_stack.kernels.compiled.loops import issued
+from tpu_stack.kernels.compiled.placed import placed
 from tpu_stack.kernels.quantized_matmul import make_plan
 from tpu_stack.kernels.quantized_matmul.bench_case import hbm_cycles, mxu_cycles, parse, program
 from tpu_stack.kernels.quantized_matmul.cases import FORMATS

@@ -15,7 +15,8 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tpu_stack.kernels.compiled import estimated_cycles, placed
+from tpu_stack.kernels.compiled import estimated_cycles
+from tpu_stack.kernels.compiled.placed import placed
 from tpu_stack.planner.kernels.cases import get_case
 from tpu_stack.planner.kernels.targets import compile_target
 
