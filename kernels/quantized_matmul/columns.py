@@ -109,34 +109,27 @@ def pair_rows(x: Array, interpret: Any) -> BFloat16[Array, "M K"]:
 
     x: of a type that bfloat16 holds.
     """
-    m, k = x.shape
-    bm = m if m < ROWS else min(_BLOCK[0], round_up(m, ROWS))
-    bk = min(_BLOCK[1], k)
-    block = pl.BlockSpec((bm, bk), lambda i, j: (i, j))
-    return pl.pallas_call(
-        _pair_kernel,
-        out_shape=jax.ShapeDtypeStruct((m, k), jnp.bfloat16),
-        grid=(pl.cdiv(m, bm), pl.cdiv(k, bk)),
-        in_specs=[block],
-        out_specs=block,
-        interpret=interpret,
-        name="pair_rows",
-    )(x)
+    return _by_blocks(_pair_kernel, x, interpret, "pair_rows")
 
 
 def widen_rows(x: Array, interpret: Any) -> BFloat16[Array, "M K"]:
     """x, of a type that bfloat16 holds, in bfloat16. XLA takes twenty times as long for float8."""
+    return _by_blocks(_widen_kernel, x, interpret, "widen_rows")
+
+
+def _by_blocks(kernel: Any, x: Array, interpret: Any, name: str) -> BFloat16[Array, "M K"]:
+    """The kernel's bfloat16 from each block of x."""
     m, k = x.shape
-    bm, bk = (min(block, size) for block, size in zip(_BLOCK, (m, k), strict=True))
-    block = pl.BlockSpec((bm, bk), lambda i, j: (i, j))
+    bm = m if m < ROWS else min(_BLOCK[0], round_up(m, ROWS))
+    block = pl.BlockSpec((bm, min(_BLOCK[1], k)), lambda i, j: (i, j))
     return pl.pallas_call(
-        _widen_kernel,
+        kernel,
         out_shape=jax.ShapeDtypeStruct((m, k), jnp.bfloat16),
-        grid=(pl.cdiv(m, bm), pl.cdiv(k, bk)),
+        grid=(pl.cdiv(m, bm), pl.cdiv(k, _BLOCK[1])),
         in_specs=[block],
         out_specs=block,
         interpret=interpret,
-        name="widen_rows",
+        name=name,
     )(x)
 
 
