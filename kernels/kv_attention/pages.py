@@ -16,6 +16,9 @@ from jaxtyping import Array
 
 from tpu_stack.kernels.kv_attention.plan import Plan
 
+LANES, TILE_ROWS = 128, 32
+"""A tile of 8 bits, the largest of the types' tiles."""
+
 
 class Place(NamedTuple):
     """One step of a core's grid: sequence, block of key heads, block of pages, as int32 scalars."""
@@ -56,6 +59,7 @@ class Copies:
       stored: refs in device memory of keys and values, then of their scales if there are any.
       buffers: for each of them VMEM [2, pages, heads, ...]: slot 0 and 1.
       semaphores: one per slot.
+      plan: of the call.
     """
 
     fetch_ref: Any
@@ -103,10 +107,15 @@ class Copies:
 
         @pl.when(whole)
         def _():
-            # A semaphore counts bytes: one wait for as many as all copies bring.
-            for buffer in self.buffers:
-                of_slot, semaphore = buffer.at[slot], self.semaphores.at[slot]
-                pltpu.make_async_copy(of_slot, of_slot, semaphore).wait()
+            # A semaphore counts bytes: one wait for as many as all copies bring, where no tile is
+            # padded, so that the bytes are the same however a chip counts them.
+            for number, buffer in enumerate(self.buffers):
+                if _whole_tiles(buffer.shape):
+                    of_slot, semaphore = buffer.at[slot], self.semaphores.at[slot]
+                    pltpu.make_async_copy(of_slot, of_slot, semaphore).wait()
+                    continue
+                for page in range(self.plan.pages):
+                    self._of(place, slot, page)[number].wait()
 
         @pl.when(jnp.logical_not(whole))
         def _():
@@ -128,3 +137,9 @@ class Copies:
             )
             for array, buffer in zip(self.stored, self.buffers, strict=True)
         ]
+
+
+def _whole_tiles(shape: tuple[int, ...]) -> bool:
+    """Whether a buffer's last two axes are whole tiles of any type, or one row of whole lanes."""
+    rows, columns = shape[-2:]
+    return columns % LANES == 0 and (rows == 1 or rows % TILE_ROWS == 0)

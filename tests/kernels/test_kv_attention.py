@@ -62,6 +62,13 @@ def test_ragged_lengths(dtype, q_dtype, options):
     check(operands(dtype, q_dtype), tiles=(2, 1), **options)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_pages_of_whole_tiles_are_waited_for_at_once(dtype):
+    arguments = operands(dtype, h=128, page=128, table=3, lengths=[0, 384, 256, 130])
+    params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    check(arguments, interpret=params, tiles=(2, 1))
+
+
 @pytest.mark.parametrize("batch", [6, 3])
 def test_two_cores_share_the_sequences(batch, monkeypatch):
     monkeypatch.setattr(planning, "device_kind", lambda: "TPU v5p")
