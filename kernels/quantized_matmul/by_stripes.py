@@ -85,7 +85,6 @@ def mixed_product(
         for words_ref in after:
             words_ref[stripe] = jax.lax.bitcast_convert_type(scales[:, columns], jnp.uint32)
         total = jnp.zeros((plan.bm, plan.stripe), jnp.float32)
-        waiting = None  # products to scale, behind the next tile's instructions
         for rows, way in zip(_tiles(plan), ways, strict=True):
             block = w_ref[rows, columns]
             if way == "after":
@@ -93,18 +92,13 @@ def mixed_product(
                     as_bytes.masked_copies(x, rows, 1, plan.group),
                     widen(block, plan.storage, _FLOAT8),
                 )
+                groups = as_bytes.groups_of(rows, 1, plan.group)
+                total = _add_scaled(total, y, groups, after[0].at[stripe], compiled)
             else:
                 w = widen(block, plan.storage, jnp.bfloat16)
                 first = rows.start // plan.group
                 w = scaling.scaled_by_words(w, pairs_ref.at[stripe], plan.group, compiled, first)
-                y = _dot(x[:, rows], w.astype(plan.operands[1]) if way == "narrow" else w)
-            if waiting is not None:
-                total = _add_scaled(total, *waiting, after[0].at[stripe], compiled)
-            waiting = (y, as_bytes.groups_of(rows, 1, plan.group)) if way == "after" else None
-            if waiting is None:
-                total += y
-        if waiting is not None:
-            total = _add_scaled(total, *waiting, after[0].at[stripe], compiled)
+                total += _dot(x[:, rows], w.astype(plan.operands[1]) if way == "narrow" else w)
         totals.append(total if unit is None else total * unit[:, columns])
     return jnp.concatenate(totals, 1)
 
