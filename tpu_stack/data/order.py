@@ -62,7 +62,7 @@ class RowOrder:
         choices = min(self.seq_len, self.tokens - self.rows_per_epoch * self.seq_len)
         return _key(f"offset:{self.seed}:{epoch}") % choices
 
-    def starts(self, first: int, count: int) -> Int64[np.ndarray, "count"]:
+    def starts(self, first: int, count: int) -> Int64[np.ndarray, " count"]:
         """Returns where rows number `first` to `first + count - 1` begin, counted over all epochs.
 
         A range may cross any number of epochs.

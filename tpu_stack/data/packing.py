@@ -42,8 +42,8 @@ class TokenStream:
     text, `first_bytes` those of the documents' first tokens.
     """
 
-    tokens: UInt[np.ndarray, "N"]
-    is_start: Bool[np.ndarray, "N"]
+    tokens: UInt[np.ndarray, " N"]
+    is_start: Bool[np.ndarray, " N"]
     text_bytes: int
     first_bytes: int
 
@@ -103,7 +103,7 @@ def row_count(stream: TokenStream, seq_len: int) -> int:
     return max(0, -(-(len(stream) - 1) // seq_len))
 
 
-def pack_rows(stream: TokenStream, starts: Int[np.ndarray, "B"], seq_len: int) -> Batch:
+def pack_rows(stream: TokenStream, starts: Int[np.ndarray, " B"], seq_len: int) -> Batch:
     """Cuts one row of `seq_len` inputs and their targets out of the stream at each start.
 
     Row b reads the T + 1 tokens from `starts[b]`: the first T are `tokens`, the last T `targets`.

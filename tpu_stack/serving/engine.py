@@ -44,8 +44,8 @@ class DecodeState:
     """
 
     cache: Cache
-    tokens: Int[Array, "B"]
-    positions: Int[Array, "B"]
+    tokens: Int[Array, " B"]
+    positions: Int[Array, " B"]
     sampling: Sampling
 
 
@@ -55,7 +55,7 @@ def prefill_step(
     params: Params,
     cache: Cache,
     tokens_BT: Int[Array, "B T"],
-    lengths_B: Int[Array, "B"],
+    lengths_B: Int[Array, " B"],
     sampling: Sampling,
 ) -> DecodeState:
     """Runs right-padded prompts from position 0 and samples each row's first new token.

@@ -24,10 +24,10 @@ class Sampling:
       seed: [B].
     """
 
-    temperature: Float[Array, "B"]
-    top_k: Int[Array, "B"]
-    top_p: Float[Array, "B"]
-    seed: UInt32[Array, "B"]
+    temperature: Float[Array, " B"]
+    top_k: Int[Array, " B"]
+    top_p: Float[Array, " B"]
+    seed: UInt32[Array, " B"]
 
     @classmethod
     def of(
@@ -48,8 +48,8 @@ class Sampling:
 
 
 def sample(
-    logits_BV: Float[Array, "B V"], sampling: Sampling, positions_B: Int[Array, "B"]
-) -> Int[Array, "B"]:
+    logits_BV: Float[Array, "B V"], sampling: Sampling, positions_B: Int[Array, " B"]
+) -> Int[Array, " B"]:
     """The next token of every row, int32; `positions_B` is where it will stand in its sequence."""
 
     def one(logits, temperature, top_k, top_p, seed, position):

@@ -29,7 +29,7 @@ def draft_tokens(
     params: Params,
     cache: PagedCache,
     state: DecodeState,
-    active_B: Bool[Array, "B"],
+    active_B: Bool[Array, " B"],
     count: int,
 ) -> tuple[PagedCache, Int[Array, "B K"]]:
     """`count` tokens after each active row's last one.

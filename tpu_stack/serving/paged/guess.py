@@ -14,7 +14,7 @@ NGRAM = 2
 
 
 def guess(
-    history_BS: Int[Array, "B S"], positions_B: Int[Array, "B"], count: int
+    history_BS: Int[Array, "B S"], positions_B: Int[Array, " B"], count: int
 ) -> Int[Array, "B count"]:
     """The tokens after the latest earlier place with the same last NGRAM tokens; -1 for none.
 

@@ -16,13 +16,13 @@ Contents = dict[str, Any]
 """The arrays of a cache by name, each [K, L, n, ...] of n pages in every layer."""
 
 
-def read_pages(cache: PagedCache, ids: Int[Array, "n"]) -> Contents:
+def read_pages(cache: PagedCache, ids: Int[Array, " n"]) -> Contents:
     """What pages `ids` hold; anything for ids of P or more."""
     rows = jnp.minimum(_rows(cache, ids), cache.k.shape[1] - 1)
     return {name: array[:, rows] for name, array in _arrays(cache).items()}
 
 
-def write_pages(cache: PagedCache, ids: Int[Array, "n"], contents: Contents) -> PagedCache:
+def write_pages(cache: PagedCache, ids: Int[Array, " n"], contents: Contents) -> PagedCache:
     """The cache with `contents` in pages `ids`; ids of P or more are dropped."""
     rows, arrays = _rows(cache, ids), _arrays(cache)
     new = {name: arrays[name].at[:, rows].set(contents[name], mode="drop") for name in arrays}
@@ -34,7 +34,7 @@ def _arrays(cache: PagedCache) -> Contents:
     return {name: getattr(cache, name) for name in names if getattr(cache, name) is not None}
 
 
-def _rows(cache: PagedCache, ids: Int[Array, "n"]) -> Int[Array, "L n"]:
+def _rows(cache: PagedCache, ids: Int[Array, " n"]) -> Int[Array, "L n"]:
     """The places of pages `ids` in every layer; out of bounds for ids of P or more."""
     total = cache.k.shape[1]
     layers = jnp.arange(total // cache.pages)[:, None] * cache.pages

@@ -26,15 +26,15 @@ _OUT = -jnp.inf
 class SamplingRows:
     """`SamplingParams` of every row, as arrays; `bias_ids` of V or more are no bias."""
 
-    temperature: Float[Array, "B"]
-    top_k: Int[Array, "B"]
-    top_p: Float[Array, "B"]
-    min_p: Float[Array, "B"]
-    repetition: Float[Array, "B"]
-    presence: Float[Array, "B"]
-    frequency: Float[Array, "B"]
-    seed: UInt32[Array, "B"]
-    logprobs: Bool[Array, "B"]
+    temperature: Float[Array, " B"]
+    top_k: Int[Array, " B"]
+    top_p: Float[Array, " B"]
+    min_p: Float[Array, " B"]
+    repetition: Float[Array, " B"]
+    presence: Float[Array, " B"]
+    frequency: Float[Array, " B"]
+    seed: UInt32[Array, " B"]
+    logprobs: Bool[Array, " B"]
     bias_ids: Int[Array, "B biases"]
     bias_values: Float[Array, "B biases"]
 
@@ -61,7 +61,7 @@ class SamplingRows:
         return cls(logprobs=np.array([each.logprobs is not None for each in params]), **columns)  # type: ignore
 
     @property
-    def adjusted(self) -> Bool[Array, "B"]:
+    def adjusted(self) -> Bool[Array, " B"]:
         """Rows whose logits change before the draw."""
         penalties = (self.repetition != 1) | (self.presence != 0) | (self.frequency != 0)
         return penalties | jnp.any(self.bias_values != 0, axis=-1)
@@ -72,9 +72,9 @@ def choose(
     rows: SamplingRows,
     counts_BV: Int[Array, "B V"],
     seen_BV: Bool[Array, "B V"],
-    positions_B: Int[Array, "B"],
-    active_B: Bool[Array, "B"],
-) -> Int[Array, "B"]:
+    positions_B: Int[Array, " B"],
+    active_B: Bool[Array, " B"],
+) -> Int[Array, " B"]:
     """The next token of every row, int32.
 
     Args:
@@ -130,9 +130,9 @@ def _draw(logits_BV, rows: SamplingRows, positions_B):
 
 def truncate(
     logits_BV: Float[Array, "B V"],
-    top_k: Int[Array, "B"],
-    top_p: Float[Array, "B"],
-    min_p: Float[Array, "B"],
+    top_k: Int[Array, " B"],
+    top_p: Float[Array, " B"],
+    min_p: Float[Array, " B"],
 ) -> Float[Array, "B V"]:
     """Logits with the tokens left out at -inf: `top_k` first, then `top_p` of what is left; `min_p`
     is a share of the likeliest token's probability.
@@ -160,8 +160,8 @@ def _ordered(x: Float[Array, "B V"]) -> UInt32[Array, "B V"]:
 
 
 def _threshold(
-    keys_BV: UInt32[Array, "B V"], mass_BV: Float[Array, "B V"], wanted_B: Float[Array, "B"]
-) -> UInt32[Array, "B"]:
+    keys_BV: UInt32[Array, "B V"], mass_BV: Float[Array, "B V"], wanted_B: Float[Array, " B"]
+) -> UInt32[Array, " B"]:
     """The largest threshold at or above which lies a mass of `wanted_B` or more."""
 
     def bit(i, least_B):
@@ -173,8 +173,8 @@ def _threshold(
 
 
 def log_probabilities(
-    logits_BV: Float[Array, "B V"], tokens_B: Int[Array, "B"]
-) -> tuple[Float[Array, "B"], Int[Array, "B n"], Float[Array, "B n"]]:
+    logits_BV: Float[Array, "B V"], tokens_B: Int[Array, " B"]
+) -> tuple[Float[Array, " B"], Int[Array, "B n"], Float[Array, "B n"]]:
     """The tokens' log-probabilities, and the likeliest tokens with theirs; n is MAX_LOGPROBS."""
     logprobs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
     chosen = jnp.take_along_axis(logprobs_BV, tokens_B[:, None], axis=-1)[:, 0]

@@ -36,8 +36,8 @@ class DecodeState:
       rows: sampling parameters.
     """
 
-    tokens: Int[Array, "B"]
-    positions: Int[Array, "B"]
+    tokens: Int[Array, " B"]
+    positions: Int[Array, " B"]
     history: Int[Array, "B S"]
     counts: Int[Array, "B V"]
     seen: Bool[Array, "B V"]
@@ -56,10 +56,10 @@ class Arrivals:
       rows: sampling parameters.
     """
 
-    slots: Int[Array, "R"]
+    slots: Int[Array, " R"]
     history: Int[Array, "R S"]
-    prompts: Int[Array, "R"]
-    lengths: Int[Array, "R"]
+    prompts: Int[Array, " R"]
+    lengths: Int[Array, " R"]
     rows: SamplingRows
 
 
@@ -73,8 +73,8 @@ class StepOutput:
     """
 
     tokens: Int[Array, "B T"]
-    counts: Int[Array, "B"]
-    guessed: Int[Array, "B"]
+    counts: Int[Array, " B"]
+    guessed: Int[Array, " B"]
     logprobs: Float[Array, "B T"]
     top_ids: Int[Array, "B T n"]
     top_logprobs: Float[Array, "B T n"]
@@ -95,8 +95,8 @@ def prefill_step(
     params: Params,
     cache: PagedCache,
     tokens_RC: Int[Array, "R C"],
-    starts_R: Int[Array, "R"],
-    lengths_R: Int[Array, "R"],
+    starts_R: Int[Array, " R"],
+    lengths_R: Int[Array, " R"],
 ) -> tuple[PagedCache, Float[Array, "R V"]]:
     """Runs one chunk of each row's prompt, and returns the logits after its last token.
 
@@ -146,7 +146,7 @@ def decode_step(
     params: Params,
     cache: PagedCache,
     state: DecodeState,
-    active_B: Bool[Array, "B"],
+    active_B: Bool[Array, " B"],
     drafts_BK: Int[Array, "B K"],
 ) -> tuple[PagedCache, DecodeState, StepOutput]:
     """Feeds each active row its last token and K guesses; keeps the guesses that come true.
@@ -183,7 +183,7 @@ def decode_step(
 
 
 def _advance(
-    state: DecodeState, chosen_BT: Int[Array, "B T"], new_B: Int[Array, "B"]
+    state: DecodeState, chosen_BT: Int[Array, "B T"], new_B: Int[Array, " B"]
 ) -> DecodeState:
     """The state after `new_B` of the chosen tokens."""
     B, T = chosen_BT.shape
