@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from tpu_stack.kernels.quantized_matmul.operands import device_kind
+from tpu_stack.kernels.quantized_matmul.tiles import tiles_kind
 
 Q_DTYPES = ("bfloat16", "float32")
 PAGE_DTYPES = ("bfloat16", "float8_e4m3fn", "int8")
@@ -89,8 +90,13 @@ def make_plan(
     softcap: float | None = None,
     scale: float | None = None,
     tiles: tuple[int, int] | None = None,
+    kind: str | None = None,
 ) -> Plan:
-    """Validates one call and chooses its blocks; arguments as in `kv_attention`."""
+    """Validates one call and chooses its blocks; arguments as in `kv_attention`.
+
+    kind: the device kind to plan for; None is the one that is traced for.
+    """
+    kind = kind or device_kind()
     if q.ndim != 3 or k_pages.ndim != 4 or page_table.ndim != 2:
         raise ValueError(
             f"q {q.shape}, k_pages {k_pages.shape} and page_table {page_table.shape} need 3, 4 "
@@ -117,8 +123,7 @@ def make_plan(
         raise ValueError(f"softcap is {softcap}; it needs to be positive")
     scaled = _check_scales(k_pages, k_scales, v_scales)
     in_sight = min(page_table.shape[1] * page, window or page_table.shape[1] * page)
-    itemsize = jnp.dtype(k_pages.dtype).itemsize
-    pages, heads = tiles or _tiles(page, in_sight, kv_heads, head_dim, itemsize)
+    pages, heads = tiles or _tiles(k_pages, in_sight, kind)
     pages = min(pages, page_table.shape[1])
     if pages < 1 or heads < 1 or kv_heads % heads:
         raise ValueError(f"tiles ({pages}, {heads}): {heads} does not divide {kv_heads} key heads")
@@ -135,7 +140,7 @@ def make_plan(
         softcap=softcap,
         scale=head_dim**-0.5 if scale is None else scale,
         scaled=scaled,
-        cores=2 if device_kind() in TWO_CORES and batch % 2 == 0 else 1,
+        cores=2 if kind in TWO_CORES and batch % 2 == 0 else 1,
     )
 
 
@@ -170,21 +175,31 @@ def _check_scales(k_pages: Any, k_scales: Any, v_scales: Any) -> bool:
 
 @functools.cache
 def read_tiles() -> dict[str, Any]:
-    """tiles.json: `libtpu`, `least_tokens` and `most_tokens` per grid step, the `share` of the
-    tokens in sight that a step takes between them, `max_pages`, and `block_bytes` of keys."""
+    """tiles.json: `libtpu`, the version it was found with, a `default` rule and, under `tuned`,
+    what differs from it by device kind and type of page.
+
+    A rule: `least_tokens` and `most_tokens` per grid step, the `share` of the tokens in sight that
+    a step takes between them, `max_pages`, and `block_bytes` of keys.
+    """
     return json.loads((Path(__file__).parent / "tiles.json").read_text(encoding="utf-8"))
 
 
-def _tiles(
-    page: int, in_sight: int, kv_heads: int, head_dim: int, itemsize: int
-) -> tuple[int, int]:
+def rule_for(kind: str, dtype: Any) -> dict[str, int]:
+    """The rule for a device kind and a type of page."""
+    table = read_tiles()
+    tuned = table["tuned"].get(tiles_kind(kind), {})
+    return table["default"] | tuned.get(jnp.dtype(dtype).name, {})
+
+
+def _tiles(k_pages: Any, in_sight: int, kind: str) -> tuple[int, int]:
     """Pages up to the wanted tokens, then as many key heads as the block's bytes allow.
 
     A step costs some hundred bundles whatever it holds, and the last of a sequence is computed
     whole: long sequences are best in large steps, short ones in small.
     """
-    wanted = read_tiles()
-    tokens = min(wanted["most_tokens"], max(wanted["least_tokens"], in_sight // wanted["share"]))
-    pages = min(wanted["max_pages"], max(1, tokens // page))
-    most = max(1, wanted["block_bytes"] // (pages * page * head_dim * itemsize))
+    kv_heads, _, page, head_dim = k_pages.shape
+    rule, itemsize = rule_for(kind, k_pages.dtype), jnp.dtype(k_pages.dtype).itemsize
+    tokens = min(rule["most_tokens"], max(rule["least_tokens"], in_sight // rule["share"]))
+    pages = min(rule["max_pages"], max(1, tokens // page))
+    most = max(1, rule["block_bytes"] // (pages * page * head_dim * itemsize))
     return pages, max(d for d in range(1, kv_heads + 1) if kv_heads % d == 0 and d <= most)

@@ -13,7 +13,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tpu_stack.kernels.quantize_rows.pallas_tpu import MAX_K, TOP, pallas_quantize_rows
+from tpu_stack.kernels.quantize_rows.pallas_tpu import (
+    MAX_K,
+    TOP,
+    block_rows,
+    pallas_quantize_rows,
+)
 from tpu_stack.kernels.quantize_rows.reference import reference_quantize_rows
 from tpu_stack.kernels.quantized_matmul.plan import device_kind
 
@@ -28,6 +33,7 @@ def quantize_rows(
     dtype: Any = jnp.float8_e4m3fn,
     *,
     native_cast: bool | None = None,
+    tiles: tuple[int] | None = None,
     interpret: Any = None,
 ) -> tuple[Array, Float[Array, "M 1"]]:
     """Rows of `x` as `values * scales`, scales so that a row's largest magnitude is `dtype`'s.
@@ -45,11 +51,12 @@ def quantize_rows(
         operations on the bits (False): the same values. v5e, v5p and v6e have no fp8; their
         compiler's cast costs ten times the instructions. None takes the cast where the device kind
         that is traced for is in `NATIVE_FP8`. int8 ignores it.
+      tiles: (rows,) per block, all or a multiple of 32; None reads `tiles.json`.
       interpret: as in `quantized_matmul`.
 
     Returns: values [M, K] of `dtype`, scales float32 [M, 1].
 
-    Raises: ValueError for other dtypes and shapes.
+    Raises: ValueError for other dtypes, shapes and tiles.
     """
     name = jnp.dtype(dtype).name
     if name not in TOP:
@@ -58,9 +65,12 @@ def quantize_rows(
         raise ValueError(f"x is {x.dtype}; supported: bfloat16, float32")
     if x.ndim != 2 or min(x.shape) < 1 or x.shape[1] > MAX_K:
         raise ValueError(f"x is {x.shape}; it needs two axes, [M, K], with 1 <= K <= {MAX_K}")
+    kind = device_kind()
     if native_cast is None:
-        native_cast = device_kind() in NATIVE_FP8
-    call = partial(pallas_quantize_rows, dtype=name, native_cast=native_cast)
+        native_cast = kind in NATIVE_FP8
+    m, k = x.shape
+    rows = block_rows(m, k, name, kind, tiles[0] if tiles else None)
+    call = partial(pallas_quantize_rows, dtype=name, native_cast=native_cast, rows=rows)
     if interpret is not None:
         return call(x, interpret=interpret)
     return jax.lax.platform_dependent(

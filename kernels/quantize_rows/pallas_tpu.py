@@ -17,6 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
+from tpu_stack.kernels.quantized_matmul.tiles import tiles_kind
+
 TOP = {"float8_e4m3fn": 448.0, "float8_e5m2": 57344.0, "int8": 127.0}
 MAX_K = 65536
 """A block is at least ROWS whole rows: 8 MiB of float32 at this K, the most that fits buffered."""
@@ -32,22 +34,28 @@ _EXPONENT_BIAS = {"float8_e4m3fn": 7, "float8_e5m2": 15}
 
 @functools.cache
 def read_tiles() -> dict[str, Any]:
-    """tiles.json: `libtpu`, the version it was tried with, and `block_elements`, rows times K."""
+    """tiles.json: `libtpu`, the version it was found with, the `default` elements of a block, rows
+    times K, and under `tuned` what differs from it by device kind and type."""
     return json.loads((Path(__file__).parent / "tiles.json").read_text())
 
 
-def block_rows(m: int, k: int) -> int:
-    """Rows per block: all of them when they are few, else a multiple of ROWS."""
-    rows = max(ROWS, read_tiles()["block_elements"] // k // ROWS * ROWS)
+def block_rows(m: int, k: int, dtype: str, kind: str, rows: int | None = None) -> int:
+    """Rows per block: all of them when they are few, else a multiple of ROWS, which `rows` too has
+    to be."""
+    if rows is None:
+        table = read_tiles()
+        elements = table["tuned"].get(tiles_kind(kind), {}).get(dtype, table["default"])
+        rows = max(ROWS, elements // k // ROWS * ROWS)
+    elif rows != m and (rows < ROWS or rows % ROWS):
+        raise ValueError(f"tiles ({rows},): rows of a block are all {m} or a multiple of {ROWS}")
     return min(m, rows)
 
 
 def pallas_quantize_rows(
-    x: Array, *, dtype: str, native_cast: bool, interpret: Any
+    x: Array, *, dtype: str, native_cast: bool, rows: int, interpret: Any
 ) -> tuple[Array, Array]:
-    """Runs the kernel. Use `quantize_rows`, which validates."""
+    """Runs the kernel, `rows` per block. Use `quantize_rows`, which validates."""
     m, k = x.shape
-    rows = block_rows(m, k)
     bits = dtype in _MANTISSA_BITS and not native_cast
     stored = jnp.dtype("int8" if bits else dtype)
     values, scales = pl.pallas_call(

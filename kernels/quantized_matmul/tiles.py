@@ -24,6 +24,11 @@ def read_tiles() -> dict[str, Any]:
     return json.loads((Path(__file__).parent / "tiles.json").read_text())
 
 
+def tiles_kind(kind: str) -> str:
+    """What tiles.json files call a device kind."""
+    return _ALIASES.get(kind, kind)
+
+
 def tuned(kind: str, weight: str, m: int) -> dict[str, Any]:
     """The entry of a device kind, a format and a regime; "default" stands in for what is missing.
 
@@ -38,7 +43,7 @@ def tuned(kind: str, weight: str, m: int) -> dict[str, Any]:
     """
     table = read_tiles()["tiles"]
     regime = "decode" if m <= DECODE_M else "prefill"
-    for entry in (table.get(_ALIASES.get(kind, kind), {}), table["default"]):
+    for entry in (table.get(tiles_kind(kind), {}), table["default"]):
         for name in (weight, "default"):
             if regime in entry.get(name, {}):
                 return table["default"]["default"][regime] | entry[name][regime]

@@ -2,18 +2,27 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import pytest
 
 from tpu_stack.errors import UserError
 from tpu_stack.hardware import get_chip
+from tpu_stack.kernels.kv_attention import plan
+from tpu_stack.kernels.quantize_rows import pallas_tpu
 from tpu_stack.kernels.quantized_matmul import tiles as kernel_tiles
-from tpu_stack.planner.kernels import measure, tune, winners
+from tpu_stack.planner.kernels import (
+    matmul_settings,
+    measure,
+    tune,
+    winners,
+)
 from tpu_stack.planner.kernels.bundles import Region, Schedule
 from tpu_stack.planner.kernels.cases import get_case
 from tpu_stack.planner.kernels.compile import Compiled
 from tpu_stack.planner.kernels.explain import explain
+from tpu_stack.planner.kernels.settings import distinct_settings
 from tpu_stack.planner.kernels.targets import compile_target
 
 PREFILL, DECODE = (2048, 4096, 14336), (16, 4096, 14336)
@@ -74,7 +83,7 @@ def test_what_cannot_be_explained_is_refused(asked, says):
 )
 def test_settings_are_distinct_and_fit(format, shape):
     case, target = get_case("quantized_matmul", format, "bf16"), compile_target("v5p")
-    found = tune.settings(case, target, shape)
+    found = distinct_settings(case, target, shape)
     assert len({(s.tiles, s.scale_mode) for s in found}) == len(found) >= 1
     assert all(2 * s.block_bytes < target.vmem_bytes for s in found)
     for setting in (found[0], found[-1]):
@@ -149,7 +158,7 @@ def test_a_call_is_timed_without_its_first():
 
 def test_winners_are_what_the_kernel_reads(tmp_path, monkeypatch):
     path = tmp_path / "tiles.json"
-    shutil.copy(winners.TILES_FILE, path)
+    shutil.copy(matmul_settings.TILES_FILE, path)
     before = json.loads(path.read_text())
     monkeypatch.setattr(winners, "libtpu_version", lambda: before["libtpu"])
     won = [
@@ -176,14 +185,14 @@ def test_winners_are_what_the_kernel_reads(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["tiles.json"]
     monkeypatch.setattr(kernel_tiles, "read_tiles", lambda: table_now)
     for case, _, shape, winner in won:
-        plan = tune.plan_of(case, shape, "TPU v6 lite")
+        plan = matmul_settings.plan_of(case, shape, "TPU v6 lite")
         assert (plan.bm, plan.bk, plan.bn) == winner.tiles
         assert plan.scale_mode == winner.scale_mode
 
 
 def test_winners_of_another_compiler_are_not_mixed_in(tmp_path, monkeypatch):
     path = tmp_path / "tiles.json"
-    shutil.copy(winners.TILES_FILE, path)
+    shutil.copy(matmul_settings.TILES_FILE, path)
     before = path.read_text()
     monkeypatch.setattr(winners, "libtpu_version", lambda: "9.9.9")
     winner = tune.Candidate((16, 1024, 512), "before", 1)
@@ -194,7 +203,75 @@ def test_winners_of_another_compiler_are_not_mixed_in(tmp_path, monkeypatch):
     assert path.read_text() == before
 
 
+@pytest.mark.parametrize(
+    ("op", "shape", "least"),
+    [
+        ("kv_attention", (16, 4096, 32), 20),
+        ("kv_attention", (3, 300, 8), 4),
+        ("quantize_rows", (2048, 4096), 5),
+        ("quantize_rows", (5, 64), 1),
+    ],
+)
+def test_other_ops_have_settings_that_their_kernels_take(op, shape, least):
+    case, target = get_case(op, "int8", "bf16"), compile_target("v5p")
+    found = distinct_settings(case, target, shape)
+    assert len({s.tiles for s in found}) == len(found) >= least
+    for setting in found:
+        case.out_shape(shape, tiles=setting.tiles)
+        assert 0 < setting.block_bytes <= case.nbytes(shape)
+        assert setting.call_bytes <= case.nbytes(shape)
+
+
+def test_long_steps_of_attention_pay_for_what_short_sequences_leave_empty():
+    case, target = get_case("kv_attention", "bf16", "bf16"), compile_target("7x")
+    shares = {s.tiles[0]: s.step_share for s in distinct_settings(case, target, (16, 4096, 32))}
+    assert shares[32] == 1.0  # one step holds any sequence
+    assert shares[16] == 0.75
+    # Lengths 1 to 4096 in steps of 128 tokens: their mean number is 16.5 of 32.
+    assert shares[1] == 16.5 / 32
+
+
+@pytest.mark.parametrize(
+    ("op", "format", "shape", "tiles"),
+    [
+        ("kv_attention", "fp8_e4m3", (16, 4096, 32), (16, 8)),
+        ("kv_attention", "bf16", (16, 4096, 32), (2, 4)),
+        ("kv_attention", "int8", (16, 8192, 32), (32, 2)),
+        ("quantize_rows", "int8", (2048, 4096), (32,)),
+        ("quantize_rows", "fp8_e4m3", (2048, 1024), (512,)),
+    ],
+)
+@pytest.mark.parametrize("chip", ["v6e", "7x"])
+def test_winners_of_other_ops_are_what_their_kernels_read(
+    op, format, shape, tiles, chip, tmp_path, monkeypatch
+):
+    case, family = get_case(op, format, "bf16"), winners.family_of(op)
+    path = tmp_path / "tiles.json"
+    shutil.copy(family.TILES_FILE, path)
+    monkeypatch.setattr(winners, "libtpu_version", lambda: json.loads(path.read_text())["libtpu"])
+    before = json.loads(path.read_text())
+    winner = tune.Candidate(tiles, None, 1)
+    assert winners.write_winners([(case, chip, shape, winner)], path) == [case.name]
+    table = json.loads(path.read_text())
+    assert table["default"] == before["default"]
+    module = plan if op == "kv_attention" else pallas_tpu
+    monkeypatch.setattr(module, "read_tiles", lambda: table)
+    target = compile_target(chip)
+    found = distinct_settings(case, target, shape)[0]
+    assert found.tiles == tiles
+    if chip == "7x":  # TPU 8 is taken to be like it
+        target = SimpleNamespace(device_kind="TPU8i")
+        assert next(iter(family.settings(case, target, shape))) == found
+
+
 def test_an_op_without_tiles_is_refused():
-    other = get_case("kv_attention", "int8", "bf16")
-    with pytest.raises(UserError, match="kv_attention has no tiles to tune"):
-        tune.settings(other, compile_target("v6e"), DECODE)
+    other = get_case("grouped_matmul", "int8", "bf16")
+    with pytest.raises(UserError, match="grouped_matmul has no tiles of its own to tune; quantize"):
+        distinct_settings(other, compile_target("v6e"), (128, 4096, 14336))
+
+
+@pytest.mark.parametrize("rows", [0, 16, 33])
+def test_rows_of_a_block_fill_tiles(rows):
+    case = get_case("quantize_rows", "int8", "bf16")
+    with pytest.raises(ValueError, match=rf"tiles \({rows},\): .* all 64 or a multiple of 32"):
+        case.out_shape((64, 256), tiles=(rows,))

@@ -10,21 +10,25 @@ from tpu_stack.units import bytes_text, seconds_text
 
 @dataclass(frozen=True)
 class Options:
-    """Search the quantized_matmul kernel's tiles and scale modes for a chip that is not here, by
+    """Search a kernel's tiles (and quantized_matmul's scale modes) for a chip that is not here, by
     HBM cycles, issued bundles and VMEM fit; on a host with that chip, the best are then measured.
-    Winners enter tiles.json only with --write.
+    Winners enter the kernel's tiles.json only with --write.
 
     Example: tpu-stack kernels tune --chip v6e --format int4 --shape 16,4096,14336
     """
 
     chip: str
     """v5e, v5p, v6e or 7x."""
+    op: str = "quantized_matmul"
+    """quantized_matmul, kv_attention or quantize_rows; grouped_matmul has the first one's tiles."""
     format: str | None = None
-    """Weight format, such as int4; the default is every one that takes the activation."""
+    """Format of weights, pages or rows, such as int4; the default is every one that takes the
+    activation."""
     activation: str = "bf16"
     """Type of x: bf16, fp8 or int8."""
-    shape: str = "16,4096,14336"
-    """M,K,N; M up to 64 tunes decode, above it prefill."""
+    shape: str | None = None
+    """M,K,N, where M up to 64 tunes decode, above it prefill; B,S,N of kv_attention; M,K of
+    quantize_rows. The default is the one that the published matrix has."""
     limit: int | None = None
     """Compile at most this many candidates of each format."""
     top: int = 8
@@ -32,7 +36,7 @@ class Options:
     cache: Path | None = None
     """Folder of compile results (default ~/.cache/tpu-stack/kernels)."""
     write: bool = False
-    """Keep each winner that beats the present tiles in kernels/quantized_matmul/tiles.json."""
+    """Keep each winner that beats the present tiles in kernels/OP/tiles.json."""
     json: Path | None = None
     """Also write every candidate to this file."""
 
@@ -40,18 +44,20 @@ class Options:
 def run(options: Options) -> None:
     """Prints the candidates of each format, cheapest first."""
     from tpu_stack.errors import UserError
-    from tpu_stack.planner.kernels import tune, winners
+    from tpu_stack.planner.kernels import settings, tune, winners
     from tpu_stack.planner.kernels.cases import find_cases, parse_shape
     from tpu_stack.planner.kernels.targets import compile_target, has_compiler, libtpu_version
 
-    target, shape = compile_target(options.chip), parse_shape(options.shape)
+    target = compile_target(options.chip)
     if options.limit is not None and options.limit < 1:
         raise UserError(f"--limit is {options.limit}; it must be at least 1")
     if not has_compiler():
         raise UserError("tuning needs the TPU compiler; install the extra [aot] (libtpu)")
-    cases = find_cases("quantized_matmul", options.format, options.activation)
+    cases = find_cases(options.op, options.format, options.activation)
+    shape = cases[0].large if options.shape is None else parse_shape(options.shape)
     counts = [
-        len(tune.settings(case, target, case.check_shape(shape))[: options.limit]) for case in cases
+        len(settings.distinct_settings(case, target, case.check_shape(shape))[: options.limit])
+        for case in cases
     ]
     found, won = [], []
     with progress() as bar:
@@ -66,37 +72,43 @@ def run(options: Options) -> None:
             candidates = tune.refine(case, options.chip, shape, candidates, options.top)
             found.append((case, candidates))
     for case, candidates in found:
-        _print(f"{case.name} for {options.chip}, {options.shape}", candidates, options.top)
+        _print(
+            f"{case.name} for {options.chip}, {','.join(map(str, shape))}",
+            f"blocks of {settings.family_of(options.op).BLOCKS_OF}",
+            candidates,
+            options.top,
+        )
         best = candidates[0]
         if tune.beats(best, next(c for c in candidates if c.current)):
             won.append((case, options.chip, shape, best))
     if options.write and won:
         written = winners.write_winners(won)
-        print(f"wrote to {winners.TILES_FILE}: {', '.join(written)}")
+        print(f"wrote to {settings.family_of(options.op).TILES_FILE}: {', '.join(written)}")
     save_json(
         options.json,
         {
-            "chip": options.chip, "shape": list(shape), "libtpu": libtpu_version(), "rung": 3,
+            "op": options.op, "chip": options.chip, "shape": list(shape),
+            "libtpu": libtpu_version(), "rung": 3,
             "formats": {c.name: [one.as_json() for one in cs] for c, cs in found},
         },
     )  # fmt: skip
 
 
-def _print(title: str, candidates: list[Any], top: int) -> None:
+def _print(title: str, blocks: str, candidates: list[Any], top: int) -> None:
     rows = []
     for number, c in enumerate(candidates):
         if number >= top and not c.current:
             continue
         tiles = ", ".join(map(str, c.tiles)) + (" (now)" if c.current else "")
         if c.cycles is None:
-            rows.append([tiles, c.scale_mode, *["-"] * 8, c.error])
+            rows.append([tiles, c.scale_mode or "-", *["-"] * 8, c.error])
             continue
         bound = "HBM" if c.issued <= c.hbm_cycles else "bundles"
         measured = "-" if c.seconds is None else seconds_text(c.seconds)
         rows.append(
-            [tiles, c.scale_mode, c.cycles, c.hbm_cycles, c.issued, c.loop, c.steps, c.first_load,
-             bytes_text(c.vmem_bytes), measured, bound]
+            [tiles, c.scale_mode or "-", c.cycles, c.hbm_cycles, c.issued, c.loop, c.steps,
+             c.first_load, bytes_text(c.vmem_bytes), measured, bound]
         )  # fmt: skip
-    columns = ["blocks M, K, N", "scales", "cycles", "HBM cycles", "issued", "loop body", "steps",
+    columns = [blocks, "scales", "cycles", "HBM cycles", "issued", "loop body", "steps",
                "first load", "VMEM", "measured", "bound"]  # fmt: skip
     print_table(f"{title}: {len(candidates)} candidates, by static cycles", columns, rows)

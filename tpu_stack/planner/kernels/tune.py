@@ -14,22 +14,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from tpu_stack.errors import UserError
-from tpu_stack.kernels.quantized_matmul import SCALE_MODES, Plan, make_plan
-from tpu_stack.kernels.quantized_matmul.tiles import DECODE_M
 from tpu_stack.planner.kernels import measure as measuring
-from tpu_stack.planner.kernels.cases import Case, array_bytes
+from tpu_stack.planner.kernels.cases import Case
 from tpu_stack.planner.kernels.compile import Compiled, Job, compile_jobs
+from tpu_stack.planner.kernels.settings import Setting, distinct_settings
 from tpu_stack.planner.kernels.targets import CompileTarget, compile_target
-from tpu_stack.quant import get_format
-
-ROW_BLOCKS = {"decode": (64,), "prefill": (256, 512, 1024)}
-DEPTHS = (512, 1024, 2048, 4096)
-WIDTHS = (512, 1024, 2048)
-VMEM_SHARE = 0.9
-"""Of VMEM that a candidate's blocks may take; the compiler needs the rest."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +27,10 @@ class Candidate:
     """One setting of the kernel and what the compiler says it costs.
 
     Attributes:
-      tiles: blocks of M, K and N, as the plan cut them to the shape.
-      scale_mode: where scales are applied.
+      tiles: blocks, as the plan cut them to the shape: of M, K and N; pages and key heads; rows.
+      scale_mode: where quantized_matmul applies scales; None for other ops.
       cycles: the cost as the module states it; None when it did not compile.
-      issued, loop, steps: bundles of the call, of the loop body, and grid steps.
+      issued, loop, steps: bundles of the average call, of the loop body, and grid steps.
       hbm_cycles, first_load: of the whole call, and of the first step's blocks.
       vmem_bytes: highest VMEM address in use.
       error: why it has no cost.
@@ -48,8 +38,8 @@ class Candidate:
       seconds: wall clock of a call, measured; None where no such chip was at hand.
     """
 
-    tiles: tuple[int, int, int]
-    scale_mode: str
+    tiles: tuple[int, ...]
+    scale_mode: str | None
     cycles: int | None
     issued: int = 0
     loop: int = 0
@@ -66,14 +56,6 @@ class Candidate:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class _Setting:
-    tiles: tuple[int, int, int]
-    scale_mode: str
-    block_bytes: float
-    call_bytes: float
-
-
 def search(
     case: Case,
     chip: str,
@@ -86,21 +68,19 @@ def search(
     """Compiles the candidates, cheapest first; those that did not compile come last.
 
     Args:
-      case: of quantized_matmul.
+      case: of an op with tiles of its own.
       limit: at most this many candidates, the current one among them.
 
     Raises: UserError where the compiler is absent or does not know the chip, or the op cannot be
       tuned.
     """
     target = compile_target(chip)
-    found = settings(case, target, shape)[:limit]
-    jobs = [
-        Job(case, chip, shape, {"tiles": list(s.tiles), "scale_mode": s.scale_mode}) for s in found
-    ]
+    found = distinct_settings(case, target, shape)[:limit]
+    jobs = [Job(case, chip, shape, setting.options) for setting in found]
     compiled = compile_jobs(
         jobs,
         cache=cache,
-        done=lambda job: done(f"{job.options['tiles']} {job.options['scale_mode']}"),
+        done=lambda job: done(" ".join(str(value) for value in job.options.values())),
     )
     if any(result.not_run for result in compiled):
         raise UserError(f"tuning needs the TPU compiler: {compiled[0].not_run}")
@@ -125,7 +105,8 @@ def refine(
     ]
     timed = []
     for c in chosen:
-        seconds = measuring.measure(case, shape, tiles=c.tiles, scale_mode=c.scale_mode)
+        mode = {} if c.scale_mode is None else {"scale_mode": c.scale_mode}
+        seconds = measuring.measure(case, shape, tiles=c.tiles, **mode)
         timed.append(replace(c, seconds=seconds))
     rest = [c for c in candidates if c not in chosen]
     return sorted(timed, key=lambda c: c.seconds or 0.0) + rest
@@ -138,76 +119,8 @@ def beats(best: Candidate, current: Candidate) -> bool:
     return best.cycles is not None and (current.cycles is None or best.cycles < current.cycles)
 
 
-def settings(case: Case, target: CompileTarget, shape: tuple[int, ...]) -> list[_Setting]:
-    """The distinct settings that the kernel takes and that fit VMEM; the current one first."""
-    if "tiles" not in case.tunable:
-        raise UserError(f"{case.op} has no tiles to tune; quantized_matmul has")
-    kind, nbytes = target.device_kind, _Bytes.of(case, shape)
-    current = plan_of(case, shape, kind)
-    asked = [((current.bm, current.bk, current.bn), current.scale_mode)]
-    asked += [
-        ((bm, bk, bn), mode)
-        for mode in SCALE_MODES
-        for bm in ROW_BLOCKS[regime(shape[0])]
-        for bk in DEPTHS
-        for bn in WIDTHS
-    ]
-    found: dict[tuple, _Setting] = {}
-    for tiles, mode in asked:
-        try:
-            plan = plan_of(case, shape, kind, tiles=tiles, scale_mode=mode)
-        except ValueError:
-            continue  # not a setting of the kernel at this shape
-        cut = (plan.bm, plan.bk, plan.bn)
-        step = nbytes.of_step(shape, cut)
-        widened = 4 * plan.bk * plan.bn + 8 * plan.bm * plan.bn
-        if (cut, mode) not in found and 2 * step + widened <= VMEM_SHARE * target.vmem_bytes:
-            found[cut, mode] = _Setting(cut, mode, step, nbytes.of_call(shape, cut))
-    return list(found.values())
-
-
-def regime(m: int) -> str:
-    """The regime of tiles.json that M rows belong to."""
-    return "decode" if m <= DECODE_M else "prefill"
-
-
-def plan_of(case: Case, shape: tuple[int, ...], kind: str, **options: Any) -> Plan:
-    """The kernel's plan for the case at a shape on a device kind; options as in `make_plan`."""
-    arrays = dict(case.abstract(shape))
-    x, values, scales = (arrays.pop(name) for name in ("x", "values", "scales"))
-    offset = get_format(case.format).offset
-    return make_plan(x, values, scales, offset=offset, kind=kind, **arrays, **options)
-
-
-@dataclass(frozen=True)
-class _Bytes:
-    """Packed bytes of the weight with its scales, of x and of the result, each once."""
-
-    weight: int
-    x: int
-    out: int
-
-    @classmethod
-    def of(cls, case: Case, shape: tuple[int, ...]) -> "_Bytes":
-        arrays = case.abstract(shape)
-        weight = sum(array_bytes(arrays[name]) for name in ("values", "scales"))
-        out = sum(map(array_bytes, jax.tree.leaves(case.out_shape(shape))))
-        return cls(weight, array_bytes(arrays["x"]), out)
-
-    def of_step(self, shape: tuple[int, ...], tiles: tuple[int, int, int]) -> float:
-        """What one grid step loads and stores: each array's share of its axes."""
-        m, k, n = (min(1.0, block / size) for block, size in zip(tiles, shape, strict=True))
-        return self.weight * k * n + self.x * m * k + self.out * m * n
-
-    def of_call(self, shape: tuple[int, ...], tiles: tuple[int, int, int]) -> float:
-        """What a call moves: the weight once per block of M; x once per block of N, unless it is
-        all one block and stays."""
-        m, k, n = (math.ceil(size / block) for block, size in zip(tiles, shape, strict=True))
-        return self.weight * m + self.x * (n if k > 1 else 1) + self.out
-
-
 def _candidate(
-    target: CompileTarget, setting: _Setting, result: Compiled, current: bool
+    target: CompileTarget, setting: Setting, result: Compiled, current: bool
 ) -> Candidate:
     if result.error:
         return Candidate(
@@ -215,12 +128,13 @@ def _candidate(
         )
     traffic = target.hbm_cycles(setting.call_bytes)
     first = target.hbm_cycles(setting.block_bytes)
+    issued = round(result.cycles * setting.step_share)
     kernel = max(result.schedules, key=lambda schedule: schedule.executed)
     return Candidate(
         tiles=setting.tiles,
         scale_mode=setting.scale_mode,
-        cycles=round(max(traffic, result.cycles) + first),
-        issued=result.cycles,
+        cycles=round(max(traffic, issued) + first),
+        issued=issued,
         loop=kernel.loop.bundles,
         steps=kernel.steps,
         hbm_cycles=round(traffic),

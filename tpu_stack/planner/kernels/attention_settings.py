@@ -1,0 +1,104 @@
+"""Settings of `kv_attention` that the tuner tries: pages and key heads per step.
+
+Sequences fill their pages to lengths spread evenly between none and all: large steps are fewer, but
+the last of a sequence is computed whole, so that the longest steps, best where every page is full,
+are not the best here.
+
+>>> settings(make_case("int8", "bf16"), compile_target("7x"), (16, 4096, 32))
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tpu_stack.kernels import kv_attention as package
+from tpu_stack.kernels.kv_attention import make_plan
+from tpu_stack.kernels.kv_attention.plan import Plan, read_tiles, rule_for
+from tpu_stack.planner.kernels.attention_cases import PAGES
+from tpu_stack.planner.kernels.cases import Case, array_bytes
+from tpu_stack.planner.kernels.settings import Setting
+from tpu_stack.planner.kernels.targets import CompileTarget
+
+TILES_FILE = Path(package.__file__).parent / "tiles.json"
+BLOCKS_OF = "pages, key heads"
+"""What the numbers of tiles count."""
+SECTION = "tuned"
+"""Of tiles.json that device kinds are in."""
+PAGE_COUNTS = (1, 2, 4, 8, 16, 32)
+
+
+def settings(case: Case, target: CompileTarget, shape: tuple[int, ...]) -> Iterator[Setting]:
+    """The current setting, then all that the kernel takes; some of them may be the same."""
+    kind = target.device_kind
+    current = plan_of(case, shape, kind)
+    heads = [d for d in range(1, current.kv_heads + 1) if current.kv_heads % d == 0]
+    asked = [(current.pages, current.heads)]
+    asked += [(pages, some) for pages in PAGE_COUNTS for some in reversed(heads)]
+    for tiles in asked:
+        plan = plan_of(case, shape, kind, tiles=tiles)
+        yield _setting(case, shape, plan)
+
+
+def place_of(case: Case, shape: tuple[int, ...]) -> tuple[str, ...]:
+    """Where in a device kind's part of tiles.json the case's entry is."""
+    return (jnp.dtype(PAGES[case.format]).name,)
+
+
+def plan_of(case: Case, shape: tuple[int, ...], kind: str, **options: Any) -> Plan:
+    """The kernel's plan for the case at a shape on a device kind; options as in `make_plan`."""
+    return make_plan(**case.abstract(shape), kind=kind, **options)
+
+
+def entry_of(
+    case: Case, kind: str, shape: tuple[int, ...], tiles: tuple[int, ...], scale_mode: None = None
+) -> dict[str, int]:
+    """What has to differ in the rule of tiles.json for `tiles` to be the default at the shape."""
+    pages, heads = tiles
+    plan = plan_of(case, shape, kind, tiles=(pages, heads))
+    rule, dtype = rule_for(kind, PAGES[case.format]), jnp.dtype(PAGES[case.format])
+    in_sight = plan.table * plan.page
+    wanted = {
+        "share": max(1, in_sight // plan.tokens),
+        "least_tokens": min(rule["least_tokens"], plan.tokens),
+        "most_tokens": max(rule["most_tokens"], plan.tokens),
+        "max_pages": max(rule["max_pages"], plan.pages),
+        "block_bytes": heads * plan.tokens * plan.head_dim * dtype.itemsize,
+    }
+    default = read_tiles()["default"]
+    return {name: value for name, value in wanted.items() if value != default[name]}
+
+
+def _setting(case: Case, shape: tuple[int, ...], plan: Plan) -> Setting:
+    """Pages are read once, whatever the tiles, and half of them by lengths as the module says. In
+    VMEM: two buffers of them, and in between the scores and weights of a step in float32 and keys
+    and values widened."""
+    arrays = case.abstract(shape)
+    of_pages = [name for name in arrays if name.endswith(("pages", "scales"))]
+    kept = sum(array_bytes(arrays[name]) for name in of_pages)
+    rest = sum(array_bytes(array) for name, array in arrays.items() if name not in of_pages)
+    out = sum(map(array_bytes, jax.tree.leaves(case.out_shape(shape))))
+    step = kept * plan.pages * plan.heads / (plan.batch * plan.table * plan.kv_heads)
+    widened = 2 * plan.heads * plan.tokens * plan.head_dim * 2
+    scores = 3 * 4 * plan.heads * plan.group * plan.tokens
+    return Setting(
+        tiles=(plan.pages, plan.heads),
+        scale_mode=None,
+        block_bytes=step,
+        call_bytes=kept / 2 + rest + out,
+        vmem_bytes=2 * step + widened + scores,
+        step_share=(plan.steps + 1) / (2 * plan.steps),
+    )
+
+
+def forget() -> None:
+    """Has tiles.json read again."""
+    read_tiles.cache_clear()
+
+
+def tiles_text(table: dict[str, Any]) -> str:
+    """tiles.json as it is kept."""
+    return json.dumps(table, indent=2) + "\n"

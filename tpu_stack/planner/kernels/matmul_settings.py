@@ -1,0 +1,153 @@
+"""Settings of `quantized_matmul` that the tuner tries: tiles and scale modes.
+
+>>> settings(make_case("int4", "bf16"), compile_target("v6e"), (16, 4096, 14336))[0].tiles
+(16, 4096, 1024)
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from tpu_stack.kernels import quantized_matmul as package
+from tpu_stack.kernels.quantized_matmul import SCALE_MODES, Plan, make_plan
+from tpu_stack.kernels.quantized_matmul.tiles import DECODE_M, read_tiles, tuned
+from tpu_stack.planner.kernels.cases import Case, array_bytes
+from tpu_stack.planner.kernels.settings import Setting
+from tpu_stack.planner.kernels.targets import CompileTarget
+from tpu_stack.quant import get_format
+
+ROW_BLOCKS = {"decode": (64,), "prefill": (256, 512, 1024)}
+DEPTHS = (512, 1024, 2048, 4096)
+WIDTHS = (512, 1024, 2048)
+TILES_FILE = Path(package.__file__).parent / "tiles.json"
+BLOCKS_OF = "M, K, N"
+"""What the numbers of tiles count."""
+SECTION = "tiles"
+"""Of tiles.json that device kinds are in."""
+
+
+def settings(case: Case, target: CompileTarget, shape: tuple[int, ...]) -> Iterator[Setting]:
+    """The current setting, then all that the kernel takes; some of them may be the same."""
+    kind, nbytes = target.device_kind, _Bytes.of(case, shape)
+    current = plan_of(case, shape, kind)
+    asked = [((current.bm, current.bk, current.bn), current.scale_mode)]
+    asked += [
+        ((bm, bk, bn), mode)
+        for mode in SCALE_MODES
+        for bm in ROW_BLOCKS[regime(shape[0])]
+        for bk in DEPTHS
+        for bn in WIDTHS
+    ]
+    for tiles, mode in asked:
+        try:
+            plan = plan_of(case, shape, kind, tiles=tiles, scale_mode=mode)
+        except ValueError:
+            continue  # not a setting of the kernel at this shape
+        cut = (plan.bm, plan.bk, plan.bn)
+        step = nbytes.of_step(shape, cut)
+        widened = 4 * plan.bk * plan.bn + 8 * plan.bm * plan.bn
+        yield Setting(cut, mode, step, nbytes.of_call(shape, cut), 2 * step + widened)
+
+
+def regime(m: int) -> str:
+    """The regime of tiles.json that M rows belong to."""
+    return "decode" if m <= DECODE_M else "prefill"
+
+
+def plan_of(case: Case, shape: tuple[int, ...], kind: str, **options: Any) -> Plan:
+    """The kernel's plan for the case at a shape on a device kind; options as in `make_plan`."""
+    arrays = dict(case.abstract(shape))
+    x, values, scales = (arrays.pop(name) for name in ("x", "values", "scales"))
+    offset = get_format(case.format).offset
+    return make_plan(x, values, scales, offset=offset, kind=kind, **arrays, **options)
+
+
+def tiles_name(case: Case) -> str:
+    """What tiles.json calls the case's weight: its stored type, but some are told apart."""
+    fmt = get_format(case.format)
+    if case.format == "nvfp4":
+        return case.format
+    special = {"int2": "int2" if fmt.offset else "ternary", "int32": "int1"}
+    return special.get(fmt.storage, fmt.storage)
+
+
+def entry_of(
+    case: Case, kind: str, shape: tuple[int, ...], tiles: tuple[int, ...], scale_mode: str | None
+) -> dict[str, Any]:
+    """The entry of tiles.json with which the kernel does by default what won.
+
+    `bm` is the block that was asked for, not cut to M. A scale mode that would not be the default
+    moves the bound that stands in its way, so that the shape and group of the case are on its side.
+    """
+    decode = regime(shape[0]) == "decode"
+    entry = tuned(kind, tiles_name(case), shape[0]) | {
+        "bm": ROW_BLOCKS["decode"][0] if decode else tiles[0],
+        "bk": tiles[1],
+        "bn": tiles[2],
+    }
+    default = plan_of(case, shape, kind, tiles=tiles)
+    if default.scale_mode == scale_mode:
+        return entry
+    if scale_mode == "after_group":
+        return entry | {"after_group_from": default.group}
+    if default.as_bytes:
+        entry["bytes_rows"] = default.rows_as_bytes - 1
+    least = entry["after_group_from"]
+    if least is not None and default.group >= least:
+        entry["after_group_from"] = 2 * default.group
+    return entry
+
+
+def place_of(case: Case, shape: tuple[int, ...]) -> tuple[str, str]:
+    """Where in a device kind's part of tiles.json the case's entry is."""
+    return tiles_name(case), regime(shape[0])
+
+
+@dataclass(frozen=True)
+class _Bytes:
+    """Packed bytes of the weight with its scales, of x and of the result, each once."""
+
+    weight: int
+    x: int
+    out: int
+
+    @classmethod
+    def of(cls, case: Case, shape: tuple[int, ...]) -> "_Bytes":
+        arrays = case.abstract(shape)
+        weight = sum(array_bytes(arrays[name]) for name in ("values", "scales"))
+        out = sum(map(array_bytes, jax.tree.leaves(case.out_shape(shape))))
+        return cls(weight, array_bytes(arrays["x"]), out)
+
+    def of_step(self, shape: tuple[int, ...], tiles: tuple[int, int, int]) -> float:
+        """What one grid step loads and stores: each array's share of its axes."""
+        m, k, n = (min(1.0, block / size) for block, size in zip(tiles, shape, strict=True))
+        return self.weight * k * n + self.x * m * k + self.out * m * n
+
+    def of_call(self, shape: tuple[int, ...], tiles: tuple[int, int, int]) -> float:
+        """What a call moves: the weight once per block of M; x once per block of N, unless it is
+        all one block and stays."""
+        m, k, n = (math.ceil(size / block) for block, size in zip(tiles, shape, strict=True))
+        return self.weight * m + self.x * (n if k > 1 else 1) + self.out
+
+
+def forget() -> None:
+    """Has tiles.json read again."""
+    read_tiles.cache_clear()
+
+
+def tiles_text(table: dict[str, Any]) -> str:
+    """tiles.json as it is kept: indented, with one line per regime."""
+    lines = ["{", f'  "libtpu": {json.dumps(table["libtpu"])},', '  "tiles": {']
+    kinds = []
+    for kind, formats in table["tiles"].items():
+        blocks = []
+        for name, regimes in formats.items():
+            rows = [f"        {json.dumps(k)}: {json.dumps(v)}" for k, v in regimes.items()]
+            blocks.append(f"      {json.dumps(name)}: {{\n" + ",\n".join(rows) + "\n      }")
+        kinds.append(f"    {json.dumps(kind)}: {{\n" + ",\n".join(blocks) + "\n    }")
+    return "\n".join([*lines, ",\n".join(kinds), "  }", "}"]) + "\n"
