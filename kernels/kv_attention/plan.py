@@ -11,13 +11,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from tpu_stack.kernels.quantized_matmul.operands import device_kind
+from tpu_stack.kernels.quantized_matmul.operands import cores_of, device_kind
 from tpu_stack.kernels.quantized_matmul.tiles import tiles_kind
 
 Q_DTYPES = ("bfloat16", "float32")
 PAGE_DTYPES = ("bfloat16", "float8_e4m3fn", "int8")
-TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")
-"""Device kinds that are two cores, which share a grid."""
 PAGE_STEP = 16
 """Rows of a bfloat16 tile: pages of a multiple of this many tokens join without being moved."""
 
@@ -140,7 +138,7 @@ def make_plan(
         softcap=softcap,
         scale=head_dim**-0.5 if scale is None else scale,
         scaled=scaled,
-        cores=2 if kind in TWO_CORES and batch % 2 == 0 else 1,
+        cores=cores_of(kind) if batch % cores_of(kind) == 0 else 1,
     )
 
 

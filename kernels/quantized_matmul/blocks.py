@@ -18,6 +18,8 @@ than this are one whole block: Mosaic cannot compile a block that is taller than
 EVEN = 64
 """Rows that several blocks of M are multiples of, two tiles of 8 bits: M is cut into equal blocks,
 since a last one that is nearly empty takes as long as the others."""
+SHARED = 256
+"""Columns that blocks of N for several cores are multiples of."""
 SUBLANES = 8
 """Pallas's rule for the second-minor axis: a block of scales has a multiple of this many groups."""
 
@@ -32,8 +34,13 @@ def choose_blocks(
     storage: Storage,
     tiles: tuple[int, int, int] | None,
     entry: dict[str, Any],
+    cores: int = 1,
 ) -> tuple[int, int, int]:
-    """(bm, bk, bn): the tuned or given ones, cut to the arrays, in whole tiles of every operand."""
+    """(bm, bk, bn): the tuned or given ones, cut to the arrays, in whole tiles of every operand.
+
+    cores: of the device. Where there is one block of M, they share those of N, so that these are
+    as many for each core.
+    """
     step_k, step_n = _steps(group, mode, transpose, storage)
     wanted = tiles or _tuned_blocks(entry, jnp.dtype(x.dtype).itemsize, k, step_k, step_n)
     m = x.shape[0]
@@ -41,6 +48,9 @@ def choose_blocks(
     if m > bm and tiles is None:
         bm = min(bm, round_up(math.ceil(m / math.ceil(m / bm)), EVEN))
     bk, bn = min(wanted[1], round_up(k, step_k)), min(wanted[2], round_up(n, step_n))
+    if cores > 1 and tiles is None and m <= bm:
+        blocks = round_up(math.ceil(n / bn), cores)
+        bn = min(bn, round_up(math.ceil(n / blocks), math.lcm(step_n, SHARED)))
     if (bm % ROWS and bm != m) or bk % step_k or bn % step_n:
         raise ValueError(
             f"tiles ({bm}, {bk}, {bn}) are not multiples of {(ROWS, step_k, step_n)}, which "

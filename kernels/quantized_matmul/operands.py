@@ -28,6 +28,13 @@ _VERSIONS = {
 _CASTS_FLOAT4 = ("TPU7x", "TPU8i", "TPU8t")
 """Where Mosaic widens e2m1. Elsewhere "Unsupported cast"; TPU 8 is taken to do what 7x does."""
 
+_TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")
+
+
+def cores_of(kind: str) -> int:
+    """Cores of a device of this kind, which share a grid."""
+    return 2 if kind in _TWO_CORES else 1
+
 
 def device_kind() -> str:
     """The device kind that is traced for: the abstract mesh's, else the default device's."""

@@ -16,6 +16,7 @@ from tpu_stack.kernels.quantized_matmul.blocks import (
 from tpu_stack.kernels.quantized_matmul.checks import check_dtypes, group_of, logical_shape
 from tpu_stack.kernels.quantized_matmul.operands import (
     casts_float4,
+    cores_of,
     device_kind,
     mxu_depth,
     support,
@@ -195,7 +196,8 @@ def make_plan(
     mode, operands, ways = choose_way(x, weight, kind, entry, scale_mode)
     if operands[1] == "int8" and k > MAX_INT8_K:
         raise ValueError(f"int8 activations: K = {k} may overflow int32; at most {MAX_INT8_K}")
-    blocks = choose_blocks(x, k, n, group, mode, transpose, storage, tiles, entry)
+    cores = cores_of(kind)
+    blocks = choose_blocks(x, k, n, group, mode, transpose, storage, tiles, entry, cores)
     return Plan(
         *(x.shape[0], k, n, transpose, storage, operands),
         support(kind, x.dtype, storage, operands),
