@@ -18,18 +18,13 @@ from tpu_stack.kernels.quantized_matmul.cases import (
     abstract_operands,
     stored_bytes,
 )
+from tpu_stack.kernels.quantized_matmul.operands import chip_info, cores_of
 from tpu_stack.kernels.quantized_matmul.peers import BFLOAT16, PEERS, Peer, make_peer
 
 CLOCK_HZ = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9, "7x": 2.2e9}
 """Implied by peak bf16 FLOP/s over MXU size in jax's chip table; used only to state HBM cycles."""
-CORES = {"v5p": 2}
-"""Cores of a device, which share a call, where they are more than the one of jax's table."""
-VERSIONS = {
-    "v5e": pltpu.ChipVersion.TPU_V5E,
-    "v5p": pltpu.ChipVersion.TPU_V5P,
-    "v6e": pltpu.ChipVersion.TPU_V6E,
-    "7x": pltpu.ChipVersion.TPU_7X,
-}
+KINDS = {"v5e": "TPU v5e", "v5p": "TPU v5p", "v6e": "TPU v6e", "7x": "TPU7x"}
+"""The device kind of each chip."""
 
 
 class Parts(NamedTuple):
@@ -90,14 +85,19 @@ def mxu_cycles(case: str, chip: str, shape: list[int], operands: Sequence[str]) 
     then the rate is that of its rows' type, the fastest that it can have."""
     activation = parse(case).activation
     types = set(operands or (activation,))
-    info = pltpu.get_tpu_info_for_chip(VERSIONS[chip], 1)
+    info = _info(chip)
     fp8 = info.fp8_ops_per_second
     eight = {"int8": info.int8_ops_per_second, "float8_e4m3fn": fp8, "float8_e5m2": fp8}
     rates = [eight.get(name, 0) or info.bf16_ops_per_second for name in types]
-    return round(2 * math.prod(shape) / (min(rates) * CORES.get(chip, 1)) * CLOCK_HZ[chip])
+    return round(2 * math.prod(shape) / (min(rates) * cores_of(KINDS[chip])) * CLOCK_HZ[chip])
 
 
 def bandwidth(chip: str) -> float:
     """HBM bytes per second of one device, from jax's chip table."""
-    info = pltpu.get_tpu_info_for_chip(VERSIONS[chip], 1)
-    return float(info.mem_bw_bytes_per_second) * CORES.get(chip, 1)
+    return float(_info(chip).mem_bw_bytes_per_second) * cores_of(KINDS[chip])
+
+
+def _info(chip: str) -> pltpu.TpuInfo:
+    info = chip_info(KINDS[chip])
+    assert info is not None, chip
+    return info

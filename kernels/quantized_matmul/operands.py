@@ -47,19 +47,22 @@ def casts_float4(kind: str) -> bool:
     return kind in _CASTS_FLOAT4
 
 
+def chip_info(kind: str) -> pltpu.TpuInfo | None:
+    """jax's facts of one core of this device kind; None for no TPU."""
+    version = _VERSIONS.get(kind)
+    return None if version is None else pltpu.get_tpu_info_for_chip(version, 1)
+
+
 def mxu_depth(kind: str) -> int:
     """Rows of a weight that the MXU of this device kind holds at once; 256 for no TPU."""
-    version = _VERSIONS.get(kind)
-    return 256 if version is None else pltpu.get_tpu_info_for_chip(version, 1).mxu_column_size
+    info = chip_info(kind)
+    return 256 if info is None else info.mxu_column_size
 
 
 def is_native(kind: str, left: Any, right: Any) -> bool:
     """Whether the MXU of this device kind multiplies these dtypes itself; False for no TPU."""
-    version = _VERSIONS.get(kind)
-    if version is None:
-        return False
-    info = pltpu.get_tpu_info_for_chip(version, 1)
-    return bool(info.is_matmul_supported(jnp.dtype(left), jnp.dtype(right)))
+    info = chip_info(kind)
+    return info is not None and bool(info.is_matmul_supported(jnp.dtype(left), jnp.dtype(right)))
 
 
 def has_no_int8(kind: str) -> bool:

@@ -91,6 +91,15 @@ def test_settings_are_distinct_and_fit(format, shape):
         case.out_shape(shape, **options)  # the kernel takes it
 
 
+def test_cores_of_a_device_get_as_many_blocks_of_columns_in_every_setting():
+    case = get_case("quantized_matmul", "nvfp4", "bf16")
+    widths = {s.tiles[2] for s in distinct_settings(case, compile_target("v5p"), DECODE)}
+    assert {512, 1024} < widths
+    assert all(-(-14336 // width) % 2 == 0 for width in widths)
+    one_core = {s.tiles[2] for s in distinct_settings(case, compile_target("v5e"), DECODE)}
+    assert 2048 in one_core - widths  # seven blocks
+
+
 def schedule(loop: int, steps: int) -> Schedule:
     return Schedule("k", loop + 10, Region(loop, {}), Region(10, {}), {}, (1, steps), 0, 1 << 20)
 

@@ -15,6 +15,7 @@ import jax
 
 from tpu_stack.kernels import quantized_matmul as package
 from tpu_stack.kernels.quantized_matmul import SCALE_MODES, Plan, make_plan
+from tpu_stack.kernels.quantized_matmul.operands import cores_of
 from tpu_stack.kernels.quantized_matmul.tiles import DECODE_M, read_tiles, tuned
 from tpu_stack.planner.kernels.cases import Case, array_bytes
 from tpu_stack.planner.kernels.settings import Setting
@@ -43,15 +44,24 @@ def settings(case: Case, target: CompileTarget, shape: tuple[int, ...]) -> Itera
         for bk in DEPTHS
         for bn in WIDTHS
     ]
-    for tiles, mode in asked:
+    for number, (tiles, mode) in enumerate(asked):
         try:
             plan = plan_of(case, shape, kind, tiles=tiles, scale_mode=mode)
         except ValueError:
             continue  # not a setting of the kernel at this shape
+        if number and _is_uneven(plan, cores_of(kind)):
+            continue
         cut = (plan.bm, plan.bk, plan.bn)
         step = nbytes.of_step(shape, cut)
         widened = 4 * plan.bk * plan.bn + 8 * plan.bm * plan.bn
         yield Setting(cut, mode, step, nbytes.of_call(shape, cut), 2 * step + widened)
+
+
+def _is_uneven(plan: Plan, cores: int) -> bool:
+    """Whether cores would get blocks of N unequal in number: from tiles.json the kernel would read
+    these as others (`blocks.choose_blocks`)."""
+    row_blocks, column_blocks, _ = plan.grid
+    return row_blocks == 1 and column_blocks % cores != 0
 
 
 def regime(m: int) -> str:

@@ -24,7 +24,7 @@ class Setting:
       tiles: the blocks, as the kernel's `tiles` takes them.
       scale_mode: where quantized_matmul applies scales; None for other ops.
       block_bytes: what the first grid step loads and its results' block.
-      call_bytes: what a call moves.
+      call_bytes: what a call moves; where data decide, the average one (`step_share`).
       vmem_bytes: what it needs of VMEM, roughly.
       step_share: of the grid's steps, those that the average call does; data decide on the rest.
     """
