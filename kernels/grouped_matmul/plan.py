@@ -3,7 +3,10 @@
 >>> plan = make_grouped_plan(x, values, scales, group_sizes)
 """
 
+import functools
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +20,26 @@ from tpu_stack.kernels.quantized_matmul.widen import Storage
 MOST_ROWS = 512
 """Rows of a block at most: what is not the expert's in its first and last block is multiplied for
 nothing, so that larger blocks, which widen the weight less often, lose more than they gain."""
+
+
+@functools.cache
+def read_tiles() -> dict[str, Any]:
+    """tiles.json: `libtpu`, and in `tuned`, by device kind, format and regime, what differs from
+    quantized_matmul's tiles. "FORMAT@int8" is for rows of int8, in FORMAT's place."""
+    return json.loads((Path(__file__).parent / "tiles.json").read_text())
+
+
+def own_tiles(x_dtype: Any) -> dict[str, Any]:
+    """`read_tiles`' entries for rows of this dtype, by device kind, format and regime."""
+    mark = f"@{jnp.dtype(x_dtype).name}"
+    found = {}
+    for kind, formats in read_tiles()["tuned"].items():
+        plain = {name: entry for name, entry in formats.items() if "@" not in name}
+        marked = {
+            name.removesuffix(mark): entry for name, entry in formats.items() if name.endswith(mark)
+        }
+        found[kind] = plain | marked
+    return found
 
 
 def make_grouped_plan(
@@ -68,6 +91,7 @@ def make_grouped_plan(
             offset=offset,
             rows=rows,
             kind=kind,
+            own=own_tiles(x.dtype),
         )
 
     average = -(-m // experts)

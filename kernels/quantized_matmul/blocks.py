@@ -48,15 +48,25 @@ def choose_blocks(
     if m > bm and tiles is None:
         bm = min(bm, round_up(math.ceil(m / math.ceil(m / bm)), EVEN))
     bk, bn = min(wanted[1], round_up(k, step_k)), min(wanted[2], round_up(n, step_n))
-    if cores > 1 and tiles is None and m <= bm:
-        blocks = round_up(math.ceil(n / bn), cores)
-        bn = min(bn, round_up(math.ceil(n / blocks), math.lcm(step_n, SHARED)))
+    if tiles is None and m <= bm:
+        bn = shared_columns(n, bn, cores, step_n)
     if (bm % ROWS and bm != m) or bk % step_k or bn % step_n:
         raise ValueError(
             f"tiles ({bm}, {bk}, {bn}) are not multiples of {(ROWS, step_k, step_n)}, which "
             f"groups of {group} need"
         )
     return bm, bk, bn
+
+
+def shared_columns(n: int, bn: int, cores: int, step: int = 1) -> int:
+    """Columns of a block, `bn` or fewer, of which N has as many for each core.
+
+    step: what they are a multiple of.
+    """
+    if cores == 1:
+        return bn
+    blocks = round_up(math.ceil(n / bn), cores)
+    return min(bn, round_up(math.ceil(n / blocks), math.lcm(step, SHARED)))
 
 
 def _steps(group: int, mode: str, transpose: bool, storage: Storage) -> tuple[int, int]:

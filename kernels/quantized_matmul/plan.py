@@ -176,10 +176,12 @@ def make_plan(
     offset: float = 0.0,
     rows: int | None = None,
     kind: str | None = None,
+    own: dict[str, Any] | None = None,
 ) -> Plan:
     """Validates one call and chooses its types and blocks; arguments as in `quantized_matmul`.
 
     kind: the device kind to plan for; None: the one that is traced for.
+    own: as in `tiles.tuned`.
     """
     kind = kind or device_kind()
     if x.ndim != 2 or values.ndim != 2:
@@ -191,7 +193,7 @@ def make_plan(
     if x.shape[1] != k or min(x.shape[0], k, n) < 1:
         raise ValueError(f"x {x.shape} does not fit values {values.shape}, transpose={transpose}")
     group = group_of(shape, scales.shape)
-    entry = tuned(kind, _format(values.dtype, scales.dtype, offset), x.shape[0])
+    entry = tuned(kind, _format(values.dtype, scales.dtype, offset), x.shape[0], own)
     weight = Weight(storage, shape, group, jnp.dtype(scales.dtype).name, transpose)
     mode, operands, ways = choose_way(x, weight, kind, entry, scale_mode)
     if operands[1] == "int8" and k > MAX_INT8_K:

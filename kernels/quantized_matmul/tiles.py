@@ -29,8 +29,15 @@ def tiles_kind(kind: str) -> str:
     return _ALIASES.get(kind, kind)
 
 
-def tuned(kind: str, weight: str, m: int) -> dict[str, Any]:
+def regime_of(m: int) -> str:
+    """The regime of a call of M rows."""
+    return "decode" if m <= DECODE_M else "prefill"
+
+
+def tuned(kind: str, weight: str, m: int, own: dict[str, Any] | None = None) -> dict[str, Any]:
     """The entry of a device kind, a format and a regime; "default" stands in for what is missing.
+
+    own: another op's entries, by device kind, format and regime, of what it has otherwise.
 
     Returns: "bm", "bk", "bn", and
 
@@ -42,9 +49,10 @@ def tuned(kind: str, weight: str, m: int) -> dict[str, Any]:
       alike. "ways_rows": up to how many rows, counted so, "after" is one of them.
     """
     table = read_tiles()["tiles"]
-    regime = "decode" if m <= DECODE_M else "prefill"
+    regime = regime_of(m)
+    others = (own or {}).get(tiles_kind(kind), {}).get(weight, {}).get(regime, {})
     for entry in (table.get(tiles_kind(kind), {}), table["default"]):
         for name in (weight, "default"):
             if regime in entry.get(name, {}):
-                return table["default"]["default"][regime] | entry[name][regime]
+                return table["default"]["default"][regime] | entry[name][regime] | others
     raise KeyError(f"tiles.json has no default for {regime}")

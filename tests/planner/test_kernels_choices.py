@@ -1,22 +1,15 @@
 """Dispatch, tuning and the published matrix: choices made from facts and static counts."""
 
 import json
-import shutil
-from types import SimpleNamespace
 
 import jax.numpy as jnp
 import pytest
 
 from tpu_stack.errors import UserError
 from tpu_stack.hardware import get_chip
-from tpu_stack.kernels.kv_attention import plan
-from tpu_stack.kernels.quantize_rows import pallas_tpu
-from tpu_stack.kernels.quantized_matmul import tiles as kernel_tiles
 from tpu_stack.planner.kernels import (
-    matmul_settings,
     measure,
     tune,
-    winners,
 )
 from tpu_stack.planner.kernels.bundles import Region, Schedule
 from tpu_stack.planner.kernels.cases import get_case
@@ -94,7 +87,7 @@ def test_settings_are_distinct_and_fit(format, shape):
 def test_cores_of_a_device_get_as_many_blocks_of_columns_in_every_setting():
     case = get_case("quantized_matmul", "nvfp4", "bf16")
     widths = {s.tiles[2] for s in distinct_settings(case, compile_target("v5p"), DECODE)}
-    assert {512, 1024} < widths
+    assert {512, 1024, 1792} == widths
     assert all(-(-14336 // width) % 2 == 0 for width in widths)
     one_core = {s.tiles[2] for s in distinct_settings(case, compile_target("v5e"), DECODE)}
     assert 2048 in one_core - widths  # seven blocks
@@ -165,53 +158,6 @@ def test_a_call_is_timed_without_its_first():
     assert measure.local_chip() is None
 
 
-def test_winners_are_what_the_kernel_reads(tmp_path, monkeypatch):
-    path = tmp_path / "tiles.json"
-    shutil.copy(matmul_settings.TILES_FILE, path)
-    before = json.loads(path.read_text())
-    monkeypatch.setattr(winners, "libtpu_version", lambda: before["libtpu"])
-    won = [
-        (
-            get_case("quantized_matmul", format, "bf16"),
-            "v6e",
-            DECODE,
-            tune.Candidate((16, 1024, 512), mode, 1),
-        )
-        for format, mode in (
-            ("int4", "after_group"),
-            ("ternary_g128", "before"),  # where bytes are the default
-            ("int2", "after_group"),
-            ("int1", "after_group"),
-            ("nvfp4", "before"),
-        )
-    ]
-    shared = (get_case("quantized_matmul", "int4_g128", "bf16"), *won[0][1:3])
-    other = tune.Candidate((16, 512, 512), "before", 1)
-    written = winners.write_winners([*won, (*shared, other)], path)
-    assert written == [case.name for case, *_ in won]  # int4_g128 has int4's entry
-    table_now = json.loads(path.read_text())
-    assert table_now["tiles"]["default"] == before["tiles"]["default"]
-    assert [p.name for p in tmp_path.iterdir()] == ["tiles.json"]
-    monkeypatch.setattr(kernel_tiles, "read_tiles", lambda: table_now)
-    for case, _, shape, winner in won:
-        plan = matmul_settings.plan_of(case, shape, "TPU v6 lite")
-        assert (plan.bm, plan.bk, plan.bn) == winner.tiles
-        assert plan.scale_mode == winner.scale_mode
-
-
-def test_winners_of_another_compiler_are_not_mixed_in(tmp_path, monkeypatch):
-    path = tmp_path / "tiles.json"
-    shutil.copy(matmul_settings.TILES_FILE, path)
-    before = path.read_text()
-    monkeypatch.setattr(winners, "libtpu_version", lambda: "9.9.9")
-    winner = tune.Candidate((16, 1024, 512), "before", 1)
-    with pytest.raises(UserError, match=r"tuned with libtpu .* this is 9\.9\.9"):
-        winners.write_winners(
-            [(get_case("quantized_matmul", "int8", "bf16"), "v6e", DECODE, winner)], path
-        )
-    assert path.read_text() == before
-
-
 @pytest.mark.parametrize(
     ("op", "shape", "least"),
     [
@@ -240,43 +186,13 @@ def test_long_steps_of_attention_pay_for_what_short_sequences_leave_empty():
     assert shares[1] == 16.5 / 32
 
 
-@pytest.mark.parametrize(
-    ("op", "format", "shape", "tiles"),
-    [
-        ("kv_attention", "fp8_e4m3", (16, 4096, 32), (16, 8)),
-        ("kv_attention", "bf16", (16, 4096, 32), (2, 4)),
-        ("kv_attention", "int8", (16, 8192, 32), (32, 2)),
-        ("quantize_rows", "int8", (2048, 4096), (32,)),
-        ("quantize_rows", "fp8_e4m3", (2048, 1024), (512,)),
-    ],
-)
-@pytest.mark.parametrize("chip", ["v6e", "7x"])
-def test_winners_of_other_ops_are_what_their_kernels_read(
-    op, format, shape, tiles, chip, tmp_path, monkeypatch
-):
-    case, family = get_case(op, format, "bf16"), winners.family_of(op)
-    path = tmp_path / "tiles.json"
-    shutil.copy(family.TILES_FILE, path)
-    monkeypatch.setattr(winners, "libtpu_version", lambda: json.loads(path.read_text())["libtpu"])
-    before = json.loads(path.read_text())
-    winner = tune.Candidate(tiles, None, 1)
-    assert winners.write_winners([(case, chip, shape, winner)], path) == [case.name]
-    table = json.loads(path.read_text())
-    assert table["default"] == before["default"]
-    module = plan if op == "kv_attention" else pallas_tpu
-    monkeypatch.setattr(module, "read_tiles", lambda: table)
-    target = compile_target(chip)
-    found = distinct_settings(case, target, shape)[0]
-    assert found.tiles == tiles
-    if chip == "7x":  # TPU 8 is taken to be like it
-        target = SimpleNamespace(device_kind="TPU8i")
-        assert next(iter(family.settings(case, target, shape))) == found
-
-
-def test_an_op_without_tiles_is_refused():
-    other = get_case("grouped_matmul", "int8", "bf16")
-    with pytest.raises(UserError, match="grouped_matmul has no tiles of its own to tune; quantize"):
-        distinct_settings(other, compile_target("v6e"), (128, 4096, 14336))
+def test_settings_of_experts_are_what_the_kernel_takes():
+    case, target = get_case("grouped_matmul", "int4", "bf16"), compile_target("7x")
+    found = distinct_settings(case, target, (37, 256, 200))
+    assert {s.scale_mode for s in found} == {"before", "after_group"}
+    for setting in found:
+        case.out_shape((37, 256, 200), **setting.options)
+        assert 0 < setting.block_bytes <= setting.call_bytes == case.nbytes((37, 256, 200))
 
 
 @pytest.mark.parametrize("rows", [0, 16, 33])

@@ -10,9 +10,9 @@ from tpu_stack.units import bytes_text, seconds_text
 
 @dataclass(frozen=True)
 class Options:
-    """Search a kernel's tiles (and quantized_matmul's scale modes) for a chip that is not here, by
-    HBM cycles, issued bundles and VMEM fit; on a host with that chip, the best are then measured.
-    Winners enter the kernel's tiles.json only with --write.
+    """Search a kernel's tiles (and where weights' scales are applied) for a chip that is not here,
+    by HBM cycles, issued bundles and VMEM fit; on a host with that chip, the best are then
+    measured. Winners enter the kernel's tiles.json only with --write.
 
     Example: tpu-stack kernels tune --chip v6e --format int4 --shape 16,4096,14336
     """
@@ -20,15 +20,15 @@ class Options:
     chip: str
     """v5e, v5p, v6e or 7x."""
     op: str = "quantized_matmul"
-    """quantized_matmul, kv_attention or quantize_rows; grouped_matmul has the first one's tiles."""
+    """quantized_matmul, grouped_matmul, kv_attention or quantize_rows."""
     format: str | None = None
     """Format of weights, pages or rows, such as int4; the default is every one that takes the
     activation."""
     activation: str = "bf16"
     """Type of x: bf16, fp8 or int8."""
     shape: str | None = None
-    """M,K,N, where M up to 64 tunes decode, above it prefill; B,S,N of kv_attention; M,K of
-    quantize_rows. The default is the one that the published matrix has."""
+    """M,K,N, where M (an expert's part, for grouped_matmul) up to 64 tunes decode, above it
+    prefill; B,S,N of kv_attention; M,K of quantize_rows. The default is the published matrix's."""
     limit: int | None = None
     """Compile at most this many candidates of each format."""
     top: int = 8

@@ -15,8 +15,9 @@ import jax
 
 from tpu_stack.kernels import quantized_matmul as package
 from tpu_stack.kernels.quantized_matmul import SCALE_MODES, Plan, make_plan
+from tpu_stack.kernels.quantized_matmul.blocks import shared_columns
 from tpu_stack.kernels.quantized_matmul.operands import cores_of
-from tpu_stack.kernels.quantized_matmul.tiles import DECODE_M, read_tiles, tuned
+from tpu_stack.kernels.quantized_matmul.tiles import read_tiles, regime_of, tuned
 from tpu_stack.planner.kernels.cases import Case, array_bytes
 from tpu_stack.planner.kernels.settings import Setting
 from tpu_stack.planner.kernels.targets import CompileTarget
@@ -40,33 +41,24 @@ def settings(case: Case, target: CompileTarget, shape: tuple[int, ...]) -> Itera
     asked += [
         ((bm, bk, bn), mode)
         for mode in SCALE_MODES
-        for bm in ROW_BLOCKS[regime(shape[0])]
+        for bm in ROW_BLOCKS[regime_of(shape[0])]
         for bk in DEPTHS
-        for bn in WIDTHS
+        for bn in widths(shape[2], kind)
     ]
-    for number, (tiles, mode) in enumerate(asked):
+    for tiles, mode in asked:
         try:
             plan = plan_of(case, shape, kind, tiles=tiles, scale_mode=mode)
         except ValueError:
             continue  # not a setting of the kernel at this shape
-        if number and _is_uneven(plan, cores_of(kind)):
-            continue
         cut = (plan.bm, plan.bk, plan.bn)
         step = nbytes.of_step(shape, cut)
         widened = 4 * plan.bk * plan.bn + 8 * plan.bm * plan.bn
         yield Setting(cut, mode, step, nbytes.of_call(shape, cut), 2 * step + widened)
 
 
-def _is_uneven(plan: Plan, cores: int) -> bool:
-    """Whether cores would get blocks of N unequal in number: from tiles.json the kernel would read
-    these as others (`blocks.choose_blocks`)."""
-    row_blocks, column_blocks, _ = plan.grid
-    return row_blocks == 1 and column_blocks % cores != 0
-
-
-def regime(m: int) -> str:
-    """The regime of tiles.json that M rows belong to."""
-    return "decode" if m <= DECODE_M else "prefill"
+def widths(n: int, kind: str) -> list[int]:
+    """Of blocks of N columns; cores that share a call get as many each, as by default."""
+    return [shared_columns(n, width, cores_of(kind)) for width in WIDTHS]
 
 
 def plan_of(case: Case, shape: tuple[int, ...], kind: str, **options: Any) -> Plan:
@@ -94,28 +86,31 @@ def entry_of(
     `bm` is the block that was asked for, not cut to M. A scale mode that would not be the default
     moves the bound that stands in its way, so that the shape and group of the case are on its side.
     """
-    decode = regime(shape[0]) == "decode"
+    decode = regime_of(shape[0]) == "decode"
     entry = tuned(kind, tiles_name(case), shape[0]) | {
         "bm": ROW_BLOCKS["decode"][0] if decode else tiles[0],
         "bk": tiles[1],
         "bn": tiles[2],
     }
-    default = plan_of(case, shape, kind, tiles=tiles)
+    return entry | bounds(entry, plan_of(case, shape, kind, tiles=tiles), scale_mode)
+
+
+def bounds(entry: dict[str, Any], default: Plan, scale_mode: str | None) -> dict[str, Any]:
+    """The bounds to move in the entry, with which the plan is `default`, for the scale mode."""
     if default.scale_mode == scale_mode:
-        return entry
+        return {}
     if scale_mode == "after_group":
-        return entry | {"after_group_from": default.group}
-    if default.as_bytes:
-        entry["bytes_rows"] = default.rows_as_bytes - 1
+        return {"after_group_from": default.group}
+    moved = {"bytes_rows": default.rows_as_bytes - 1} if default.as_bytes else {}
     least = entry["after_group_from"]
     if least is not None and default.group >= least:
-        entry["after_group_from"] = 2 * default.group
-    return entry
+        moved["after_group_from"] = 2 * default.group
+    return moved
 
 
 def place_of(case: Case, shape: tuple[int, ...]) -> tuple[str, str]:
     """Where in a device kind's part of tiles.json the case's entry is."""
-    return tiles_name(case), regime(shape[0])
+    return tiles_name(case), regime_of(shape[0])
 
 
 @dataclass(frozen=True)

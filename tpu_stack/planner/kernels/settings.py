@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from tpu_stack.errors import UserError
 from tpu_stack.planner.kernels.cases import Case
-from tpu_stack.planner.kernels.targets import CompileTarget
+from tpu_stack.planner.kernels.targets import CompileTarget, nearest
 
 VMEM_SHARE = 0.9
 """Of VMEM that a setting's blocks may take; the compiler needs the rest."""
@@ -22,7 +21,7 @@ class Setting:
 
     Attributes:
       tiles: the blocks, as the kernel's `tiles` takes them.
-      scale_mode: where quantized_matmul applies scales; None for other ops.
+      scale_mode: where scales of weights are applied; None for ops without.
       block_bytes: what the first grid step loads and its results' block.
       call_bytes: what a call moves; where data decide, the average one (`step_share`).
       vmem_bytes: what it needs of VMEM, roughly.
@@ -44,16 +43,22 @@ class Setting:
 
 
 def family_of(op: str) -> ModuleType:
-    """The module with the op's `settings`. Raises UserError where the op has none of its own."""
-    from tpu_stack.planner.kernels import attention_settings, matmul_settings, row_settings
+    """The module with the op's `settings`. Raises UserError for an unknown op."""
+    from tpu_stack.planner.kernels import (
+        attention_settings,
+        grouped_settings,
+        matmul_settings,
+        row_settings,
+    )
 
     families = {
         "quantized_matmul": matmul_settings,
+        "grouped_matmul": grouped_settings,
         "kv_attention": attention_settings,
         "quantize_rows": row_settings,
     }
     if op not in families:
-        raise UserError(f"{op} has no tiles of its own to tune; {', '.join(families)} have")
+        raise nearest("op", op, list(families))
     return families[op]
 
 
