@@ -3,15 +3,13 @@
 >>> plan = make_grouped_plan(x, values, scales, group_sizes)
 """
 
-import functools
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from tpu_stack.kernels.grouped_matmul.tiles import own_tiles
 from tpu_stack.kernels.quantized_matmul.blocks import ROWS, round_up
 from tpu_stack.kernels.quantized_matmul.plan import Plan, make_plan
 from tpu_stack.kernels.quantized_matmul.tiles import DECODE_M
@@ -20,26 +18,6 @@ from tpu_stack.kernels.quantized_matmul.widen import Storage
 MOST_ROWS = 512
 """Rows of a block at most: what is not the expert's in its first and last block is multiplied for
 nothing, so that larger blocks, which widen the weight less often, lose more than they gain."""
-
-
-@functools.cache
-def read_tiles() -> dict[str, Any]:
-    """tiles.json: `libtpu`, and in `tuned`, by device kind, format and regime, what differs from
-    quantized_matmul's tiles. "FORMAT@int8" is for rows of int8, in FORMAT's place."""
-    return json.loads((Path(__file__).parent / "tiles.json").read_text())
-
-
-def own_tiles(x_dtype: Any) -> dict[str, Any]:
-    """`read_tiles`' entries for rows of this dtype, by device kind, format and regime."""
-    mark = f"@{jnp.dtype(x_dtype).name}"
-    found = {}
-    for kind, formats in read_tiles()["tuned"].items():
-        plain = {name: entry for name, entry in formats.items() if "@" not in name}
-        marked = {
-            name.removesuffix(mark): entry for name, entry in formats.items() if name.endswith(mark)
-        }
-        found[kind] = plain | marked
-    return found
 
 
 def make_grouped_plan(
@@ -62,8 +40,10 @@ def make_grouped_plan(
 
     Every expert that has a row in a block multiplies the whole block. Where each row's product is
     scaled group by group a block has the rows that an expert gets when all get as many; otherwise
-    the widening of the weight outweighs them, and a block has at least 64. `plan.m` counts all
-    rows, and scale mode "input" stands for bfloat16 weights too, which have no scales.
+    the widening of the weight outweighs them, and a block has at least 64. Which of the two it is
+    depends on how many rows an expert gets (tiles.py); scale mode "before" is always the latter.
+    `plan.m` counts all rows, and scale mode "input" stands for bfloat16 weights too, which have no
+    scales.
     """
     _check_shapes(x, values, scales, group_sizes, tensor_scale, x_scales)
     m, experts = x.shape[0], values.shape[0]
@@ -80,8 +60,10 @@ def make_grouped_plan(
     if wide:
         ones = jax.ShapeDtypeStruct((1, 1, values.shape[2]), jnp.float32)
 
+    average = -(-m // experts)
+
     def for_rows(expected: int) -> Plan:
-        return make_plan(
+        plan = make_plan(
             part(x, (expected, x.shape[1])),
             part(values, values.shape[1:], jnp.int8 if wide else None),
             ones if wide else part(scales, scales.shape[1:]),
@@ -91,10 +73,11 @@ def make_grouped_plan(
             offset=offset,
             rows=rows,
             kind=kind,
-            own=own_tiles(x.dtype),
+            own=own_tiles(x.dtype, average),
         )
+        mixed = scale_mode == "before" and "after" in plan.ways
+        return replace(plan, ways=()) if mixed else plan
 
-    average = -(-m // experts)
     plan = for_rows(min(m, round_up(average, ROWS)))
     if plan.scale_mode != "after_group" and "after" not in plan.ways:  # rows cost next to nothing
         plan = for_rows(m if m <= DECODE_M else max(DECODE_M, average))

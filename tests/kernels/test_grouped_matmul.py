@@ -16,6 +16,8 @@ from tpu_stack.kernels.grouped_matmul import (
     reference_grouped_matmul,
     visits,
 )
+from tpu_stack.kernels.grouped_matmul import plan as grouped_planning
+from tpu_stack.kernels.grouped_matmul import tiles as grouped_tiles
 from tpu_stack.kernels.quantized_matmul import plan as planning
 from tpu_stack.kernels.quantized_matmul.cases import FORMATS, random_operands
 
@@ -121,6 +123,7 @@ V5E, V5P, V6E = "TPU v5 lite", "TPU v5", "TPU v6 lite"
 def test_the_ways_of_each_chip(kind, name, activation, k, monkeypatch):
     """As bytes, or tiles in turn in several ways: blocks of 16 rows, some of nobody's."""
     monkeypatch.setattr(planning, "device_kind", lambda: kind)
+    monkeypatch.setattr(grouped_planning, "own_tiles", lambda *_: {})  # they shun "after"
     arguments = operands(name, [0, 17, 0, 1, 30, 2], k=k, n=256, activation=activation, spare=30)
     plan = make_grouped_plan(*arguments[:4], **arguments[4])
     assert plan.as_bytes or plan.ways
@@ -187,6 +190,34 @@ def test_blocks_of_rows_fit_what_an_expert_gets():
     assert blocks(8, 64) == (8, 8)
     assert blocks(512, 64) == (512, 64)
     assert blocks(4096, 32) == (4096, 128)
+
+
+def test_scales_come_first_where_experts_get_more_rows_than_tiles_say(monkeypatch):
+    entry = {"decode": {"after_group_from": 32, "after_rows": 8}}
+    table = {"tuned": {"TPU v6 lite": {"int4": entry, "int4@int8": {}}}}
+    monkeypatch.setattr(grouped_tiles, "read_tiles", lambda: table)
+    experts = 4
+
+    def planned(average, activation="bfloat16", scale_mode=None):
+        x, values, scales, sizes, rest = operands("int4", [average] * experts, k=512, n=256)
+        if activation == "int8":
+            x = x.astype(jnp.int8)
+        plan = make_grouped_plan(x, values, scales, sizes, kind=V6E, scale_mode=scale_mode, **rest)
+        return plan.scale_mode, plan.bm
+
+    assert planned(8) == ("after_group", 16)
+    assert planned(9) == ("before", 48)  # all rows
+    assert planned(20, scale_mode="after_group") == ("after_group", 32)
+    assert planned(8, "int8")[0] == "before"  # its own entry, with quantized_matmul's bound
+
+
+def test_experts_asked_to_scale_first_mix_no_ways():
+    x, values, scales, sizes, rest = operands("int4", [4, 4], k=512, n=256)
+    plans = [
+        make_grouped_plan(x, values, scales, sizes, kind="TPU7x", scale_mode=mode, **rest)
+        for mode in (None, "before")
+    ]
+    assert ["after" in plan.ways for plan in plans] == [True, False]
 
 
 def test_jit_with_traced_sizes():

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from tpu_stack.errors import UserError
-from tpu_stack.kernels.grouped_matmul import plan as grouped_plan
+from tpu_stack.kernels.grouped_matmul import tiles as grouped_tiles
 from tpu_stack.kernels.kv_attention import plan
 from tpu_stack.kernels.quantize_rows import pallas_tpu
 from tpu_stack.kernels.quantized_matmul import tiles as kernel_tiles
@@ -120,7 +120,8 @@ def test_winners_of_other_ops_are_what_their_kernels_read(
             "int4@int8",
             {"bk": 2048, "bn": 512, "after_group_from": 64},
         ),
-        ("int4_g64", "bf16", "before", "v5p", "int4", {"bk": 2048, "bn": 512, "bytes_rows": 31}),
+        ("int4_g64", "bf16", "before", "v5p", "int4", {"bk": 2048, "bn": 512, "after_rows": 15}),
+        ("int4", "bf16", "before", "7x", "int4", {"bk": 2048, "bn": 512, "after_rows": 15}),
     ],
 )
 def test_winners_of_experts_say_what_differs(
@@ -130,7 +131,7 @@ def test_winners_of_experts_say_what_differs(
     path = tmp_path / "tiles.json"
     path.write_text('{"libtpu": "1", "tuned": {}}')
     monkeypatch.setattr(winners, "libtpu_version", lambda: "1")
-    monkeypatch.setattr(grouped_plan, "read_tiles", lambda: json.loads(path.read_text()))
+    monkeypatch.setattr(grouped_tiles, "read_tiles", lambda: json.loads(path.read_text()))
     kind = compile_target(chip).device_kind
     (found,) = [
         s

@@ -81,11 +81,14 @@ def plan_of(
     return make_grouped_plan(*arrays, offset=offset, kind=kind, **rest, **options)
 
 
-def _visits(format: str, activation: str, shape: tuple[int, ...], kind: str, **options: Any) -> int:
-    block = plan_of(format, activation, shape, kind, **options).bm
-    sizes = jnp.asarray(group_sizes(shape[0], 0), jnp.int32)
-    found = visits(sizes, shape[0], block)
+def visits_of(m: int, block: int) -> int:
+    """Visits of experts to blocks of so many of the case's rows."""
+    found = visits(jnp.asarray(group_sizes(m, 0), jnp.int32), m, block)
     return int((found.expert[: int(found.count)] < EXPERTS).sum())  # nobody's rows: no product
+
+
+def _visits(format: str, activation: str, shape: tuple[int, ...], kind: str, **options: Any) -> int:
+    return visits_of(shape[0], plan_of(format, activation, shape, kind, **options).bm)
 
 
 def _unread(format: str, activation: str, shape: tuple[int, ...]) -> int:

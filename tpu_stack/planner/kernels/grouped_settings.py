@@ -1,11 +1,13 @@
 """Settings of `grouped_matmul` that the tuner tries: blocks of weights, and scale modes.
 
-Rows of a block are the plan's: data decide how many visits an expert takes, and what is multiplied
-for nothing. quantized_matmul's entries stand where the op has none of its own.
+Rows of a block are the plan's. How many visits experts take, and how many weights are read, is the
+average over random routings: blocks of few rows are cheap to multiply, but hold more experts' ends.
+quantized_matmul's entries stand where the op has none of its own.
 
 >>> settings(make_case("int4", "bf16"), compile_target("v6e"), (128, 4096, 14336))
 """
 
+import functools
 import json
 import math
 from collections.abc import Iterator
@@ -13,13 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from tpu_stack.kernels import grouped_matmul as package
-from tpu_stack.kernels.grouped_matmul.plan import MOST_ROWS, own_tiles, read_tiles
+from tpu_stack.kernels.grouped_matmul.plan import MOST_ROWS
+from tpu_stack.kernels.grouped_matmul.tiles import own_tiles, read_tiles
 from tpu_stack.kernels.quantized_matmul import SCALE_MODES, Plan
 from tpu_stack.kernels.quantized_matmul.tiles import regime_of, tuned
 from tpu_stack.planner.kernels import grouped_cases, matmul_settings
 from tpu_stack.planner.kernels.cases import Case, array_bytes
+from tpu_stack.planner.kernels.grouped_cases import EXPERTS
 from tpu_stack.planner.kernels.settings import Setting
 from tpu_stack.planner.kernels.targets import CompileTarget
 
@@ -28,6 +33,7 @@ BLOCKS_OF = "rows, K, N"
 """What the numbers of tiles count."""
 SECTION = "tuned"
 """Of tiles.json that device kinds are in."""
+ROUTINGS = 256
 
 
 def settings(case: Case, target: CompileTarget, shape: tuple[int, ...]) -> Iterator[Setting]:
@@ -58,40 +64,67 @@ def place_of(case: Case, shape: tuple[int, ...]) -> tuple[str, str]:
 
 
 def _rows_of_expert(shape: tuple[int, ...]) -> int:
-    return math.ceil(shape[0] / grouped_cases.EXPERTS)
+    return math.ceil(shape[0] / EXPERTS)
 
 
 def entry_of(
     case: Case, kind: str, shape: tuple[int, ...], tiles: tuple[int, ...], scale_mode: str | None
 ) -> dict[str, Any]:
     """What has to differ from quantized_matmul's entry for the setting to be the default."""
-    name, rows = matmul_settings.tiles_name(case), _rows_of_expert(shape)
-    x_dtype = case.abstract(shape)["x"].dtype
-    theirs, own = tuned(kind, name, rows), tuned(kind, name, rows, own_tiles(x_dtype))
+    average = _rows_of_expert(shape)
+    name, x_dtype = matmul_settings.tiles_name(case), case.abstract(shape)["x"].dtype
+    theirs, own = tuned(kind, name, average), own_tiles(x_dtype, 0)
+    entry = tuned(kind, name, average, own) | {"bk": tiles[1], "bn": tiles[2]}
     default = plan_of(case, shape, kind, tiles=(MOST_ROWS, *tiles[1:]))
-    bounds = matmul_settings.bounds(own, default, scale_mode)
-    wanted = own | {"bk": tiles[1], "bn": tiles[2]} | bounds
-    return {name: value for name, value in wanted.items() if value != theirs[name]}
+    if mode_of(default) != scale_mode:
+        if scale_mode == "before":
+            entry["after_rows"] = average - 1
+        else:
+            if "after_rows" in entry:
+                entry["after_rows"] = max(average, entry["after_rows"])
+            least = entry["after_group_from"]
+            if least is None or default.group < least:
+                entry["after_group_from"] = default.group
+    return {name: value for name, value in entry.items() if value != theirs.get(name)}
+
+
+def mode_of(plan: Plan) -> str | None:
+    """The scale mode, as an option that has this plan; None where some tiles have another."""
+    return None if "after" in plan.ways else plan.scale_mode
 
 
 def _setting(case: Case, shape: tuple[int, ...], plan: Plan) -> Setting:
     arrays = dict(case.abstract(shape))
-    experts = arrays["group_sizes"].shape[0]
-    expert = sum(array_bytes(arrays[name]) for name in ("values", "scales")) / experts
+    expert = sum(array_bytes(arrays[name]) for name in ("values", "scales")) / EXPERTS
     out = sum(map(array_bytes, jax.tree.leaves(case.out_shape(shape))))
+    rest = sum(map(array_bytes, arrays.values())) - EXPERTS * expert + out
     m, k, n = (
         min(1.0, block / size)
         for block, size in zip((plan.bm, plan.bk, plan.bn), shape, strict=True)
     )
     step = expert * k * n + array_bytes(arrays["x"]) * m * k + out * m * n
-    widened = 4 * plan.bk * plan.bn + 8 * plan.bm * plan.bn
+    visits, busy = mean_visits(shape[0], plan.bm)
+    counted = grouped_cases.visits_of(shape[0], plan.bm)
     return Setting(
         tiles=(plan.bm, plan.bk, plan.bn),
-        scale_mode=plan.scale_mode,
+        scale_mode=mode_of(plan),
         block_bytes=step,
-        call_bytes=case.nbytes(shape),
-        vmem_bytes=2 * step + widened,
+        call_bytes=busy * expert + rest,
+        vmem_bytes=2 * step + 4 * plan.bk * plan.bn + 8 * plan.bm * plan.bn,
+        step_share=visits / counted,
     )
+
+
+@functools.cache
+def mean_visits(rows: int, block: int) -> tuple[float, float]:
+    """Visits of experts to blocks, and experts that have rows, where each row goes to one of
+    `grouped_cases.EXPERTS` at random: the average of `ROUTINGS`."""
+    rng = np.random.default_rng(0)
+    sizes = rng.multinomial(rows, np.full(EXPERTS, 1 / EXPERTS), ROUTINGS)
+    ends = np.cumsum(sizes, 1)
+    blocks = (ends - 1) // block - (ends - sizes) // block + 1
+    busy = sizes > 0
+    return float(np.where(busy, blocks, 0).sum(1).mean()), float(busy.sum(1).mean())
 
 
 def forget() -> None:

@@ -21,7 +21,7 @@ class Setting:
 
     Attributes:
       tiles: the blocks, as the kernel's `tiles` takes them.
-      scale_mode: where scales of weights are applied; None for ops without.
+      scale_mode: where scales of weights are applied; None for ops without, and for several ways.
       block_bytes: what the first grid step loads and its results' block.
       call_bytes: what a call moves; where data decide, the average one (`step_share`).
       vmem_bytes: what it needs of VMEM, roughly.

@@ -28,7 +28,7 @@ class Candidate:
 
     Attributes:
       tiles: blocks, as the plan cut them to the shape: of M, K and N; pages and key heads; rows.
-      scale_mode: where scales of weights are applied; None for ops without.
+      scale_mode: where scales of weights are applied; None for ops without, and for several ways.
       cycles: the cost as the module states it; None when it did not compile.
       issued, loop, steps: bundles of the average call, of the loop body, and grid steps.
       hbm_cycles, first_load: of the whole call, and of the first step's blocks.

@@ -1,0 +1,47 @@
+"""What grouped_matmul has otherwise than quantized_matmul's tiles: tiles.json.
+
+A block of few rows is cheap to multiply where each row is scaled by groups, yet at 16 rows an
+expert nearly every block holds the ends of two experts, whose weights are then widened twice.
+
+>>> own_tiles("bfloat16", 16)["TPU7x"]["int4"]["decode"]
+"""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+SCALED_FIRST = {"after_group_from": None, "bytes_rows": 0, "ways_rows": 0}
+"""The bounds of an entry whose scales are applied before the product."""
+
+
+@functools.cache
+def read_tiles() -> dict[str, Any]:
+    """tiles.json: `libtpu`, and in `tuned`, by device kind, format and regime, what differs from
+    quantized_matmul's entries. "FORMAT@int8" is for rows of int8, in FORMAT's place.
+
+    An entry's "after_rows" is up to how many rows an expert gets on average scales are applied
+    after the product, where they would be at all; without it, any number.
+    """
+    return json.loads((Path(__file__).parent / "tiles.json").read_text())
+
+
+def own_tiles(x_dtype: Any, average: int) -> dict[str, Any]:
+    """`own` of `quantized_matmul.tiles.tuned` for rows of this dtype, so many an expert."""
+    mark = f"@{jnp.dtype(x_dtype).name}"
+    found: dict[str, Any] = {}
+    for kind, formats in read_tiles()["tuned"].items():
+        names = sorted(name for name in formats if "@" not in name or name.endswith(mark))
+        found[kind] = {
+            name.removesuffix(mark): {
+                regime: _entry(entry, average) for regime, entry in formats[name].items()
+            }
+            for name in names  # FORMAT before FORMAT@...
+        }
+    return found
+
+
+def _entry(entry: dict[str, Any], average: int) -> dict[str, Any]:
+    return entry | SCALED_FIRST if average > entry.get("after_rows", average) else entry
