@@ -9,12 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tpu_stack.kernels.grouped_matmul.tiles import own_tiles
+from tpu_stack.kernels.grouped_matmul.tiles import load, own_tiles
 from tpu_stack.kernels.quantized_matmul.blocks import ROWS, round_up
 from tpu_stack.kernels.quantized_matmul.plan import Plan, make_plan
 from tpu_stack.kernels.quantized_matmul.tiles import DECODE_M
 from tpu_stack.kernels.quantized_matmul.widen import Storage
 
+WIDENING_ROWS = 128
+"""Up to about so many rows widening the weight takes longer than the product: blocks of twice what
+an expert gets are visited less often."""
 MOST_ROWS = 512
 """Rows of a block at most: what is not the expert's in its first and last block is multiplied for
 nothing, so that larger blocks, which widen the weight less often, lose more than they gain."""
@@ -40,7 +43,7 @@ def make_grouped_plan(
 
     Every expert that has a row in a block multiplies the whole block. Where each row's product is
     scaled group by group a block has the rows that an expert gets when all get as many; otherwise
-    the widening of the weight outweighs them, and a block has at least 64. Which of the two it is
+    the widening of the weight outweighs them, and a block has 64 at least, or up to 128. Which of the two it is
     depends on how many rows an expert gets (tiles.py); scale mode "before" is always the latter.
     `plan.m` counts all rows, and scale mode "input" stands for bfloat16 weights too, which have no
     scales.
@@ -61,6 +64,7 @@ def make_grouped_plan(
         ones = jax.ShapeDtypeStruct((1, 1, values.shape[2]), jnp.float32)
 
     average = -(-m // experts)
+    group = x.shape[1] if wide else max(1, x.shape[1] // scales.shape[1])
 
     def for_rows(expected: int) -> Plan:
         plan = make_plan(
@@ -73,14 +77,14 @@ def make_grouped_plan(
             offset=offset,
             rows=rows,
             kind=kind,
-            own=own_tiles(x.dtype, average),
+            own=own_tiles(x.dtype, load(average, group)),
         )
         mixed = scale_mode == "before" and "after" in plan.ways
         return replace(plan, ways=()) if mixed else plan
 
     plan = for_rows(min(m, round_up(average, ROWS)))
     if plan.scale_mode != "after_group" and "after" not in plan.ways:  # rows cost next to nothing
-        plan = for_rows(m if m <= DECODE_M else max(DECODE_M, average))
+        plan = for_rows(min(m, max(DECODE_M, min(2 * average, WIDENING_ROWS), average)))
     plan = replace(plan, m=m, bm=plan.bm if tiles else min(plan.bm, MOST_ROWS))
     if not wide:
         return plan

@@ -8,6 +8,7 @@ expert nearly every block holds the ends of two experts, whose weights are then 
 
 import functools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +23,32 @@ def read_tiles() -> dict[str, Any]:
     """tiles.json: `libtpu`, and in `tuned`, by device kind, format and regime, what differs from
     quantized_matmul's entries. "FORMAT@int8" is for rows of int8, in FORMAT's place.
 
-    An entry's "after_rows" is up to how many rows an expert gets on average scales are applied
-    after the product, where they would be at all; without it, any number.
+    An entry's "after_rows" is up to which `load` scales are applied after the product, where they
+    would be at all; without it, always.
     """
     return json.loads((Path(__file__).parent / "tiles.json").read_text())
 
 
-def own_tiles(x_dtype: Any, average: int) -> dict[str, Any]:
-    """`own` of `quantized_matmul.tiles.tuned` for rows of this dtype, so many an expert."""
+def load(rows: int, group: int) -> int:
+    """Rows that an expert gets on average, in proportion to groups of 64: half as long ones take
+    twice as long to scale after the product."""
+    return math.ceil(rows * 64 / group)
+
+
+def own_tiles(x_dtype: Any, load: int) -> dict[str, Any]:
+    """`own` of `quantized_matmul.tiles.tuned` for rows of this dtype and a `load`."""
     mark = f"@{jnp.dtype(x_dtype).name}"
     found: dict[str, Any] = {}
     for kind, formats in read_tiles()["tuned"].items():
         names = sorted(name for name in formats if "@" not in name or name.endswith(mark))
         found[kind] = {
             name.removesuffix(mark): {
-                regime: _entry(entry, average) for regime, entry in formats[name].items()
+                regime: _entry(entry, load) for regime, entry in formats[name].items()
             }
             for name in names  # FORMAT before FORMAT@...
         }
     return found
 
 
-def _entry(entry: dict[str, Any], average: int) -> dict[str, Any]:
-    return entry | SCALED_FIRST if average > entry.get("after_rows", average) else entry
+def _entry(entry: dict[str, Any], load: int) -> dict[str, Any]:
+    return entry | SCALED_FIRST if load > entry.get("after_rows", load) else entry

@@ -193,7 +193,7 @@ def test_blocks_of_rows_fit_what_an_expert_gets():
 
 
 def test_scales_come_first_where_experts_get_more_rows_than_tiles_say(monkeypatch):
-    entry = {"decode": {"after_group_from": 32, "after_rows": 8}}
+    entry = {"decode": {"after_group_from": 32, "after_rows": 16}}  # 8 of groups of 32
     table = {"tuned": {"TPU v6 lite": {"int4": entry, "int4@int8": {}}}}
     monkeypatch.setattr(grouped_tiles, "read_tiles", lambda: table)
     experts = 4

@@ -19,7 +19,7 @@ import numpy as np
 
 from tpu_stack.kernels import grouped_matmul as package
 from tpu_stack.kernels.grouped_matmul.plan import MOST_ROWS
-from tpu_stack.kernels.grouped_matmul.tiles import own_tiles, read_tiles
+from tpu_stack.kernels.grouped_matmul.tiles import load, own_tiles, read_tiles
 from tpu_stack.kernels.quantized_matmul import SCALE_MODES, Plan
 from tpu_stack.kernels.quantized_matmul.tiles import regime_of, tuned
 from tpu_stack.planner.kernels import grouped_cases, matmul_settings
@@ -77,11 +77,12 @@ def entry_of(
     entry = tuned(kind, name, average, own) | {"bk": tiles[1], "bn": tiles[2]}
     default = plan_of(case, shape, kind, tiles=(MOST_ROWS, *tiles[1:]))
     if mode_of(default) != scale_mode:
+        now = load(average, default.group)
         if scale_mode == "before":
-            entry["after_rows"] = average - 1
+            entry["after_rows"] = now - 1
         else:
             if "after_rows" in entry:
-                entry["after_rows"] = max(average, entry["after_rows"])
+                entry["after_rows"] = max(now, entry["after_rows"])
             least = entry["after_group_from"]
             if least is None or default.group < least:
                 entry["after_group_from"] = default.group
