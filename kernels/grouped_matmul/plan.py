@@ -43,10 +43,10 @@ def make_grouped_plan(
 
     Every expert that has a row in a block multiplies the whole block. Where each row's product is
     scaled group by group a block has the rows that an expert gets when all get as many; otherwise
-    the widening of the weight outweighs them, and a block has 64 at least, or up to 128. Which of the two it is
-    depends on how many rows an expert gets (tiles.py); scale mode "before" is always the latter.
-    `plan.m` counts all rows, and scale mode "input" stands for bfloat16 weights too, which have no
-    scales.
+    the widening of the weight outweighs them, and a block has 64 at least, or up to 128. Which of
+    the two it is depends on how many rows an expert gets (tiles.py); scale mode "before" is always
+    the latter. `plan.m` counts all rows, and scale mode "input" stands for bfloat16 weights too,
+    which have no scales.
     """
     _check_shapes(x, values, scales, group_sizes, tensor_scale, x_scales)
     m, experts = x.shape[0], values.shape[0]

@@ -83,8 +83,9 @@ class Copies:
         whole, pages = self._pages(place)
 
         def start_page(page: Any, _: None = None) -> None:
-            for copy in self._of(place, slot, page):
-                copy.start()
+            entry = self._entry(place, page)
+            for number in range(len(self.buffers)):
+                self._copy(entry, place, slot, page, number).start()
 
         @pl.when(jnp.logical_not(whole) | once)
         def _():
@@ -102,8 +103,9 @@ class Copies:
         whole, pages = self._pages(place)
 
         def wait_page(page: Any, _: None) -> None:
-            for copy in self._of(place, slot, page):
-                copy.wait()
+            entry = self._entry(place, page)
+            for number in range(len(self.buffers)):
+                self._copy(entry, place, slot, page, number).wait()
 
         @pl.when(whole)
         def _():
@@ -115,7 +117,7 @@ class Copies:
                     pltpu.make_async_copy(of_slot, of_slot, semaphore).wait()
                     continue
                 for page in range(self.plan.pages):
-                    self._of(place, slot, page)[number].wait()
+                    self._copy(self._entry(place, page), place, slot, page, number).wait()
 
         @pl.when(jnp.logical_not(whole))
         def _():
@@ -127,16 +129,17 @@ class Copies:
         left = jnp.clip(length - first, 0, self.plan.tokens)
         return left == self.plan.tokens, pl.cdiv(left, self.plan.page)
 
-    def _of(self, place: Place, slot: Any, page: Any) -> list[Any]:
-        plan = self.plan
-        number = self.fetch_ref[place.sequence, place.block * plan.pages + page]
-        heads = pl.ds(place.heads * plan.heads, plan.heads)
-        return [
-            pltpu.make_async_copy(
-                array.at[heads, number], buffer.at[slot, page], self.semaphores.at[slot]
-            )
-            for array, buffer in zip(self.stored, self.buffers, strict=True)
-        ]
+    def _entry(self, place: Place, page: Any) -> Any:
+        """Where the page lies in `stored`."""
+        return self.fetch_ref[place.sequence, place.block * self.plan.pages + page]
+
+    def _copy(self, entry: Any, place: Place, slot: Any, page: Any, number: int) -> Any:
+        """Of one page of one array. Made only where it is used: JAX logs an error for others."""
+        array, buffer = self.stored[number], self.buffers[number]
+        heads = pl.ds(place.heads * self.plan.heads, self.plan.heads)
+        return pltpu.make_async_copy(
+            array.at[heads, entry], buffer.at[slot, page], self.semaphores.at[slot]
+        )
 
 
 def _whole_tiles(shape: tuple[int, ...]) -> bool:

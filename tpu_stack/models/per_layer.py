@@ -46,16 +46,19 @@ def split_layers(weight: Any) -> PerLayer:
 
 
 def _laid_out(weight: Any, layer: int) -> Any:
-    """One layer of a stacked weight on devices, laid out as the weight was."""
+    """One layer of a stacked weight on devices, laid out as the weight was; of an abstract one, an
+    abstract layer."""
 
     def pick(part: Any, name: str | None = None) -> Any:
-        picked, sharding = part[layer], getattr(part, "sharding", None)
-        if not isinstance(sharding, NamedSharding):
-            return picked
-        place = without_layers(sharding)
-        if name is not None:
-            place = in_place(place, name, weight.contract_axis, picked.ndim)
-        return jax.device_put(picked, place)
+        abstract = isinstance(part, jax.ShapeDtypeStruct)
+        place: Any = getattr(part, "sharding", None)
+        if isinstance(place, NamedSharding):
+            place = without_layers(place)
+            if name is not None:
+                place = in_place(place, name, weight.contract_axis, part.ndim - 1)
+        if abstract:
+            return jax.ShapeDtypeStruct(part.shape[1:], part.dtype, sharding=place)
+        return jax.device_put(part[layer], place) if place is not None else part[layer]
 
     if not isinstance(weight, QTensor):
         return pick(weight)

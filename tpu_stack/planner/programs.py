@@ -110,7 +110,7 @@ def trace_train(
     step = make_train_step(config, layout.optimizer, train, dtype=compute, remat=remat)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(layout.shardings, None))
     arguments = (layout.abstract, layout.abstract_batch(batch_now, seq_len))
-    return _trace("train_step", profile, small, mesh, jitted, arguments, batch // batch_now)
+    return traced_on("train_step", profile, small, mesh, jitted, arguments, batch // batch_now)
 
 
 def trace_serve(
@@ -163,7 +163,7 @@ def trace_serve(
             donate_argnums=1,
             out_shardings=out,
         )
-        found.append(_trace(name, profile, small, mesh, jitted, arguments[name], scale))
+        found.append(traced_on(name, profile, small, mesh, jitted, arguments[name], scale))
     return found
 
 
@@ -179,9 +179,19 @@ def _placed(
     return small, make_mesh(small.mesh, jax.devices("cpu")), batch_now
 
 
-def _trace(
-    name: str, profile: Profile, small: Profile, mesh: Mesh, jitted: Any, arguments: Any, scale: int
+def traced_on(
+    name: str,
+    profile: Profile,
+    small: Profile,
+    mesh: Mesh,
+    jitted: Any,
+    arguments: Any,
+    scale: int = 1,
 ) -> Traced:
+    """`jitted` traced and lowered for `mesh`, which `small`, `profile` on fewer devices, is of.
+
+    scale: how many times the batch `profile` has.
+    """
     on_tpu = mesh.devices.flat[0].platform == "tpu"
     products = nullcontext() if on_tpu else use_implementation("xla")
     with sharding_scope(mesh, small.rules), products:

@@ -18,8 +18,8 @@ class ProgramOptions:
     """Preset."""
     profile: str = "v5p:4x4x4"
     """NAME:TOPOLOGY, counting chips."""
-    program: Literal["train", "prefill", "decode"] = "train"
-    """Which program."""
+    program: Literal["train", "prefill", "decode", "engine-prefill", "engine-decode"] = "train"
+    """Which program; an engine's are those that `tpu-stack serve` runs, with a paged cache."""
     mesh: str | None = None
     """Axis sizes, such as fsdp=16,tensor=4; the default is the profile's, made to divide."""
     format: str = "int4"
@@ -37,7 +37,7 @@ class ProgramOptions:
     context: int | None = None
     """Positions that the cache holds per row (default 4096)."""
     prompt: int | None = None
-    """Tokens of each row that prefill runs (default 1024)."""
+    """Tokens of each row that prefill runs (default 1024); an engine's prefill has its own."""
     timeout: float = 1800.0
     """Seconds after which a compile is ended."""
 

@@ -16,9 +16,10 @@ TOP = 10
 
 @dataclass(frozen=True)
 class Options(ProgramOptions):
-    """Compile the train step, prefill or decode of a model for a TPU slice that is not here, with
-    the compiler of libtpu: what memory it takes, what it communicates and for which tensor, what
-    its fusions cost. Answers are kept on disk. Exit status 1: no program came of it.
+    """Compile the train step, prefill or decode of a model, or the server's own, for a TPU slice
+    that is not here, with the compiler of libtpu: what memory it takes, what it communicates and
+    for which tensor, what its fusions cost. Answers are kept on disk. Exit status 1: no program
+    came of it.
 
     Profiles: v4, v5e, v5p, v6e, 7x with a topology; 8t and 8i through 7x as their proxy.
 

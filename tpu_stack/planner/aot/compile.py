@@ -37,7 +37,10 @@ from tpu_stack.planner.kernels.targets import COMPILE_TARGETS, has_compiler
 from tpu_stack.quant.formats import get_format
 
 CHILD = f"{__package__}.child"
-_SOURCES = ("models", "quant", "sharding", "kernels", "planner/programs.py", "planner/aot/child.py")
+_SOURCES = (
+    *("models", "quant", "sharding", "kernels"),
+    *("planner/programs.py", "planner/engine_programs.py", "planner/aot/child.py"),
+)
 MAX_REASON = 600
 
 

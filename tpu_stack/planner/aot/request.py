@@ -12,7 +12,7 @@ from tpu_stack.errors import UserError
 from tpu_stack.models.abstract import tensor_specs
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.models.presets import get_preset
-from tpu_stack.planner.aot.asked import PROGRAMS, REMAT, Asked, nearest
+from tpu_stack.planner.aot.asked import ENGINE_PROGRAMS, PROGRAMS, REMAT, Asked, nearest
 from tpu_stack.planner.aot.target import topology_of
 from tpu_stack.planner.tensors import with_groups
 from tpu_stack.planner.workload import Workload
@@ -27,7 +27,7 @@ class CompileRequest:
     Attributes:
       config: the model. profile: of role "train" for the train step, of role "serve" otherwise;
         its `remat` is what the backward pass recomputes.
-      program: "train", "prefill" or "decode".
+      program: one of PROGRAMS or ENGINE_PROGRAMS.
       batch: sequences over all devices.
       seq_len, accumulate: tokens of each and micro-batches; of a train step.
       context, prompt: positions of the cache and tokens that prefill runs; of the other two.
@@ -47,8 +47,8 @@ class CompileRequest:
     def check(self) -> None:
         """Raises UserError for what no compiler need be asked: a program that is none, sizes that
         do not divide, a topology that cannot be had."""
-        if self.program not in PROGRAMS:
-            raise nearest("program", self.program, PROGRAMS)
+        if self.program not in (*PROGRAMS, *ENGINE_PROGRAMS):
+            raise nearest("program", self.program, (*PROGRAMS, *ENGINE_PROGRAMS))
         role = "train" if self.program == "train" else "serve"
         if self.profile.role != role:
             raise UserError(
@@ -72,8 +72,8 @@ def make_request(asked: Asked, config: ModelConfig | None = None) -> CompileRequ
     unknown, a value out of range, a mesh or batch that does not divide.
     """
     config = config or get_preset(asked.model)
-    if asked.program not in PROGRAMS:
-        raise nearest("program", asked.program, PROGRAMS)
+    if asked.program not in (*PROGRAMS, *ENGINE_PROGRAMS):
+        raise nearest("program", asked.program, (*PROGRAMS, *ENGINE_PROGRAMS))
     training = asked.program == "train"
     get_format(asked.format)
     profile = get_profile(asked.profile, "train" if training else "serve")

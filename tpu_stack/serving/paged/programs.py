@@ -8,37 +8,39 @@ have a cache each, and one page table serves the two.
 """
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from tpu_stack.errors import UserError
 from tpu_stack.models.config import ModelConfig
-from tpu_stack.models.paged_cache import PAGES_AXES, PagedCache, init_paged_cache
+from tpu_stack.models.paged_cache import PagedCache, init_paged_cache
 from tpu_stack.models.per_layer import per_layer
 from tpu_stack.models.turned import turn_weights
-from tpu_stack.serving.paged.draft import draft_tokens
-from tpu_stack.serving.paged.guess import guess
 from tpu_stack.serving.paged.page_io import Contents, read_pages, write_pages
 from tpu_stack.serving.paged.shapes import Shapes
 from tpu_stack.serving.paged.state import (
     Arrivals,
     StepOutput,
     arrivals_of,
-    decode_step,
     empty_state,
     insert,
-    prefill_step,
+)
+from tpu_stack.serving.paged.steps import (
+    Caches,
+    cache_dtype,
+    jit_decode,
+    jit_prefill,
+    page_sharding,
+    whole_sharding,
 )
 from tpu_stack.sharding.constrain import sharding_scope
 from tpu_stack.sharding.profiles import Profile
-
-Caches = tuple[PagedCache, ...]
 
 
 @dataclass(frozen=True)
@@ -48,29 +50,6 @@ class Prefilled:
 
     logits: jax.Array
     pages: Any = None
-
-
-def _prefill(configs, dtype, params, caches: Caches, tables, *args):
-    done, logits = [], []
-    for config, weights, cache in zip(configs, params, caches, strict=True):
-        cache, last = prefill_step(config, dtype, weights, replace(cache, tables=tables), *args)
-        done.append(replace(cache, tables=None))
-        logits.append(last)
-    return tuple(done), logits[0]
-
-
-def _decode(configs, dtype, guesses, params, caches: Caches, state, tables, active):
-    target, *drafts_cache = (replace(cache, tables=tables) for cache in caches)
-    if drafts_cache:
-        cache, drafts = draft_tokens(
-            configs[1], dtype, params[1], drafts_cache[0], state, active, guesses
-        )
-        drafts_cache = [cache]
-    else:
-        drafts = guess(state.history, state.positions, guesses)
-    target, state, output = decode_step(configs[0], dtype, params[0], target, state, active, drafts)
-    caches = tuple(replace(cache, tables=None) for cache in (target, *drafts_cache))
-    return caches, state, output
 
 
 def _read(caches: Caches, ids) -> tuple[Contents, ...]:
@@ -101,37 +80,29 @@ class Programs:
         if draft is not None:
             check_draft(config, draft, shapes)
         self._has_draft = draft is not None
-        dtype = profile.precision.compute
-        spec = profile.rules.partition_spec(PAGES_AXES, "cache")
-        self.page_sharding: Any = NamedSharding(mesh, spec)
-        self.whole: Any = NamedSharding(mesh, PartitionSpec())
+        self.page_sharding, self.whole = page_sharding(profile, mesh), whole_sharding(mesh)
         self._caches = tuple(self._empty_cache(each) for each in configs)
         vocab = config.vocab_size
         self._state = jax.device_put(empty_state(shapes.slots, shapes.length, vocab), self.whole)
-        caches_out = jax.tree.map(lambda _: self.page_sharding, self._caches)
-        self._prefill = jax.jit(
-            partial(_prefill, configs, dtype),
-            donate_argnums=1,
-            out_shardings=(caches_out, self.whole),
-        )
-        self._decode = jax.jit(
-            partial(_decode, configs, dtype, shapes.guesses),
-            donate_argnums=(1, 2),
-            out_shardings=(caches_out, self.whole, self.whole),
-        )
+        self._prefill = jit_prefill(configs, profile, mesh)
+        self._decode = jit_decode(configs, profile, mesh, shapes.guesses)
         # partial: each engine counts its own compilations
         self._insert = jax.jit(partial(insert), donate_argnums=0, out_shardings=self.whole)
         self._read = jax.jit(partial(_read))
-        self._write = jax.jit(partial(_write), donate_argnums=0, out_shardings=caches_out)
+        self._write = jax.jit(partial(_write), donate_argnums=0, out_shardings=self.page_sharding)
         self._warm: int | None = None
         self._blank: jax.Array | None = None
 
     def _empty_cache(self, config: ModelConfig) -> PagedCache:
-        shapes, precision = self.shapes, self.profile.precision
+        shapes = self.shapes
         no_tables: Any = None  # each program brings its rows' own
-        dtype = precision.cache or precision.compute
         return init_paged_cache(
-            config, shapes.pages, shapes.page, no_tables, dtype, self.page_sharding
+            config,
+            shapes.pages,
+            shapes.page,
+            no_tables,
+            cache_dtype(self.profile),
+            self.page_sharding,
         )
 
     def prepared(self, params: Any) -> Any:
