@@ -189,7 +189,7 @@ def test_long_steps_of_attention_pay_for_what_short_sequences_leave_empty():
 def test_settings_of_experts_are_what_the_kernel_takes():
     case, target = get_case("grouped_matmul", "int4", "bf16"), compile_target("7x")
     found = distinct_settings(case, target, (37, 256, 200))
-    assert {s.scale_mode for s in found} == {"before", "after_group"}
+    assert {s.scale_mode for s in found} == {None, "before", "after_group"}  # None: some of each
     for setting in found:
         case.out_shape((37, 256, 200), **setting.options)
         assert 0 < setting.block_bytes <= setting.call_bytes == case.nbytes((37, 256, 200))

@@ -95,7 +95,7 @@ def _print(found: dict[str, Any], title: str) -> None:
     rows = [
         ["kernel", found["kernel"]],
         ["compiled by", f"libtpu {libtpu_version()} (static, not measured)"],
-        ["grid", " x ".join(map(str, found["grid"]))],
+        ["grid", " x ".join(f"{steps:g}" for steps in found["grid"])],
         ["bundles in the loop body", found["loop_bundles"]],
         ["bundles outside it", found["outside_bundles"]],
         ["bundles issued", found["issued_bundles"]],

@@ -54,7 +54,8 @@ class Schedule:
       loop: the loop over grid steps; empty when the grid is one step.
       outside: what runs once.
       capacity: unit -> slots per bundle.
-      grid: steps per axis, as the compiler bounds them; `UNBOUNDED` where it cannot.
+      grid: steps per axis, as the compiler bounds them; `UNBOUNDED` where it cannot. Where data
+        decide it may be an average (`with_steps`).
       inner_loops: loops nested in the grid's loop.
       vmem_bytes: highest VMEM address in use.
     """
@@ -64,26 +65,27 @@ class Schedule:
     loop: Region
     outside: Region
     capacity: dict[str, int]
-    grid: tuple[int, ...]
+    grid: tuple[float, ...]
     inner_loops: int
     vmem_bytes: int
 
     @property
     def steps(self) -> int:
-        return math.prod(self.grid)
+        return round(math.prod(self.grid))
 
     @property
     def executed(self) -> int:
         """Bundles issued in one call: the loop at every step, and the rest once."""
-        return self.loop.bundles * self.steps + self.outside.bundles
+        return round(self.loop.bundles * math.prod(self.grid)) + self.outside.bundles
 
     @property
     def bounded(self) -> bool:
         """Whether all axes of the grid are known, so that `steps` and `executed` mean something."""
         return UNBOUNDED not in self.grid
 
-    def with_steps(self, steps: int) -> "Schedule":
-        """The same schedule where the axis that the compiler could not bound has `steps`."""
+    def with_steps(self, steps: float) -> "Schedule":
+        """The same schedule where the axis that the compiler could not bound has `steps`, which may
+        be an average."""
         return replace(self, grid=tuple(steps if n == UNBOUNDED else n for n in self.grid))
 
     def as_json(self) -> dict[str, Any]:

@@ -47,8 +47,8 @@ class Case:
       limit: largest relative Frobenius error against `reference`, and `limit_reason` why.
       tunable: options of `call` that a tuner may set.
       dynamic_steps: (shape, device kind, **options) -> steps of the grid's axis that depends on
-        the data, for `operands(shape, 0)`; None for a grid that shapes determine.
-      unread: shape -> bytes of `operands(shape, 0)` that HBM need not carry for that data.
+        data, on average over such data; None for a grid that shapes determine.
+      unread: shape -> bytes of the operands that HBM need not carry, on the same average.
     """
 
     op: str
@@ -66,7 +66,7 @@ class Case:
     limit: float
     limit_reason: str
     tunable: tuple[str, ...] = ()
-    dynamic_steps: Callable[..., int] | None = None
+    dynamic_steps: Callable[..., float] | None = None
     unread: Callable[[tuple[int, ...]], int] = lambda shape: 0
     smooth: tuple[tuple[int, ...], ...] = ()
 

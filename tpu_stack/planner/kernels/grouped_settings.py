@@ -1,13 +1,11 @@
 """Settings of `grouped_matmul` that the tuner tries: blocks of weights, and scale modes.
 
-Rows of a block are the plan's. How many visits experts take, and how many weights are read, is the
-average over random routings: blocks of few rows are cheap to multiply, but hold more experts' ends.
+Rows of a block are the plan's: few are cheap to multiply, but more blocks hold experts' ends.
 quantized_matmul's entries stand where the op has none of its own.
 
 >>> settings(make_case("int4", "bf16"), compile_target("v6e"), (128, 4096, 14336))
 """
 
-import functools
 import json
 import math
 from collections.abc import Iterator
@@ -15,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from tpu_stack.kernels import grouped_matmul as package
 from tpu_stack.kernels.grouped_matmul.plan import MOST_ROWS
@@ -33,7 +30,6 @@ BLOCKS_OF = "rows, K, N"
 """What the numbers of tiles count."""
 SECTION = "tuned"
 """Of tiles.json that device kinds are in."""
-ROUTINGS = 256
 
 
 def settings(case: Case, target: CompileTarget, shape: tuple[int, ...]) -> Iterator[Setting]:
@@ -98,34 +94,18 @@ def _setting(case: Case, shape: tuple[int, ...], plan: Plan) -> Setting:
     arrays = dict(case.abstract(shape))
     expert = sum(array_bytes(arrays[name]) for name in ("values", "scales")) / EXPERTS
     out = sum(map(array_bytes, jax.tree.leaves(case.out_shape(shape))))
-    rest = sum(map(array_bytes, arrays.values())) - EXPERTS * expert + out
     m, k, n = (
         min(1.0, block / size)
         for block, size in zip((plan.bm, plan.bk, plan.bn), shape, strict=True)
     )
     step = expert * k * n + array_bytes(arrays["x"]) * m * k + out * m * n
-    visits, busy = mean_visits(shape[0], plan.bm)
-    counted = grouped_cases.visits_of(shape[0], plan.bm)
     return Setting(
         tiles=(plan.bm, plan.bk, plan.bn),
         scale_mode=mode_of(plan),
         block_bytes=step,
-        call_bytes=busy * expert + rest,
+        call_bytes=case.nbytes(shape),
         vmem_bytes=2 * step + 4 * plan.bk * plan.bn + 8 * plan.bm * plan.bn,
-        step_share=visits / counted,
     )
-
-
-@functools.cache
-def mean_visits(rows: int, block: int) -> tuple[float, float]:
-    """Visits of experts to blocks, and experts that have rows, where each row goes to one of
-    `grouped_cases.EXPERTS` at random: the average of `ROUTINGS`."""
-    rng = np.random.default_rng(0)
-    sizes = rng.multinomial(rows, np.full(EXPERTS, 1 / EXPERTS), ROUTINGS)
-    ends = np.cumsum(sizes, 1)
-    blocks = (ends - 1) // block - (ends - sizes) // block + 1
-    busy = sizes > 0
-    return float(np.where(busy, blocks, 0).sum(1).mean()), float(busy.sum(1).mean())
 
 
 def forget() -> None:
