@@ -138,15 +138,24 @@ def truncate(
     is a share of the likeliest token's probability.
 
     Thresholds are found bit by bit, in 32 passes over the row, where sorting takes far more on
-    CPU and TPU alike. Tokens tied with the last one kept are kept too.
+    CPU and TPU alike; none where no row asks. Tokens tied with the last one kept are kept too.
     """
-    vocab = logits_BV.shape[1]
+    rows, vocab = logits_BV.shape
     keys_BV = _ordered(logits_BV)
     k = jnp.where(top_k > 0, jnp.minimum(top_k, vocab), vocab)
-    least_k = _threshold(keys_BV, jnp.ones_like(logits_BV), k.astype(jnp.float32))
+    lowest_B = jnp.zeros(rows, keys_BV.dtype)
+    least_k = jax.lax.cond(
+        jnp.any(top_k > 0),
+        lambda: _threshold(keys_BV, jnp.ones_like(logits_BV), k.astype(jnp.float32)),
+        lambda: lowest_B,
+    )
     kept = keys_BV >= least_k[:, None]
-    probs_BV = jax.nn.softmax(jnp.where(kept, logits_BV, _OUT), axis=-1)
-    least_p = _threshold(keys_BV, probs_BV, top_p)
+
+    def least_of_mass() -> UInt32[Array, " B"]:
+        probs_BV = jax.nn.softmax(jnp.where(kept, logits_BV, _OUT), axis=-1)
+        return _threshold(keys_BV, probs_BV, top_p)
+
+    least_p = jax.lax.cond(jnp.any(top_p < 1), least_of_mass, lambda: lowest_B)
     kept &= (keys_BV >= least_p[:, None]) | (top_p >= 1)[:, None]
     highest = jnp.max(logits_BV, axis=-1, keepdims=True)
     kept &= logits_BV >= highest + jnp.log(min_p)[:, None]
