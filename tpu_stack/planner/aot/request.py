@@ -30,7 +30,8 @@ class CompileRequest:
       program: one of PROGRAMS or ENGINE_PROGRAMS.
       batch: sequences over all devices.
       seq_len, accumulate: tokens of each and micro-batches; of a train step.
-      context, prompt: positions of the cache and tokens that prefill runs; of the other two.
+      context, prompt: positions of the cache and tokens that prefill runs; of the others, but that
+        an engine has chunks of its own.
       format: what serving stores the weights as.
     """
 
@@ -97,7 +98,8 @@ def make_request(asked: Asked, config: ModelConfig | None = None) -> CompileRequ
     else:
         request = CompileRequest(
             config, profile, asked.program, work.serve_batch,
-            context=work.context, prompt=work.prompt, format=asked.format,
+            context=work.context, format=asked.format,
+            prompt=0 if asked.program in ENGINE_PROGRAMS else work.prompt,
         )  # fmt: skip
     request.check()
     return request
