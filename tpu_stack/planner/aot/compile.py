@@ -15,7 +15,7 @@ from typing import Any
 
 from tpu_stack.errors import UserError
 from tpu_stack.hardware.chips import get_chip
-from tpu_stack.planner.aot.asked import TIMEOUT_S
+from tpu_stack.planner.aot.asked import ENGINE_PROGRAMS, TIMEOUT_S
 from tpu_stack.planner.aot.oom import read_oom
 from tpu_stack.planner.aot.recompilation import digest_of, source_digests, versions
 from tpu_stack.planner.aot.request import CompileRequest
@@ -35,6 +35,7 @@ from tpu_stack.planner.aot.target import topology_of
 from tpu_stack.planner.compiler_child import CompilerChild, Deadline
 from tpu_stack.planner.kernels.targets import COMPILE_TARGETS, has_compiler
 from tpu_stack.quant.formats import get_format
+from tpu_stack.serving.replicas import AXIS
 
 CHILD = f"{__package__}.child"
 _SOURCES = (
@@ -84,12 +85,18 @@ def target_of(request: CompileRequest) -> Target:
         chip=topology.chip,
         asked=profile.chip,
         devices=topology.devices,
-        mesh=dict(profile.mesh),
+        mesh=_compiled_mesh(request),
         hbm_bytes=int(asked.require("hbm_bytes")) // asked.devices(1),
         compiler_hbm_bytes=int(chip.require("hbm_bytes")) // chip.devices(1),
         matmul=_matmul_text(request),
         clock_hz=COMPILE_TARGETS[chip.name].clock_hz if chip.name in COMPILE_TARGETS else None,
     )
+
+
+def _compiled_mesh(request: CompileRequest) -> dict[str, int]:
+    """The mesh of the program: of an engine's, a slice of the data axis."""
+    mesh = dict(request.profile.mesh)
+    return mesh | {AXIS: 1} if request.program in ENGINE_PROGRAMS and AXIS in mesh else mesh
 
 
 def _matmul_text(request: CompileRequest) -> str:
