@@ -57,6 +57,33 @@ def test_layers_keep_the_layout_of_their_weight():
         assert each.addressable_shards[0].data.shape == (8, 4)
 
 
+def test_layers_of_weights_on_no_mesh_may_go_to_any():
+    (split, *_) = per_layer({"blocks": {"w": jnp.ones((2, 8, 16))}})["blocks"]["w"].layers
+    assert not split.committed
+    mesh = make_mesh({"tensor": 2})
+    whole = jax.device_put(jnp.ones(16), NamedSharding(mesh, PartitionSpec()))
+    assert jax.jit(jnp.dot)(split, whole).shape == (8,)
+
+
+def test_abstract_weights_split_as_arrays_do():
+    mesh = make_mesh({"tensor": 4})
+    place = NamedSharding(mesh, PartitionSpec(None, "tensor", None))
+    weight = jax.device_put(quantize(jnp.ones((3, 64 * 4, 32)), "int4"), place)
+    plain = jnp.ones((3, 5))
+    made = {"q": weight, "plain": plain}
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), made
+    )
+    want = per_layer({"blocks": made})["blocks"]
+    found = per_layer({"blocks": abstract})["blocks"]
+    assert jax.tree.structure(found) == jax.tree.structure(want)
+    for each, other in zip(jax.tree.leaves(found["q"]), jax.tree.leaves(want["q"]), strict=True):
+        assert isinstance(each, jax.ShapeDtypeStruct)
+        assert (each.shape, each.dtype) == (other.shape, other.dtype)
+        assert each.sharding.spec == other.sharding.spec
+    assert found["plain"].layers[0].shape == (5,)
+
+
 def test_no_layer_is_copied_out_of_a_stack():
     """What a scan does to every weight of every layer, and serving must not."""
     params = init_params(CONFIG, jax.random.key(0))

@@ -50,15 +50,14 @@ def _laid_out(weight: Any, layer: int) -> Any:
     abstract layer."""
 
     def pick(part: Any, name: str | None = None) -> Any:
-        abstract = isinstance(part, jax.ShapeDtypeStruct)
-        place: Any = getattr(part, "sharding", None)
-        if isinstance(place, NamedSharding):
-            place = without_layers(place)
+        sharding, place = getattr(part, "sharding", None), None
+        if isinstance(sharding, NamedSharding):  # others stay where they are, committed or not
+            place: Any = without_layers(sharding)
             if name is not None:
                 place = in_place(place, name, weight.contract_axis, part.ndim - 1)
-        if abstract:
+        if isinstance(part, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(part.shape[1:], part.dtype, sharding=place)
-        return jax.device_put(part[layer], place) if place is not None else part[layer]
+        return part[layer] if place is None else jax.device_put(part[layer], place)
 
     if not isinstance(weight, QTensor):
         return pick(weight)

@@ -8,7 +8,7 @@ quantized_matmul's entries stand where the op has none of its own.
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,8 @@ SECTION = "tuned"
 
 def settings(case: Case, target: CompileTarget, shape: tuple[int, ...]) -> Iterator[Setting]:
     """The current setting, then all that the kernel takes; some of them may be the same."""
-    kind = target.device_kind
-    yield _setting(case, shape, plan_of(case, shape, kind))
+    kind, setting = target.device_kind, _sized(case, shape)
+    yield setting(plan_of(case, shape, kind))
     for mode in SCALE_MODES:
         for bk in matmul_settings.DEPTHS:
             for bn in matmul_settings.widths(shape[2], kind):
@@ -43,7 +43,7 @@ def settings(case: Case, target: CompileTarget, shape: tuple[int, ...]) -> Itera
                     plan = plan_of(case, shape, kind, tiles=(MOST_ROWS, bk, bn), scale_mode=mode)
                 except ValueError:
                     continue  # not a setting of the kernel at this shape
-                yield _setting(case, shape, plan)
+                yield setting(plan)
 
 
 def plan_of(case: Case, shape: tuple[int, ...], kind: str, **options: Any) -> Plan:
@@ -90,22 +90,27 @@ def mode_of(plan: Plan) -> str | None:
     return None if "after" in plan.ways else plan.scale_mode
 
 
-def _setting(case: Case, shape: tuple[int, ...], plan: Plan) -> Setting:
+def _sized(case: Case, shape: tuple[int, ...]) -> Callable[[Plan], Setting]:
+    """A plan's setting, with the sizes of the case's arrays."""
     arrays = dict(case.abstract(shape))
     expert = sum(array_bytes(arrays[name]) for name in ("values", "scales")) / EXPERTS
+    x = array_bytes(arrays["x"])
     out = sum(map(array_bytes, jax.tree.leaves(case.out_shape(shape))))
-    m, k, n = (
-        min(1.0, block / size)
-        for block, size in zip((plan.bm, plan.bk, plan.bn), shape, strict=True)
-    )
-    step = expert * k * n + array_bytes(arrays["x"]) * m * k + out * m * n
-    return Setting(
-        tiles=(plan.bm, plan.bk, plan.bn),
-        scale_mode=mode_of(plan),
-        block_bytes=step,
-        call_bytes=case.nbytes(shape),
-        vmem_bytes=2 * step + 4 * plan.bk * plan.bn + 8 * plan.bm * plan.bn,
-    )
+    call = case.nbytes(shape)
+
+    def setting(plan: Plan) -> Setting:
+        blocks = zip((plan.bm, plan.bk, plan.bn), shape, strict=True)
+        m, k, n = (min(1.0, block / size) for block, size in blocks)
+        step = expert * k * n + x * m * k + out * m * n
+        return Setting(
+            tiles=(plan.bm, plan.bk, plan.bn),
+            scale_mode=mode_of(plan),
+            block_bytes=step,
+            call_bytes=call,
+            vmem_bytes=2 * step + 4 * plan.bk * plan.bn + 8 * plan.bm * plan.bn,
+        )
+
+    return setting
 
 
 def forget() -> None:
