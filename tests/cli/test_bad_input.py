@@ -44,7 +44,13 @@ def test_an_unknown_verb_names_the_nearest(capsys):
     [
         (["train", "--out", "x", "--train.step", "3"], ["--train.step", "--train.steps"]),
         (["train", "--out", "x", "--modle", "nano"], ["--modle", "--model"]),
-        (["train", "--out", "x", "--train.steps", "ten"], ["--train.steps", "'ten'"]),
+        (
+            ["train", "--out", "x", "--train.steps", "ten"],
+            ["'ten'; it must be a whole"],
+        ),
+        (["plan", "compile", "--timeout", "ten"], ["--timeout is 'ten'; it must be a number"]),
+        (["plan", "compile", "--batch-size", "x"], ["--batch-size is 'x'", "a whole number"]),
+        (["plan", "compile", "--program", "tran"], ["--program is 'tran'", "train, prefill"]),
         (["train", "--out", "x", "--train.steps", "0"], ["--train.steps", "0", "at least 1"]),
         (["train"], ["--out"]),
         (["train", "--out", "x", "--model", "nanno"], ["'nanno'", "'nano'"]),
@@ -52,7 +58,10 @@ def test_an_unknown_verb_names_the_nearest(capsys):
         (["train", "--out", "x", "--profile", "8t:4x4"], ["'4x4'", "3D torus"]),
         (["train", "--out", "x", "--mesh", "fsdp=two"], ["fsdp=two", "positive"]),
         (["train", "--out", "x", "--mesh", "model=2"], ["'model'", "fsdp"]),
-        (["train", "--out", "x", "--train.schedule", "step"], ["--train.schedule"]),
+        (
+            ["train", "--out", "x", "--train.schedule", "step"],
+            ["is 'step'", "cosine"],
+        ),
         (["profiles", "8i:8", "--model", "llama3_8b", "--mesh", "tensor=16"], ["kv_heads", "8"]),
         (["profiles", "8i:8", "--model", "llama3_8b", "--format", "int3"], ["'int3'"]),
         (["chips", "v7"], ["'v7'"]),

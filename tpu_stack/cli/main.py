@@ -12,6 +12,7 @@ import contextlib
 import difflib
 import importlib
 import io
+import itertools
 import os
 import re
 import signal
@@ -41,6 +42,14 @@ VERBS = {
 }
 
 _UNKNOWN = re.compile(r"Unrecognized options: (\S+?)(?:,|$)")
+_CHOICE = re.compile(r"invalid choice (.+) for argument '(\S+)'\. Expected one of \((.*?),?\)")
+_KIND = re.compile(
+    r"Error parsing (\S+): no type matching (\S+) could be instantiated from \[(.*)\]"
+)
+_NUMBER = re.compile(r"Error parsing (\S+): .* (float|int)(?:\(\) with base 10)?: (.*)")
+_KINDS = {"INT": "a whole number", "FLOAT": "a number"}
+"""What tyro calls types, in words."""
+_NONE = "{None}"
 _BORDER = "│|╭╮╰╯"  # the sides of tyro's boxes, in UTF-8 and in ASCII terminals
 
 
@@ -65,18 +74,28 @@ def _fail(message: str, status: int = 2) -> NoReturn:
 
 
 def _one_line(boxed: str, flags: list[str]) -> str:
-    """What matters of tyro's boxed message; for an unknown option, the nearest of `flags`."""
-    inside = (line.strip().strip(_BORDER).strip() for line in boxed.splitlines()[1:])
-    lines = [line for line in inside if line.strip("─-+")]
-    text = lines[0] if lines else "the options do not parse"
+    """What matters of tyro's boxed message, its first paragraph, which may be wrapped; for an
+    unknown option, the nearest of `flags`."""
+    inside = [line.strip().strip(_BORDER).strip() for line in boxed.splitlines()[1:]]
+    said = itertools.dropwhile(lambda line: not line.strip("─-+"), inside)
+    lines = list(itertools.takewhile(lambda line: line.strip("─-+"), said))
+    text = " ".join(lines) or "the options do not parse"
     unknown = _UNKNOWN.match(text)
     if unknown:
         near = difflib.get_close_matches(unknown[1].replace("_", "-"), flags, n=1, cutoff=0.5)
         hint = f"; perhaps you meant {near[0]}" if near else "; --help lists the options"
         return f"unknown option {unknown[1]}{hint}"
-    if text.endswith(":") and len(lines) > 1:
-        text += " " + lines[1]
-    return text
+    if choice := _CHOICE.match(text):
+        value, flag, known = choice.groups()
+        return f"{flag} is {value}; it must be one of {known.replace(chr(39), '')}"
+    if kind := _KIND.match(text):
+        flag, wanted, value = kind.groups()
+        wanted = " or ".join(_KINDS.get(each, each) for each in wanted.split("|") if each != _NONE)
+        return f"{flag} is {value}; it must be {wanted}"
+    if number := _NUMBER.match(text):
+        flag, wanted, value = number.groups()
+        return f"{flag} is {value}; it must be {_KINDS[wanted.upper()]}"
+    return " ".join(lines[:2]) if lines and lines[0].endswith(":") else text
 
 
 def parse(verb: str, options_type: type, argv: list[str]) -> Any:
