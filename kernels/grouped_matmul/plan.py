@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tpu_stack.kernels.grouped_matmul.tiles import load, own_tiles
+from tpu_stack.kernels.grouped_matmul.tiles import load_of, own_tiles
 from tpu_stack.kernels.quantized_matmul.blocks import ROWS, round_up
 from tpu_stack.kernels.quantized_matmul.plan import Plan, make_plan
 from tpu_stack.kernels.quantized_matmul.tiles import DECODE_M
@@ -64,7 +64,7 @@ def make_grouped_plan(
         ones = jax.ShapeDtypeStruct((1, 1, values.shape[2]), jnp.float32)
 
     average = -(-m // experts)
-    group = x.shape[1] if wide else max(1, x.shape[1] // scales.shape[1])
+    group = x.shape[1] if wide else max(1, x.shape[1] // max(1, scales.shape[1]))
 
     def for_rows(expected: int) -> Plan:
         plan = make_plan(
@@ -77,7 +77,7 @@ def make_grouped_plan(
             offset=offset,
             rows=rows,
             kind=kind,
-            own=own_tiles(x.dtype, load(average, group)),
+            own=own_tiles(x.dtype, load_of(average, group)),
         )
         mixed = scale_mode == "before" and "after" in plan.ways
         return replace(plan, ways=()) if mixed else plan

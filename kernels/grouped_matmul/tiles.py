@@ -23,20 +23,20 @@ def read_tiles() -> dict[str, Any]:
     """tiles.json: `libtpu`, and in `tuned`, by device kind, format and regime, what differs from
     quantized_matmul's entries. "FORMAT@int8" is for rows of int8, in FORMAT's place.
 
-    An entry's "after_rows" is up to which `load` scales are applied after the product, where they
-    would be at all; without it, always.
+    An entry's "after_rows" is up to which `load_of` scales are applied after the product, where
+    they would be at all; without it, always.
     """
     return json.loads((Path(__file__).parent / "tiles.json").read_text())
 
 
-def load(rows: int, group: int) -> int:
+def load_of(rows: int, group: int) -> int:
     """Rows that an expert gets on average, in proportion to groups of 64: half as long ones take
     twice as long to scale after the product."""
     return math.ceil(rows * 64 / group)
 
 
 def own_tiles(x_dtype: Any, load: int) -> dict[str, Any]:
-    """`own` of `quantized_matmul.tiles.tuned` for rows of this dtype and a `load`."""
+    """`own` of `quantized_matmul.tiles.tuned` for rows of this dtype and a `load_of` them."""
     mark = f"@{jnp.dtype(x_dtype).name}"
     found: dict[str, Any] = {}
     for kind, formats in read_tiles()["tuned"].items():

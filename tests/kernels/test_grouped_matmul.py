@@ -239,6 +239,7 @@ def test_jit_with_traced_sizes():
         ({"dtype": jnp.bfloat16, "scales": None, "mode": "after"}, "bfloat16 values take no"),
         ({"scales": (2, 1, 8)}, r"2 experts need \[2, G, 1, N\]"),
         ({"scales": (2, 3, 1, 8)}, "neither as"),
+        ({"scales": (2, 0, 1, 8)}, "neither as"),
         ({"tensor_scale": (1, 1, 1)}, r"supported: \(2, 1, 1, 1\)"),
         ({"x_scales": (3, 1)}, r"needs \(4, 1\)"),
         ({"tiles": (16, 128, 128)}, "not multiples of"),

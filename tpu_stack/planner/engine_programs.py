@@ -7,14 +7,13 @@ engine on each of its slices; what is traced is one of them.
 >>> traced = trace_engine(config, profile, "int4", "engine-decode", batch=16, context=4096, mesh=m)
 """
 
-import dataclasses
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from tpu_stack.models.config import ModelConfig
-from tpu_stack.models.paged_cache import PagedCache, paged_shapes
+from tpu_stack.models.paged_cache import PagedCache, init_paged_cache
 from tpu_stack.models.per_layer import per_layer
 from tpu_stack.planner.programs import Traced, traced_on
 from tpu_stack.serving.layout import PackedLayout
@@ -28,7 +27,7 @@ from tpu_stack.serving.paged.steps import (
     page_sharding,
     whole_sharding,
 )
-from tpu_stack.serving.replicas import AXIS, split_mesh
+from tpu_stack.serving.replicas import AXIS, one_replica, split_mesh
 from tpu_stack.sharding.profiles import Profile
 
 
@@ -51,10 +50,7 @@ def trace_engine(
       mesh: of the profile's axes, on the devices to compile for.
     """
     replicas = mesh.shape.get(AXIS, 1)
-    one, slice = profile, mesh
-    if replicas > 1:
-        one = dataclasses.replace(profile, mesh={**profile.mesh, AXIS: 1})
-        slice = split_mesh(mesh)[0]
+    one, slice = one_replica(profile), split_mesh(mesh)[0] if replicas > 1 else mesh
     whole = whole_sharding(slice)
 
     def row(*shape: int, dtype: str = "int32") -> Any:
@@ -87,13 +83,10 @@ def _shapes(slots: int, context: int) -> Shapes:
 
 
 def _cache(config: ModelConfig, profile: Profile, mesh: Mesh, shapes: Shapes) -> PagedCache:
+    no_tables: Any = None  # each program brings its rows' own
+    sizes = (shapes.pages, shapes.page, no_tables, cache_dtype(profile))
+    made = jax.eval_shape(lambda: init_paged_cache(config, *sizes))
     place = page_sharding(profile, mesh)
-    arrays: Any = {
-        name: None
-        if shape is None
-        else jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
-        for name, shape in paged_shapes(
-            config, shapes.pages, shapes.page, cache_dtype(profile)
-        ).items()
-    }
-    return PagedCache(**arrays, tables=None, pages=shapes.pages, window=config.window)  # type: ignore
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), made
+    )

@@ -13,7 +13,7 @@ import threading
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from tpu_stack.serving.requests import Event, Finished, GenerationRequest
 from tpu_stack.serving.service import InFlight, Listener, Service, Stats, Ticket
+from tpu_stack.sharding.profiles import Profile
 
 AXIS = "data"
 
@@ -109,6 +110,13 @@ class Replicas:
         """Takes no more requests, waits up to `drain_s` for those there are, cancels the rest."""
         with ThreadPoolExecutor(len(self._services)) as pool:
             list(pool.map(lambda service: service.close(drain_s), self._services))
+
+
+def one_replica(profile: Profile) -> Profile:
+    """The profile of each of `split_mesh`'s slices."""
+    if AXIS not in profile.mesh:
+        return profile
+    return replace(profile, mesh={**profile.mesh, AXIS: 1})
 
 
 def split_mesh(mesh: Mesh) -> list[Mesh]:

@@ -35,7 +35,7 @@ from tpu_stack.planner.aot.target import topology_of
 from tpu_stack.planner.compiler_child import CompilerChild, Deadline
 from tpu_stack.planner.kernels.targets import COMPILE_TARGETS, has_compiler
 from tpu_stack.quant.formats import get_format
-from tpu_stack.serving.replicas import AXIS
+from tpu_stack.serving.replicas import one_replica
 
 CHILD = f"{__package__}.child"
 _SOURCES = (
@@ -95,8 +95,8 @@ def target_of(request: CompileRequest) -> Target:
 
 def _compiled_mesh(request: CompileRequest) -> dict[str, int]:
     """The mesh of the program: of an engine's, a slice of the data axis."""
-    mesh = dict(request.profile.mesh)
-    return mesh | {AXIS: 1} if request.program in ENGINE_PROGRAMS and AXIS in mesh else mesh
+    profile = request.profile
+    return dict((one_replica(profile) if request.program in ENGINE_PROGRAMS else profile).mesh)
 
 
 def _matmul_text(request: CompileRequest) -> str:

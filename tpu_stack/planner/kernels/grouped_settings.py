@@ -16,7 +16,7 @@ import jax
 
 from tpu_stack.kernels import grouped_matmul as package
 from tpu_stack.kernels.grouped_matmul.plan import MOST_ROWS
-from tpu_stack.kernels.grouped_matmul.tiles import load, own_tiles, read_tiles
+from tpu_stack.kernels.grouped_matmul.tiles import load_of, own_tiles, read_tiles
 from tpu_stack.kernels.quantized_matmul import SCALE_MODES, Plan
 from tpu_stack.kernels.quantized_matmul.tiles import regime_of, tuned
 from tpu_stack.planner.kernels import grouped_cases, matmul_settings
@@ -73,7 +73,7 @@ def entry_of(
     entry = tuned(kind, name, average, own) | {"bk": tiles[1], "bn": tiles[2]}
     default = plan_of(case, shape, kind, tiles=(MOST_ROWS, *tiles[1:]))
     if mode_of(default) != scale_mode:
-        now = load(average, default.group)
+        now = load_of(average, default.group)
         if scale_mode == "before":
             entry["after_rows"] = now - 1
         else:

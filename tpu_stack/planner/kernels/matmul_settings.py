@@ -92,10 +92,10 @@ def entry_of(
         "bk": tiles[1],
         "bn": tiles[2],
     }
-    return entry | bounds(entry, plan_of(case, shape, kind, tiles=tiles), scale_mode)
+    return entry | _bounds(entry, plan_of(case, shape, kind, tiles=tiles), scale_mode)
 
 
-def bounds(entry: dict[str, Any], default: Plan, scale_mode: str | None) -> dict[str, Any]:
+def _bounds(entry: dict[str, Any], default: Plan, scale_mode: str | None) -> dict[str, Any]:
     """The bounds to move in the entry, with which the plan is `default`, for the scale mode."""
     if default.scale_mode == scale_mode:
         return {}

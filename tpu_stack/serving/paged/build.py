@@ -3,7 +3,6 @@
 >>> service = start_service(config, params, profile, mesh, EngineOptions(slots=8))
 """
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ from tpu_stack.serving.paged.programs import Programs
 from tpu_stack.serving.paged.shapes import Shapes
 from tpu_stack.serving.paged.thread import EngineThread
 from tpu_stack.serving.paged.two_meshes import TwoMeshes
-from tpu_stack.serving.replicas import AXIS, Replicas, on_slice, split_mesh
+from tpu_stack.serving.replicas import AXIS, Replicas, on_slice, one_replica, split_mesh
 from tpu_stack.serving.service import Service
 from tpu_stack.sharding.profiles import Profile
 
@@ -93,7 +92,7 @@ def _start_replicas(
 ) -> Replicas:
     count, slices = mesh.shape[AXIS], split_mesh(mesh)
     each = options.divided(count)
-    one = dataclasses.replace(profile, mesh={**profile.mesh, AXIS: 1})
+    one = one_replica(profile)
     services: list[Service] = []
     try:
         for slice in slices:
