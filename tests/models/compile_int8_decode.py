@@ -59,8 +59,8 @@ def main() -> None:
 
     def step(params, cache, tokens, positions):
         model = bind(CONFIG, params)
-        hidden, cache = model.hidden(tokens, positions, cache=cache, dtype=jnp.bfloat16)
-        return model.logits(hidden), cache
+        outputs = model.hidden(tokens, positions, cache=cache, dtype=jnp.bfloat16)
+        return model.logits(outputs.hidden), outputs.cache
 
     with sharding_scope(mesh, profile.rules):  # of TPU devices, so the kernel runs
         traced = jax.jit(step, donate_argnums=1).trace(params, cache, tokens, tokens)

@@ -49,8 +49,8 @@ def main() -> None:
 
     def step(params, cache, tokens, positions):
         model = bind(CONFIG, params)
-        hidden, cache = model.hidden(tokens, positions, cache=cache, dtype=jnp.bfloat16)
-        return model.logits(hidden), cache
+        outputs = model.hidden(tokens, positions, cache=cache, dtype=jnp.bfloat16)
+        return model.logits(outputs.hidden), outputs.cache
 
     tokens = struct((ROWS, 1), "int32")
     with sharding_scope(mesh, get_profile("v6e", "serve").rules):

@@ -12,14 +12,20 @@ import numpy as np
 from tpu_stack.models.config import ModelConfig
 
 
-def reference_logits(config: ModelConfig, params: dict[str, Any], tokens: list[int]) -> np.ndarray:
-    """Logits [T, V] of one document whose first token stands at position 0."""
+def reference_logits(
+    config: ModelConfig, params: dict[str, Any], tokens: list[int], spans: list[int] | None = None
+) -> np.ndarray:
+    """Logits [T, V] of one document whose first token stands at position 0.
+
+    Tokens with the same number above 0 in `spans` see each other, whatever comes first.
+    """
+    spans = [0] * len(tokens) if spans is None else spans
     table = np.asarray(params["embed"], np.float64)
     x = np.stack([table[token] for token in tokens])
     if config.scale_embeddings:
         x = x * math.sqrt(config.d_model)
     for layer in range(config.n_layers):
-        x = _block(config, _layer(params["blocks"], layer), layer, x)
+        x = _block(config, _layer(params["blocks"], layer), layer, x, spans)
     x = _rms_norm(config, x, np.asarray(params["final_norm"]["scale"], np.float64))
     head = table.T if config.tie_embeddings else np.asarray(params["unembed"], np.float64)
     logits = x @ head
@@ -46,10 +52,12 @@ def _rms_norm(config: ModelConfig, x: np.ndarray, scale: np.ndarray) -> np.ndarr
     return out
 
 
-def _block(config: ModelConfig, weights: dict[str, Any], layer: int, x: np.ndarray) -> np.ndarray:
+def _block(
+    config: ModelConfig, weights: dict[str, Any], layer: int, x: np.ndarray, spans: list[int]
+) -> np.ndarray:
     kind = config.block_pattern[layer % len(config.block_pattern)]
     normed = _rms_norm(config, x, weights["attention_norm"]["scale"])
-    mixed = _attention(config, weights["attention"], kind, normed)
+    mixed = _attention(config, weights["attention"], kind, normed, spans)
     if config.post_norms:
         mixed = _rms_norm(config, mixed, weights["attention_post_norm"]["scale"])
     x = x + mixed
@@ -91,7 +99,9 @@ def _rope(config: ModelConfig, kind: str, vector: np.ndarray, position: int) -> 
     return out
 
 
-def _attention(config: ModelConfig, w: dict[str, Any], kind: str, x: np.ndarray) -> np.ndarray:
+def _attention(
+    config: ModelConfig, w: dict[str, Any], kind: str, x: np.ndarray, spans: list[int]
+) -> np.ndarray:
     length, size = len(x), config.head_dim
     q = (x @ w["wq"]).reshape(length, config.n_heads, size)
     k = (x @ w["wk"]).reshape(length, config.n_kv_heads, size)
@@ -108,13 +118,18 @@ def _attention(config: ModelConfig, w: dict[str, Any], kind: str, x: np.ndarray)
         kv = head // sharing
         for t in range(length):
             first = 0 if kind == "global" else max(0, t - config.window + 1)
-            scores = [scale * float(q[t, head] @ k[s, kv]) for s in range(first, t + 1)]
+            seen = [
+                s
+                for s in range(length)
+                if first <= s <= t or (spans[s] == spans[t] and spans[t] > 0)
+            ]
+            scores = [scale * float(q[t, head] @ k[s, kv]) for s in seen]
             if config.attention_softcap is not None:
                 cap = config.attention_softcap
                 scores = [cap * math.tanh(score / cap) for score in scores]
             largest = max(scores)
             weights = [math.exp(score - largest) for score in scores]
-            for weight, s in zip(weights, range(first, t + 1), strict=True):
+            for weight, s in zip(weights, seen, strict=True):
                 out[t, head] += weight / sum(weights) * v[s, kv]
     return out.reshape(length, -1) @ w["wo"]
 

@@ -25,11 +25,13 @@ def random_inputs(seed: int, length: int, heads: int = 4, kv_heads: int = 2):
 
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("segmented", [False, True])
-def test_chunks_change_nothing(monkeypatch, window, segmented):
+@pytest.mark.parametrize("spanned", [False, True])
+def test_chunks_change_nothing(monkeypatch, window, segmented, spanned):
     """Outputs and gradients of 32 queries in chunks of 8 equal those of all at once."""
     q, k, v, positions, segments = random_inputs(0, 32)
     segments = segments if segmented else None
-    mask = Mask(positions, positions, segments, segments, window)
+    spans = (positions % 11 < 4) * (1 + positions // 11) if spanned else None
+    mask = Mask(positions, positions, segments, segments, window, spans, spans)
 
     def loss(q, k, v):
         out = attend(q, k, v, mask, scale=0.3, softcap=6.0)
@@ -57,18 +59,21 @@ def test_chunks_are_really_used(monkeypatch):
 @settings(deadline=None, max_examples=40)
 @given(data=st.data())
 def test_mask_is_the_definition(data):
-    """Key position <= query position, fewer than `window` behind it, and in the same document."""
-    number = st.integers(0, 12)
-    queries = data.draw(st.lists(st.tuples(number, st.integers(0, 2)), min_size=1, max_size=5))
-    keys = data.draw(st.lists(st.tuples(number, st.integers(0, 2)), min_size=1, max_size=5))
+    """At or before the query and inside the window, or in its span; and in the same document."""
+    token = st.tuples(st.integers(0, 12), st.integers(0, 2), st.integers(0, 2))
+    queries = data.draw(st.lists(token, min_size=1, max_size=5))
+    keys = data.draw(st.lists(token, min_size=1, max_size=5))
     window = data.draw(st.none() | st.integers(1, 6))
-    (qp, qs), (kp, ks) = (np.array(rows, np.int32).T[:, None] for rows in (queries, keys))
-    with_segments = data.draw(st.booleans())
-    mask = Mask(qp, kp, qs, ks, window) if with_segments else Mask(qp, kp, window=window)
-    for i, (query, query_segment) in enumerate(queries):
-        for j, (key, key_segment) in enumerate(keys):
+    (qp, qs, qb), (kp, ks, kb) = (np.array(rows, np.int32).T[:, None] for rows in (queries, keys))
+    with_segments, with_spans = data.draw(st.booleans()), data.draw(st.booleans())
+    segments = (qs, ks) if with_segments else (None, None)
+    spans = (qb, kb) if with_spans else (None, None)
+    mask = Mask(qp, kp, *segments, window, *spans)
+    for i, (query, query_segment, query_span) in enumerate(queries):
+        for j, (key, key_segment, key_span) in enumerate(keys):
             allowed = key <= query
             allowed &= window is None or query - key < window
+            allowed |= with_spans and query_span == key_span and query_span > 0
             allowed &= not with_segments or query_segment == key_segment
             assert bool(mask.dense()[0, i, j]) == allowed
 

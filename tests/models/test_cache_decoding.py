@@ -38,8 +38,8 @@ LOCAL = GLOBAL.replace(
 
 def step_logits(config, params, tokens, positions, cache):
     model = bind(config, params)
-    hidden, cache = model.hidden(tokens, positions, cache=cache)
-    return model.logits(hidden), cache
+    outputs = model.hidden(tokens, positions, cache=cache)
+    return model.logits(outputs.hidden), outputs.cache
 
 
 @pytest.mark.parametrize("config", [GLOBAL, LOCAL], ids=["global", "local"])

@@ -7,7 +7,9 @@ import pytest
 from reference import reference_logits
 
 from tpu_stack.models.config import ModelConfig, RopeScaling
+from tpu_stack.models.decoder import bind
 from tpu_stack.models.decoder import forward as eager_forward
+from tpu_stack.models.paged_cache import init_paged_cache
 
 forward = jax.jit(eager_forward, static_argnums=0, static_argnames=("dtype", "remat", "unroll"))
 
@@ -102,6 +104,36 @@ def test_equals_reference(random_params, name):
     assert found.dtype == jnp.float32
     for row in range(2):
         assert_close(found[row], reference_logits(config, params, tokens[row].tolist()))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_spans_are_bidirectional(random_params, name):
+    """Tokens of one span see each other, also past the window of 5; others stay causal."""
+    config = CONFIGS[name]
+    params, tokens = random_params(config), tokens_of(config, 2, 13)
+    spans = np.array([[0, 0, 1, 1, 1, 0, 2, 2, 2, 2, 2, 2, 2], [1] * 13], np.int32)
+    found = eager_forward(config, params, jnp.asarray(tokens), spans_BT=jnp.asarray(spans))
+    for row in range(2):
+        wanted = reference_logits(config, params, tokens[row].tolist(), spans[row].tolist())
+        assert_close(found[row], wanted)
+
+
+def test_spans_and_a_cache_are_refused(random_params):
+    params, positions = random_params(LLAMA), jnp.zeros((1, 1), jnp.int32)
+    cache = init_paged_cache(LLAMA, 1, 16, jnp.zeros((1, 1), jnp.int32), "float32")
+    with pytest.raises(ValueError, match="bidirectional spans need whole sequences"):
+        bind(LLAMA, params).hidden(positions, positions, cache=cache, spans_BT=positions)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_embeddings_in_place_of_ids(random_params, name):
+    """What `embeddings` makes of ids gives their logits; other rows of it change them."""
+    config = CONFIGS[name]
+    params, tokens = random_params(config), jnp.asarray(tokens_of(config, 2, 7))
+    embedded = bind(config, params).embeddings(tokens)
+    wanted = np.asarray(forward(config, params, tokens))
+    np.testing.assert_array_equal(forward(config, params, embedded), wanted)
+    assert np.abs(forward(config, params, 1.5 * embedded) - wanted).max() > 1e-2
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "ungated silu, every layer local"])

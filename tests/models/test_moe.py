@@ -13,7 +13,7 @@ from flax import nnx
 from tpu_stack.errors import UserError
 from tpu_stack.models.abstract import tensor_specs
 from tpu_stack.models.config import ModelConfig
-from tpu_stack.models.decoder import forward, forward_with_balance, init_params
+from tpu_stack.models.decoder import bind, forward, init_params
 from tpu_stack.models.flops import matmul_parameters
 from tpu_stack.models.moe import MoE, balance_loss, choose, route
 from tpu_stack.models.presets import get_preset
@@ -168,9 +168,11 @@ MESHES = ["data=2,expert=2,tensor=2", "fsdp=2,expert=4"]
 
 
 def objective(params, tokens):
-    logits, balance = forward_with_balance(CONFIG, params, tokens)
-    assert balance is not None
-    return jnp.mean(jax.nn.logsumexp(logits, -1)) + balance, logits
+    model = bind(CONFIG, params)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    outputs = model.hidden(tokens, positions)
+    logits = model.logits(outputs.hidden)
+    return jnp.mean(jax.nn.logsumexp(logits, -1)) + outputs.aux["balance_loss"], logits
 
 
 with_gradients = jax.value_and_grad(objective, has_aux=True)

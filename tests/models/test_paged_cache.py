@@ -39,9 +39,9 @@ def _paged(config, rows: int, dtype: str = "float32"):
 
 def _run(config, params, cache, tokens, positions):
     model = bind(config, params)
-    hidden, cache = model.hidden(tokens, positions, cache=cache, dtype=jnp.float32)
-    assert cache is not None
-    return model.logits(hidden), cache
+    outputs = model.hidden(tokens, positions, cache=cache, dtype=jnp.float32)
+    assert outputs.cache is not None
+    return model.logits(outputs.hidden), outputs.cache
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Grouped-query attention with causal, document and sliding-window masks.
+"""Grouped-query attention with causal, document, sliding-window and bidirectional-span masks.
 
 Scores and softmax are float32 whatever the inputs. Long sequences are processed in chunks of
 queries, so that the score matrix never holds more than `CHUNK` rows per head at once.
@@ -6,7 +6,8 @@ queries, so that the score matrix never holds more than `CHUNK` rows per head at
 >>> out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, mask, scale=128**-0.5)
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +20,18 @@ _MASKED = -1e30
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Mask:
-    """Who sees whom: key position <= query position, same document, and inside the window.
+    """Which keys a query attends to: causal within the window, or in the same bidirectional span.
+
+    A query attends to a key of its document that stands at or before it and inside the window, and
+    to every key of its own span, before or after it, whatever the window: Gemma 3 reads images so
+    (Gemma Team 2025, arXiv:2503.19786), and one span over a whole row is an encoder's mask.
 
     Attributes:
       q_positions: [B, T]. k_positions: [B, S] or [1, S].
       q_segments, k_segments: document numbers, or None where a row is one document.
       window: tokens seen back, the query's own included; None for all. May be a traced scalar.
+      q_spans, k_spans: number of the bidirectional span a token is in, 0 for none; numbers may
+        recur in other documents of the row. None where all attention is causal.
     """
 
     q_positions: Int[Array, "B T"]
@@ -32,12 +39,21 @@ class Mask:
     q_segments: Int[Array, "B T"] | None = None
     k_segments: Int[Array, "B S"] | None = None
     window: Int[Array, ""] | int | None = None
+    q_spans: Int[Array, "B T"] | None = None
+    k_spans: Int[Array, "B S"] | None = None
 
     def queries(self, start: Int[Array, ""] | int, size: int) -> "Mask":
         """The mask of `size` queries from `start` on."""
-        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)  # noqa: E731
-        segments = None if self.q_segments is None else cut(self.q_segments)
-        return Mask(cut(self.q_positions), self.k_positions, segments, self.k_segments, self.window)
+
+        def cut(x: Array | None) -> Any:
+            return None if x is None else jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
+
+        return replace(
+            self,
+            q_positions=cut(self.q_positions),
+            q_segments=cut(self.q_segments),
+            q_spans=cut(self.q_spans),
+        )
 
     def dense(self) -> Bool[Array, "B T S"]:
         """True where the query may look at the key."""
@@ -45,6 +61,9 @@ class Mask:
         allowed = distance >= 0
         if self.window is not None:
             allowed &= distance < self.window
+        if self.q_spans is not None and self.k_spans is not None:
+            same = self.q_spans[:, :, None] == self.k_spans[:, None, :]
+            allowed |= same & (self.q_spans[:, :, None] > 0)
         if self.q_segments is not None and self.k_segments is not None:
             allowed &= self.q_segments[:, :, None] == self.k_segments[:, None, :]
         return allowed

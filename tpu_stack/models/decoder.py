@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from tpu_stack.models.attention import Mask
 from tpu_stack.models.config import ModelConfig
-from tpu_stack.models.layers import AnyCache, Block, LayerContext, RMSNorm
+from tpu_stack.models.layers import AnyCache, Block, LayerContext, Outputs, RMSNorm
 from tpu_stack.models.per_layer import is_split, layer_of
 from tpu_stack.models.rope import inverse_frequencies, rope_tables
 from tpu_stack.models.weights import weight
@@ -33,7 +33,8 @@ Remat = Literal["none", "dots", "full"]
 
 
 class Decoder(nnx.Module):
-    """Token ids to hidden states to logits. Parameters are float32 and stacked over layers."""
+    """Token ids, or embeddings, to hidden states to logits. Parameters are float32 and stacked over
+    layers."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
@@ -45,63 +46,64 @@ class Decoder(nnx.Module):
         if not config.tie_embeddings:
             self.unembed = weight(rngs, (D, V), (EMBED, VOCAB), std=D**-0.5)
 
+    def embeddings(
+        self, tokens_BT: Int[Array, "B T"], dtype: Any = jnp.float32
+    ) -> Float[Array, "B T D"]:
+        """What token ids enter the first block as: [B, T, D] in `dtype`, scaled by the config."""
+        x_BTD = take(self.embed.get_value(), tokens_BT, dtype)
+        if self.config.scale_embeddings:
+            x_BTD = x_BTD * jnp.asarray(self.config.d_model**0.5, dtype)
+        return x_BTD
+
     def hidden[C: AnyCache](
         self,
-        tokens_BT: Int[Array, "B T"],
+        inputs: Int[Array, "B T"] | Float[Array, "B T D"],
         positions_BT: Int[Array, "B T"],
         segments_BT: Int[Array, "B T"] | None = None,
         cache: C | None = None,
         *,
+        spans_BT: Int[Array, "B T"] | None = None,
         dtype: Any = jnp.float32,
         remat: Remat = "none",
         unroll: int = 1,
-    ) -> tuple[Float[Array, "B T D"], C | None]:
-        """Final-norm hidden states [B, T, D] in `dtype`, and the cache with this call's keys."""
-        return self.hidden_and_balance(
-            tokens_BT, positions_BT, segments_BT, cache, dtype=dtype, remat=remat, unroll=unroll
-        )[:2]
+    ) -> Outputs[C]:
+        """The final norm's hidden states of token ids, or of embeddings.
 
-    def hidden_and_balance[C: AnyCache](
-        self,
-        tokens_BT: Int[Array, "B T"],
-        positions_BT: Int[Array, "B T"],
-        segments_BT: Int[Array, "B T"] | None = None,
-        cache: C | None = None,
-        *,
-        dtype: Any = jnp.float32,
-        remat: Remat = "none",
-        unroll: int = 1,
-    ) -> tuple[Float[Array, "B T D"], C | None, Float[Array, ""] | None]:
-        """As `hidden`, and the routers' load-balance loss, the mean over layers; None without."""
+        Args:
+          inputs: token ids, or floats that enter the first block as they are (see `embeddings`).
+          spans_BT: bidirectional spans, as in `Mask`; without a cache only.
+
+        Raises ValueError for spans with a cache.
+        """
+        if spans_BT is not None and cache is not None:
+            raise ValueError("bidirectional spans need whole sequences: a cache holds causal ones")
         config = self.config
-        x_BTD = take(self.embed.get_value(), tokens_BT, dtype)
-        if config.scale_embeddings:
-            x_BTD = x_BTD * jnp.asarray(config.d_model**0.5, dtype)
+        embedded = jnp.issubdtype(inputs.dtype, jnp.floating)
+        x_BTD = inputs.astype(dtype) if embedded else self.embeddings(inputs, dtype)
         x_BTD = constrain(x_BTD, BATCH, None, None)
         graphdef, stacked = nnx.split(self.blocks)
-        context_of = _layer_contexts(config, positions_BT, segments_BT, cache)
+        context_of = _layer_contexts(config, positions_BT, segments_BT, spans_BT, cache)
 
         def layer_step(carry, per_layer):
             x, cache = carry
             weights, layer, kind = per_layer
             block = nnx.merge(graphdef, weights)
-            x, cache, balance = block(x, context_of(layer, kind), cache)
-            return (x, cache), balance
+            outputs = block(x, context_of(layer, kind), cache)
+            return (outputs.hidden, outputs.cache), outputs.aux
 
         step = _with_remat(layer_step, remat)
         carry: Any = (x_BTD, cache)
         is_local = jnp.asarray([kind == "local" for kind in config.layer_kinds], jnp.int32)
         if is_split(stacked):
-            balances = []
+            each = []
             for layer in range(config.n_layers):
-                carry, each = step(carry, (layer_of(stacked, layer), layer, is_local[layer]))
-                balances.append(each)
-            balance = None if balances[0] is None else jnp.stack(balances)
+                carry, aux = step(carry, (layer_of(stacked, layer), layer, is_local[layer]))
+                each.append(aux)
+            aux = jax.tree.map(lambda *values: jnp.stack(values), *each)
         else:
             per_layer = (stacked, jnp.arange(config.n_layers), is_local)
-            carry, balance = jax.lax.scan(step, carry, per_layer, unroll=unroll)
-        balance = None if balance is None else jnp.mean(balance)
-        return self.final_norm(carry[0]), carry[1], balance
+            carry, aux = jax.lax.scan(step, carry, per_layer, unroll=unroll)
+        return Outputs(self.final_norm(carry[0]), carry[1], jax.tree.map(jnp.mean, aux))
 
     def logits(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Hidden states to float32 logits, soft-capped where the config asks for it."""
@@ -129,6 +131,7 @@ def _layer_contexts(
     config: ModelConfig,
     positions_BT: Int[Array, "B T"],
     segments_BT: Int[Array, "B T"] | None,
+    spans_BT: Int[Array, "B T"] | None,
     cache: AnyCache | None,
 ):
     """A function (layer, is_local) -> LayerContext that shares what layers have in common."""
@@ -150,7 +153,7 @@ def _layer_contexts(
         else:
             cos, sin = (jnp.where(is_local, b, a) for a, b in zip(*tables, strict=True))
             window = jnp.where(is_local, config.window, np.iinfo(np.int32).max)
-        mask = Mask(q_positions, k_positions, segments_BT, k_segments, window)
+        mask = Mask(q_positions, k_positions, segments_BT, k_segments, window, spans_BT, spans_BT)
         return LayerContext(layer, positions_BT, cos, sin, mask)
 
     return context_of
@@ -175,43 +178,26 @@ def bind(config: ModelConfig, params: Params) -> Decoder:
 def forward(
     config: ModelConfig,
     params: Params,
-    tokens_BT: Int[Array, "B T"],
+    inputs: Int[Array, "B T"] | Float[Array, "B T D"],
     positions_BT: Int[Array, "B T"] | None = None,
     segments_BT: Int[Array, "B T"] | None = None,
     *,
+    spans_BT: Int[Array, "B T"] | None = None,
     dtype: Any = jnp.float32,
     remat: Remat = "none",
     unroll: int = 1,
 ) -> Float[Array, "B T V"]:
     """Float32 logits of every position, without a cache. Positions default to 0 .. T-1."""
-    return forward_with_balance(
-        config,
-        params,
-        tokens_BT,
+    if positions_BT is None:
+        positions_BT = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape[:2])
+    model = bind(config, params)
+    outputs = model.hidden(
+        inputs,
         positions_BT,
         segments_BT,
+        spans_BT=spans_BT,
         dtype=dtype,
         remat=remat,
         unroll=unroll,
-    )[0]
-
-
-def forward_with_balance(
-    config: ModelConfig,
-    params: Params,
-    tokens_BT: Int[Array, "B T"],
-    positions_BT: Int[Array, "B T"] | None = None,
-    segments_BT: Int[Array, "B T"] | None = None,
-    *,
-    dtype: Any = jnp.float32,
-    remat: Remat = "none",
-    unroll: int = 1,
-) -> tuple[Float[Array, "B T V"], Float[Array, ""] | None]:
-    """As `forward`, and the routers' load-balance loss (see `moe.balance_loss`), None without."""
-    if positions_BT is None:
-        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    model = bind(config, params)
-    hidden, _, balance = model.hidden_and_balance(
-        tokens_BT, positions_BT, segments_BT, dtype=dtype, remat=remat, unroll=unroll
     )
-    return model.logits(hidden), balance
+    return model.logits(outputs.hidden)

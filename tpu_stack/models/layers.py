@@ -4,7 +4,7 @@ Every parameter is stacked over layers, [L, ...]; `decoder.py` scans over that a
 block with one layer's slice. All matmuls go through `project`, so a weight may be a float
 array (training) or a packed `QTensor` (serving).
 
->>> y_BTD, cache, balance = block(x_BTD, context, cache)
+>>> outputs = block(x_BTD, context, cache)
 """
 
 from dataclasses import dataclass
@@ -28,6 +28,23 @@ from tpu_stack.sharding.axes import BATCH, EMBED, HEADS, KV_HEADS, LAYERS
 from tpu_stack.sharding.constrain import constrain
 
 AnyCache = Cache | PagedCache
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Outputs[C: AnyCache]:
+    """What a block, or the whole decoder, returns.
+
+    Attributes:
+      hidden: [B, T, D] in the compute dtype.
+      cache: the cache that was passed in, with this call's keys and values; None without one.
+      aux: float32 scalars for the loss, by name. "balance_loss": the router's load-balance loss
+        (see `moe.balance_loss`), of a mixture of experts; the decoder's are means over layers.
+    """
+
+    hidden: Float[Array, "B T D"]
+    cache: C | None
+    aux: dict[str, Float[Array, ""]]
 
 
 @jax.tree_util.register_dataclass
@@ -84,9 +101,9 @@ class Attention(nnx.Module):
             self.q_norm = RMSNorm((L, H), config)
             self.k_norm = RMSNorm((L, H), config)
 
-    def __call__(
-        self, x_BTD: Float[Array, "B T D"], context: LayerContext, cache: AnyCache | None
-    ) -> tuple[Float[Array, "B T D"], AnyCache | None]:
+    def __call__[C: AnyCache](
+        self, x_BTD: Float[Array, "B T D"], context: LayerContext, cache: C | None
+    ) -> tuple[Float[Array, "B T D"], C | None]:
         config = self.config
         B, T, _ = x_BTD.shape
         kv_axes, kv_shape = (EMBED, KV_HEADS), (B, T, config.n_kv_heads, config.head_dim)
@@ -113,10 +130,7 @@ class Attention(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Pre-norm residual block, with a second norm on each output where the config asks for it.
-
-    Returns the hidden states, the cache, and the load-balance loss of its router, None without one.
-    """
+    """Pre-norm residual block, with a second norm on each output where the config asks for it."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         shape = (config.n_layers, config.d_model)
@@ -129,18 +143,18 @@ class Block(nnx.Module):
             self.attention_post_norm = RMSNorm(shape, config)
             self.mlp_post_norm = RMSNorm(shape, config)
 
-    def __call__(
-        self, x_BTD: Float[Array, "B T D"], context: LayerContext, cache: AnyCache | None
-    ) -> tuple[Float[Array, "B T D"], AnyCache | None, Float[Array, ""] | None]:
+    def __call__[C: AnyCache](
+        self, x_BTD: Float[Array, "B T D"], context: LayerContext, cache: C | None
+    ) -> Outputs[C]:
         mixed, cache = self.attention(self.attention_norm(x_BTD), context, cache)
         if self.config.post_norms:
             mixed = self.attention_post_norm(mixed)
         x_BTD = constrain(x_BTD + mixed, BATCH, None, None)
-        normed, balance = self.mlp_norm(x_BTD), None
+        normed, aux = self.mlp_norm(x_BTD), {}
         if isinstance(self.mlp, MoE):
-            hidden, balance = self.mlp(normed)
+            hidden, aux["balance_loss"] = self.mlp(normed)
         else:
             hidden = self.mlp(normed)
         if self.config.post_norms:
             hidden = self.mlp_post_norm(hidden)
-        return constrain(x_BTD + hidden, BATCH, None, None), cache, balance
+        return Outputs(constrain(x_BTD + hidden, BATCH, None, None), cache, aux)

@@ -65,23 +65,23 @@ def prefill_step(
     """
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
     model = bind(config, params)
-    hidden_BTD, new_cache = model.hidden(tokens_BT, positions_BT, cache=cache, dtype=dtype)
-    assert new_cache is not None
-    last_BD = jnp.take_along_axis(hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
+    outputs = model.hidden(tokens_BT, positions_BT, cache=cache, dtype=dtype)
+    assert outputs.cache is not None
+    last_BD = jnp.take_along_axis(outputs.hidden, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
     tokens_B = sample(_whole_rows(model.logits(last_BD)), sampling, lengths_B)
-    return DecodeState(new_cache, tokens_B, lengths_B, sampling)
+    return DecodeState(outputs.cache, tokens_B, lengths_B, sampling)
 
 
 def decode_step(config: ModelConfig, dtype: Any, params: Params, state: DecodeState) -> DecodeState:
     """Feeds every row's last token and samples the next one."""
     model = bind(config, params)
-    hidden_B1D, new_cache = model.hidden(
+    outputs = model.hidden(
         state.tokens[:, None], state.positions[:, None], cache=state.cache, dtype=dtype
     )
-    assert new_cache is not None
-    logits_BV = _whole_rows(model.logits(hidden_B1D[:, 0]))
+    assert outputs.cache is not None
+    logits_BV = _whole_rows(model.logits(outputs.hidden[:, 0]))
     tokens_B = sample(logits_BV, state.sampling, state.positions + 1)
-    return replace(state, cache=new_cache, tokens=tokens_B, positions=state.positions + 1)
+    return replace(state, cache=outputs.cache, tokens=tokens_B, positions=state.positions + 1)
 
 
 def _whole_rows(logits_BV: Float[Array, "B V"]) -> Float[Array, "B V"]:

@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from tpu_stack.models.config import ModelConfig
-from tpu_stack.models.decoder import Params, forward_with_balance
+from tpu_stack.models.decoder import Params, bind
 from tpu_stack.sharding.axes import BATCH
 from tpu_stack.sharding.constrain import constrain
 from tpu_stack.training.config import TrainConfig
@@ -63,19 +63,13 @@ def loss_and_balance(
     config: ModelConfig, params: Params, batch: Batch, *, dtype: Any, remat: Any, unroll: int
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""] | None]:
     """As `summed_loss`, and the routers' load-balance loss over all tokens, None without any."""
-    logits, balance = forward_with_balance(
-        config,
-        params,
-        batch["tokens"],
-        batch["positions"],
-        batch["segment_ids"],
-        dtype=dtype,
-        remat=remat,
-        unroll=unroll,
-    )
+    model = bind(config, params)
+    fields = (batch["tokens"], batch["positions"], batch["segment_ids"])
+    outputs = model.hidden(*fields, dtype=dtype, remat=remat, unroll=unroll)
+    logits = model.logits(outputs.hidden)
     mask = batch["loss_mask"].astype(jnp.float32)
     loss = negative_log_likelihood(logits, batch["targets"])
-    return jnp.sum(loss * mask), jnp.sum(mask), balance
+    return jnp.sum(loss * mask), jnp.sum(mask), outputs.aux.get("balance_loss")
 
 
 def make_train_step(

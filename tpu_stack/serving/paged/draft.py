@@ -43,13 +43,11 @@ def draft_tokens(
         cache, token_B, counts_BV = carry
         places_B = state.positions + t
         positions_B = jnp.where(active_B, places_B, -1)
-        hidden_B1D, new_cache = model.hidden(
-            token_B[:, None], positions_B[:, None], cache=cache, dtype=dtype
-        )
-        assert new_cache is not None
-        logits_BV = constrain(model.logits(hidden_B1D[:, 0]), BATCH, None)
+        outputs = model.hidden(token_B[:, None], positions_B[:, None], cache=cache, dtype=dtype)
+        assert outputs.cache is not None
+        logits_BV = constrain(model.logits(outputs.hidden[:, 0]), BATCH, None)
         chosen_B = choose(logits_BV, state.rows, counts_BV, state.seen, places_B + 1, active_B)
-        return (new_cache, chosen_B, counts_BV.at[rows, chosen_B].add(1)), chosen_B
+        return (outputs.cache, chosen_B, counts_BV.at[rows, chosen_B].add(1)), chosen_B
 
     start = (cache, state.tokens, state.counts)
     (cache, _, _), chosen_KB = jax.lax.scan(one, start, jnp.arange(count + 1))

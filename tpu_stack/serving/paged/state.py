@@ -106,11 +106,11 @@ def prefill_step(
     offsets = jnp.arange(tokens_RC.shape[1])
     positions = jnp.where(offsets < lengths_R[:, None], starts_R[:, None] + offsets, -1)
     model = bind(config, params)
-    hidden_RCD, new_cache = model.hidden(tokens_RC, positions, cache=cache, dtype=dtype)
-    assert new_cache is not None
+    outputs = model.hidden(tokens_RC, positions, cache=cache, dtype=dtype)
+    assert outputs.cache is not None
     last = jnp.maximum(lengths_R - 1, 0)[:, None, None]
-    last_RD = jnp.take_along_axis(hidden_RCD, last, axis=1)[:, 0]
-    return new_cache, constrain(model.logits(last_RD), BATCH, None)
+    last_RD = jnp.take_along_axis(outputs.hidden, last, axis=1)[:, 0]
+    return outputs.cache, constrain(model.logits(last_RD), BATCH, None)
 
 
 def insert(
@@ -164,9 +164,9 @@ def decode_step(
     positions_BT = jnp.where(active_B[:, None], places_BT, -1)
     model = bind(config, params)
     tokens = jnp.maximum(fed_BT, 0)
-    hidden_BTD, new_cache = model.hidden(tokens, positions_BT, cache=cache, dtype=dtype)
-    assert new_cache is not None
-    logits_BTV = constrain(model.logits(hidden_BTD), BATCH, None, None)
+    outputs = model.hidden(tokens, positions_BT, cache=cache, dtype=dtype)
+    assert outputs.cache is not None
+    logits_BTV = constrain(model.logits(outputs.hidden), BATCH, None, None)
 
     counts_BV, chosen = state.counts, []
     for t in range(K + 1):  # the counts of step t hold the guesses before it
@@ -179,7 +179,7 @@ def decode_step(
     new_B = jnp.where(active_B, 1 + jnp.sum(true_BK, axis=1), 0)
     guessed_B = jnp.where(active_B, jnp.sum(drafts_BK >= 0, axis=1), 0)
     output = _output(logits_BTV, chosen_BT, new_B, guessed_B, state.rows, active_B)
-    return new_cache, _advance(state, chosen_BT, new_B), output
+    return outputs.cache, _advance(state, chosen_BT, new_B), output
 
 
 def _advance(
