@@ -14,7 +14,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tpu_stack.kernels.compiled import TOPOLOGY, estimates
-from tpu_stack.kernels.compiled.placed import placed
+from tpu_stack.kernels.compiled.layouts import with_layout
 
 
 def kernels(module: str, case: str, mesh: Mesh) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def kernels(module: str, case: str, mesh: Mesh) -> dict[str, Any]:
     whole = NamedSharding(mesh, PartitionSpec())
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         function, arguments = importlib.import_module(module).program(case)
-        arguments = [placed(a, whole) for a in arguments]
+        arguments = [with_layout(a, whole) for a in arguments]
         text = jax.jit(function).lower(*arguments).compile().as_text() or ""
     calls = re.findall(r"%([\w.]+) = .*custom_call_target=\"tpu_custom_call\"", text)
     if not calls:

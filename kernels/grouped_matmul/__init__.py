@@ -1,9 +1,13 @@
-"""Mixture of experts: rows sorted by expert, each times its expert's weight of few bits.
+"""Mixture-of-experts matmul: rows sorted by expert, each times its expert's low-bit weight.
 
-One program for all experts, however many rows each got: at decode an expert without rows is not
-read from memory, and one with a single row costs one pass over its packed weight. Needs only jax.
+One kernel serves all experts, however many rows each one got. At decode it reads no weight of an
+expert without rows, and reads the packed weight once for an expert with one row. Needs only jax.
 
->>> y = grouped_matmul(x, values, scales, group_sizes)  # x [M, K], values [E, K, N]
+>>> x, values = jnp.ones((3, 128), jnp.bfloat16), jnp.ones((2, 128, 128), jnp.int8)
+>>> scales = jnp.array([1.0, 2.0]).reshape(2, 1, 1, 1) * jnp.ones((2, 1, 1, 128))
+>>> y = grouped_matmul(x, values, scales, group_sizes=jnp.array([1, 2], jnp.int32))
+>>> y.shape, y[:, 0].tolist()
+((3, 128), [128.0, 256.0, 256.0])
 """
 
 from functools import partial
@@ -51,14 +55,14 @@ def grouped_matmul(
       values: [E, K, N] in every dtype of `quantized_matmul` (int32 words of signs: [E, words, N]);
         or bfloat16.
       scales: [E, G, 1, N], as in `quantized_matmul`; None for bfloat16 values.
-      group_sizes: int32 [E], the rows of each expert in order; zeros are allowed. Rows past their
-        sum are zeros in the result; a sum beyond M is cut.
+      group_sizes: int32 [E], rows of each expert in order; zeros are allowed. Rows past their sum
+        are padding and give zeros; sizes that exceed M in sum are cut.
       tensor_scale: float32 [E, 1, 1, 1] beside the scales (NVFP4).
       x_scales: float32 [M, 1], one per row of x.
-      transpose: times the weight's transpose, x [M, N] and the result [M, K]: the gradient with
-        respect to x.
+      transpose: multiply by the weight's transpose, x [M, N] and the result [M, K], as the gradient
+        with respect to x needs.
       tiles: (block of rows, of the contraction, of the output columns); None takes
-        `quantized_matmul`'s for the rows that an expert gets on average.
+        those of `quantized_matmul` for the mean rows per expert.
       offset, rows, scale_mode, out_dtype, interpret: as in `quantized_matmul`.
 
     Returns: [M, N].
@@ -86,7 +90,7 @@ def grouped_matmul(
 
 
 def _per_row(per_expert: Array, group_sizes: Array, x: Array) -> Array:
-    """[M, ...]: each row's expert's entry; the last expert's for rows of nobody."""
+    """[M, ...]: the entry of each row's expert; padding rows get the last expert's."""
     expert = expert_of_rows(group_sizes, x.shape[0])
     return per_expert[jnp.minimum(expert, per_expert.shape[0] - 1)]
 
@@ -94,7 +98,7 @@ def _per_row(per_expert: Array, group_sizes: Array, x: Array) -> Array:
 def _row_scales(
     plan: Plan, group_sizes: Array, tensor_scale: Array | None, x_scales: Array | None
 ) -> Array | None:
-    """One float32 factor per row of the result, [M, 1]; None when there is nothing to apply."""
+    """float32 [M, 1]: x_scales times tensor_scale of each row; None when there are neither."""
     if not plan.row_scaled:
         return None
     factor = jnp.ones((plan.m, 1), jnp.float32) if x_scales is None else x_scales

@@ -1,11 +1,13 @@
-"""Which expert meets which block of rows, worked out on the device before the product starts.
+"""The grid's schedule: which expert multiplies which block of rows, computed on the device.
 
-Rows are sorted by expert, so the pairs (block, expert that has a row in it), in order, visit each
-block's experts one after the other: the output block stays in VMEM until all its rows are there.
-At most one pair more per expert than there are blocks. The method is MegaBlocks' as in JAX's
-megablox (arXiv:2211.15841), without its requirement that blocks divide the rows.
+Rows are sorted by expert. A *visit* is a pair (block, expert with a row in it); in order they visit
+all experts of one block in turn, so the output block stays in VMEM until all its rows are written.
+There are fewer than blocks + experts visits. The method is that of MegaBlocks (arXiv:2211.15841) as
+in JAX's megablox, but blocks need not divide the rows.
 
->>> metadata = visits(group_sizes, rows=1000, block=128)  # metadata.count pairs
+>>> found = visits(jnp.array([100, 0, 60], jnp.int32), rows=200, block=128)
+>>> found.count.item(), found.expert[:4].tolist(), found.block[:4].tolist()
+(4, [0, 2, 2, 3], [0, 0, 1, 1])
 """
 
 from functools import partial
@@ -19,15 +21,15 @@ from jaxtyping import Array, Int
 
 
 class Visits(NamedTuple):
-    """The pairs, and where each expert's rows are.
+    """The visits, and the rows of each expert.
 
     Attributes:
-      expert: int32 [S], of each step; E at the blocks' rows that no expert has.
-      block: int32 [S], of each step; never decreasing.
-      weight: int32 [S], the expert whose weight is in VMEM then: `expert`, and past the last
-        expert with rows that one again, so that nothing is fetched.
-      bounds: int32 [E + 2]; rows bounds[e] to bounds[e + 1] are expert e's.
-      count: int32 scalar, the steps that there are of the S.
+      expert: int32 [S], of each visit; E for visits to padding rows.
+      block: int32 [S], of each visit; never decreases.
+      weight: int32 [S], the expert whose weight is in VMEM: `expert`, but for padding rows the last
+        expert with rows, so that nothing is fetched.
+      bounds: int32 [E + 2]; rows bounds[e] to bounds[e + 1] belong to expert e, and E is padding.
+      count: int32 scalar, the number of visits; the rest of the S is unused.
     """
 
     expert: Int[Array, " S"]
@@ -38,18 +40,21 @@ class Visits(NamedTuple):
 
 
 def expert_of_rows(group_sizes: Int[Array, " E"], rows: int) -> Int[Array, " M"]:
-    """int32 [rows]: each row's expert; E for rows past the sum of `group_sizes`."""
+    """int32 [rows]: the expert of each row; E for padding, rows past the sum of `group_sizes`."""
     ends = _running_sum(jnp.maximum(group_sizes, 0))
     return jnp.sum(ends <= jnp.arange(rows)[:, None], 1, dtype=jnp.int32)
 
 
 def visits(group_sizes: Int[Array, " E"], rows: int, block: int, interpret: Any = None) -> Visits:
-    """The visits of ceil(rows / block) blocks. Sizes that add up to more than `rows` are cut.
+    """The visits to ceil(rows / block) blocks; S is their number plus E.
 
-    A kernel of one scalar loop: XLA makes a dozen programs of it, and to start one costs as much as
-    all the arithmetic here.
+    A Pallas kernel of one scalar loop: XLA would split the same arithmetic into a dozen programs,
+    each of which costs as much to start as all of it.
 
-    interpret: as in `grouped_matmul`.
+    Args:
+      group_sizes: int32 [E]; sizes that exceed `rows` in sum are cut.
+      rows, block: rows in all, and of a block.
+      interpret: as in `grouped_matmul`.
     """
     run = partial(_visits, rows=rows, block=block)
     if interpret is not None:
@@ -94,7 +99,7 @@ def _kernel(
     def visit(expert: Any, so_far: Any) -> Any:
         step, start, last = so_far
         size = sizes_ref[jnp.minimum(expert, experts - 1)]
-        size = jnp.where(expert < experts, jnp.maximum(size, 0), rows)  # the last: nobody's rows
+        size = jnp.where(expert < experts, jnp.maximum(size, 0), rows)  # expert E: padding rows
         end = jnp.minimum(start + jnp.minimum(size, rows), rows)
         last = jnp.where((end > start) & (expert < experts), expert, last)
         bounds_ref[expert] = start
@@ -110,12 +115,12 @@ def _kernel(
     count, _, last = jax.lax.fori_loop(0, experts + 1, visit, (zero, zero, zero))
     bounds_ref[experts + 1] = jnp.int32(rows)
     count_ref[0] = count
-    # What is past the last step is never visited, yet a valid place.
+    # Entries past the last visit are never used, but must be valid indices.
     end = jnp.int32(-(-rows // block) - 1)
     jax.lax.fori_loop(count, steps, lambda step, _: put(step, jnp.int32(experts), end, last), None)
 
 
 def _running_sum(sizes: Int[Array, " E"]) -> Int[Array, " E"]:
-    """cumsum, as one comparison of all pairs."""
+    """cumsum by one comparison of all pairs, [E]."""
     index = jnp.arange(sizes.shape[0])
     return jnp.sum(jnp.where(index <= index[:, None], sizes, 0), 1)

@@ -1,9 +1,9 @@
-"""The Pallas TPU kernel: one product at every visit of an expert to a block of rows.
+"""The Pallas TPU kernel: one block product per visit of an expert to a block of rows.
 
-Grid (N, visits, K), K innermost, as many visits as there are (metadata.py). Each visit multiplies
-a whole block of rows with one expert's weight and stores the rows that are that expert's; the
-first visit of a block sets its other rows to zero. A block's product is `quantized_matmul`'s, so
-that every storage means the same, and runs as fast, here.
+The grid is (N, visits, K), K innermost, with a dynamic number of visits (metadata.py). Each visit
+multiplies a whole block of rows by one expert's weight and stores the rows of that expert; the
+first visit to a block also zeroes its other rows. The block product is that of `quantized_matmul`,
+so all formats decode in the same way and at the same speed.
 """
 
 from functools import partial
@@ -20,7 +20,7 @@ from tpu_stack.kernels.quantized_matmul import arguments
 from tpu_stack.kernels.quantized_matmul.plan import ROWS, Plan
 from tpu_stack.kernels.quantized_matmul.products import (
     block_product,
-    finished,
+    finalize,
     scratch_shapes,
     split_refs,
     vmem_limit,
@@ -38,8 +38,8 @@ def pallas_grouped_matmul(
 ) -> Float[Array, "M N"]:
     """Runs the kernel that `plan` describes. Use `grouped_matmul`, which makes the plan.
 
-    scales: None in scale mode "input", where x holds them already. row_scales: float32 [M, 1] when
-    `plan.row_scaled`.
+    scales: None in scale mode "input", where they are multiplied into x.
+    row_scales: float32 [M, 1] when `plan.row_scaled`.
     """
     call = partial(_call, group_sizes=group_sizes, interpret=interpret)
     return arguments.run(call, x, values, scales, row_scales, plan, interpret)
@@ -75,14 +75,14 @@ def _call(operands: list[Array], plan: Plan, group_sizes: Array, interpret: Any)
 
 
 def _in_specs(plan: Plan) -> list[pl.BlockSpec]:
-    """Blocks of x, the weight, then its scales and the row factors where there are any."""
+    """Blocks of x, the weight, then those of its scales, group sums and row scales that exist."""
     last = plan.grid[2] - 1
 
     def x_index(j, s, k, expert, block, *_):
         return block[s], k
 
     def w_index(j, s, k, expert, block, weight, *_):
-        if last:  # at the rows of nobody what is there stays
+        if last:  # padding rows keep the block that is in VMEM
             k = jnp.where(expert[s] == weight[s], k, last)
         return (weight[s], j, k) if plan.transpose else (weight[s], k, j)
 
@@ -95,7 +95,7 @@ def _in_specs(plan: Plan) -> list[pl.BlockSpec]:
     elif plan.scale_mode != "input":
         rows, columns = (plan.bn, plan.bk) if plan.transpose else (plan.bk, plan.bn)
         specs.append(pl.BlockSpec((None, rows // plan.group, columns), w_index))
-    if plan.centered:
+    if plan.has_plane_offset:
         groups = plan.bk // plan.group
         index = lambda j, s, k, e, block, *_: (k, block[s], 0)  # noqa: E731
         specs.append(pl.BlockSpec((None, plan.bm, groups), index))
@@ -107,48 +107,48 @@ def _in_specs(plan: Plan) -> list[pl.BlockSpec]:
 def _kernel(
     expert_ref, block_ref, weight_ref, bounds_ref, *refs, plan: Plan, experts: int, compiled: bool
 ):
-    """One visit at one block of K: acc[bm, bn] += x @ w, and at the last its rows are stored."""
+    """One visit and block of K: acc[bm, bn] += x @ w; the last block of K stores the rows."""
     x_ref, w_ref, *rest = refs
-    factors, o_ref, acc_ref, words = split_refs(tuple(rest), plan)
+    factors, o_ref, acc_ref, packed = split_refs(tuple(rest), plan)
     step, k = pl.program_id(1), pl.program_id(2)
     expert, block = expert_ref[step], block_ref[step]
     first = (step == 0) | (block_ref[jnp.maximum(step - 1, 0)] != block)
-    somebody = expert < experts
+    has_expert = expert < experts
 
     def product() -> Array:
-        left = plan.k - k * plan.bk
-        return block_product(x_ref, w_ref, factors, words, left, plan, compiled)
+        k_left = plan.k - k * plan.bk
+        return block_product(x_ref, w_ref, factors, packed, k_left, plan, compiled)
 
     def store(total: Array) -> None:
-        y = finished(total, factors, plan)
+        y = finalize(total, factors, plan)
         row = block * plan.bm + jax.lax.broadcasted_iota(jnp.int32, o_ref.shape, 0)
         own = (row >= bounds_ref[expert]) & (row < bounds_ref[expert + 1])
         before = jnp.where(first, jnp.zeros_like(o_ref), o_ref[...])
         o_ref[...] = jnp.where(own, y.astype(o_ref.dtype), before)
 
-    @pl.when(jnp.logical_not(somebody) & first)
+    @pl.when(jnp.logical_not(has_expert) & first)
     def _():
         _clear(o_ref)
 
     if acc_ref is None:
-        pl.when(somebody)(lambda: store(product()))
+        pl.when(has_expert)(lambda: store(product()))
         return
 
-    @pl.when(somebody & (k == 0))
+    @pl.when(has_expert & (k == 0))
     def _():
         acc_ref[...] = jnp.zeros_like(acc_ref)
 
-    @pl.when(somebody)
+    @pl.when(has_expert)
     def _():
         acc_ref[...] += product()
 
-    @pl.when(somebody & (k == plan.grid[2] - 1))
+    @pl.when(has_expert & (k == plan.grid[2] - 1))
     def _():
         store(acc_ref[...])
 
 
 def _clear(ref: Any) -> None:
-    """Zeros in a few instructions, for what is seldom done."""
+    """Zeros the ref in a loop: few instructions, since it rarely runs."""
     rows = ROWS if ref.shape[0] % ROWS == 0 else ref.shape[0]
     zeros = jnp.zeros((rows, ref.shape[1]), ref.dtype)
 

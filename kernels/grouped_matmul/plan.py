@@ -1,6 +1,6 @@
-"""What is static about one call of `grouped_matmul`: one expert's plan, stretched to all rows.
+"""The static plan of one call of `grouped_matmul`: the plan of one expert's rows, applied to all.
 
->>> plan = make_grouped_plan(x, values, scales, group_sizes)
+plan = make_grouped_plan(x, values, scales, group_sizes)
 """
 
 from dataclasses import replace
@@ -9,18 +9,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tpu_stack.kernels.grouped_matmul.tiles import load_of, own_tiles
+from tpu_stack.kernels.grouped_matmul.tiles import normalized_rows, tile_overrides
 from tpu_stack.kernels.quantized_matmul.blocks import ROWS, round_up
 from tpu_stack.kernels.quantized_matmul.plan import Plan, make_plan
 from tpu_stack.kernels.quantized_matmul.tiles import DECODE_M
 from tpu_stack.kernels.quantized_matmul.widen import Storage
 
 WIDENING_ROWS = 128
-"""Up to about so many rows widening the weight takes longer than the product: blocks of twice what
-an expert gets are visited less often."""
+"""Up to about this many rows decoding the weight takes longer than the product. Blocks of twice an
+expert's mean rows then cost less: the kernel decodes the weight in fewer visits."""
 MOST_ROWS = 512
-"""Rows of a block at most: what is not the expert's in its first and last block is multiplied for
-nothing, so that larger blocks, which widen the weight less often, lose more than they gain."""
+"""Most rows of a block. A visit multiplies the rows of other experts in its block in vain: above
+this, larger blocks lose more by that than they gain by decoding the weight less often."""
 
 
 def make_grouped_plan(
@@ -39,14 +39,20 @@ def make_grouped_plan(
     rows: int | None = None,
     kind: str | None = None,
 ) -> Plan:
-    """Validates one call and chooses its types and blocks; arguments as in `grouped_matmul`.
+    """Validates one call and chooses its dtypes, scale mode and blocks.
 
-    Every expert that has a row in a block multiplies the whole block. Where each row's product is
-    scaled group by group a block has the rows that an expert gets when all get as many; otherwise
-    the widening of the weight outweighs them, and a block has 64 at least, or up to 128. Which of
-    the two it is depends on how many rows an expert gets (tiles.py); scale mode "before" is always
-    the latter. `plan.m` counts all rows, and scale mode "input" stands for bfloat16 weights too,
-    which have no scales.
+    Every expert with a row in a block multiplies the whole block. In scale mode "after_group" rows
+    cost most, and a block has the mean rows per expert. Otherwise decoding the weight costs most,
+    and a block has at least 64 rows and, for fewer than 128, twice the mean. The mean rows per
+    expert decide between the two (tiles.py), unless the caller asks for "before".
+
+    Arguments as in `grouped_matmul`, of which only shape and dtype are read, and:
+      kind: device kind to plan for; None for the one that is traced for.
+
+    Returns: the plan, `plan.m` all rows. bfloat16 weights, which have no scales, take scale mode
+      "input".
+
+    Raises: ValueError as `grouped_matmul` does.
     """
     _check_shapes(x, values, scales, group_sizes, tensor_scale, x_scales)
     m, experts = x.shape[0], values.shape[0]
@@ -77,13 +83,15 @@ def make_grouped_plan(
             offset=offset,
             rows=rows,
             kind=kind,
-            own=own_tiles(x.dtype, load_of(average, group)),
+            overrides=tile_overrides(x.dtype, normalized_rows(average, group)),
         )
-        mixed = scale_mode == "before" and "after" in plan.ways
-        return replace(plan, ways=()) if mixed else plan
+        mixed = scale_mode == "before" and "after_group" in plan.tile_schedule
+        return replace(plan, tile_schedule=()) if mixed else plan
 
     plan = for_rows(min(m, round_up(average, ROWS)))
-    if plan.scale_mode != "after_group" and "after" not in plan.ways:  # rows cost next to nothing
+    if (
+        plan.scale_mode != "after_group" and "after_group" not in plan.tile_schedule
+    ):  # decoding costs most
         plan = for_rows(min(m, max(DECODE_M, min(2 * average, WIDENING_ROWS), average)))
     plan = replace(plan, m=m, bm=plan.bm if tiles else min(plan.bm, MOST_ROWS))
     if not wide:

@@ -1,9 +1,10 @@
-"""What grouped_matmul has otherwise than quantized_matmul's tiles: tiles.json.
+"""Where grouped_matmul's tuned entries differ from quantized_matmul's: tiles.json.
 
-A block of few rows is cheap to multiply where each row is scaled by groups, yet at 16 rows an
-expert nearly every block holds the ends of two experts, whose weights are then widened twice.
+Small blocks of rows are cheap in scale mode "after_group". But at 16 rows per expert nearly every
+block holds the ends of two experts, and the kernel decodes both weights.
 
->>> own_tiles("bfloat16", 16)["TPU7x"]["int4"]["decode"]
+>>> tile_overrides("bfloat16", 16)["TPU7x"]["int4"]["decode"]["plane_rows_max"]
+0
 """
 
 import functools
@@ -14,29 +15,32 @@ from typing import Any
 
 import jax.numpy as jnp
 
-SCALED_FIRST = {"after_group_from": None, "bytes_rows": 0, "ways_rows": 0}
-"""The bounds of an entry whose scales are applied before the product."""
+SCALED_FIRST = {"after_group_min": None, "plane_rows_max": 0, "schedule_rows_max": 0}
+"""An entry's thresholds that make scale mode "before" the default."""
 
 
 @functools.cache
 def read_tiles() -> dict[str, Any]:
-    """tiles.json: `libtpu`, and in `tuned`, by device kind, format and regime, what differs from
-    quantized_matmul's entries. "FORMAT@int8" is for rows of int8, in FORMAT's place.
+    """tiles.json: `libtpu`, the version it was tuned with, and in `tuned` the overrides of
+    quantized_matmul's entries by device kind, format and regime.
 
-    An entry's "after_rows" is up to which `load_of` scales are applied after the product, where
-    they would be at all; without it, always.
+    "FORMAT@int8" replaces FORMAT for int8 activations. "after_group_rows_max" is the most
+    `normalized_rows` at which scale mode "after_group" may be the default; no bound without it.
     """
     return json.loads((Path(__file__).parent / "tiles.json").read_text())
 
 
-def load_of(rows: int, group: int) -> int:
-    """Rows that an expert gets on average, in proportion to groups of 64: half as long ones take
-    twice as long to scale after the product."""
+def normalized_rows(rows: int, group: int) -> int:
+    """Mean rows per expert, weighted by 64 / group: halving the group doubles the time that
+    scaling after the product takes."""
     return math.ceil(rows * 64 / group)
 
 
-def own_tiles(x_dtype: Any, load: int) -> dict[str, Any]:
-    """`own` of `quantized_matmul.tiles.tuned` for rows of this dtype and a `load_of` them."""
+def tile_overrides(x_dtype: Any, load: int) -> dict[str, Any]:
+    """`overrides` of `quantized_matmul.tiles.tuned` for activations of `x_dtype`.
+
+    load: of `normalized_rows`.
+    """
     mark = f"@{jnp.dtype(x_dtype).name}"
     found: dict[str, Any] = {}
     for kind, formats in read_tiles()["tuned"].items():
@@ -51,4 +55,4 @@ def own_tiles(x_dtype: Any, load: int) -> dict[str, Any]:
 
 
 def _entry(entry: dict[str, Any], load: int) -> dict[str, Any]:
-    return entry | SCALED_FIRST if load > entry.get("after_rows", load) else entry
+    return entry | SCALED_FIRST if load > entry.get("after_group_rows_max", load) else entry

@@ -45,7 +45,7 @@ def attend(
         s = s * jnp.concatenate(scales[0], axis=2)
     if plan.softcap is not None:
         s = plan.softcap * jnp.tanh(s / plan.softcap)
-    seen = _in_sight(s.shape, 2, first_token, length, plan)
+    seen = _visible(s.shape, 2, first_token, length, plan)
     s = jnp.where(seen, s, MASKED)
     m_old = m_ref[...]
     m_new = jnp.maximum(m_old, jnp.max(s, axis=2, keepdims=True))
@@ -58,9 +58,9 @@ def attend(
     p = p.astype(dtype)
     # Pages are reused: what lies beyond the length may be another's NaN, and 0 * NaN.
     if mixed:
-        used = _words_in_sight((plan.tokens // 4, plan.head_dim), first_token, length, plan)
+        used = _visible_bytes((plan.tokens // 4, plan.head_dim), first_token, length, plan)
     else:
-        used = _in_sight((plan.tokens, plan.head_dim), 0, first_token, length, plan)
+        used = _visible((plan.tokens, plan.head_dim), 0, first_token, length, plan)
     added = []
     for head in heads:
         v = _joined(value_pages, head, widened)
@@ -79,8 +79,8 @@ def _multiplies_float8(pages: Any, queries: Any, plan: Plan) -> bool:
     return pages == jnp.float8_e4m3fn and queries == jnp.bfloat16 and plan.page % 32 == 0
 
 
-def _words_in_sight(shape: tuple[int, int], first_token: Array, length: Array, plan: Plan) -> Array:
-    """int32 of `shape`: for words of four tokens' bytes, ones in the bytes of `_in_sight`'s."""
+def _visible_bytes(shape: tuple[int, int], first_token: Array, length: Array, plan: Plan) -> Array:
+    """int32 of `shape`: for words of four tokens' bytes, ones in the bytes of `_visible`'s."""
     token = first_token + 4 * jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     ones = jnp.zeros(shape, jnp.int32)
     for i in range(4):
@@ -97,7 +97,7 @@ def _joined(pages: list[Array], head: int, dtype: Any) -> Array:
     return jnp.concatenate([page[head].astype(dtype) for page in pages])
 
 
-def _in_sight(shape: tuple[int, ...], axis: int, first_token: Array, length: Array, plan: Plan):
+def _visible(shape: tuple[int, ...], axis: int, first_token: Array, length: Array, plan: Plan):
     """Mask of `shape`: whether the token along `axis` is within the length and the window."""
     token = first_token + jax.lax.broadcasted_iota(jnp.int32, shape, axis)
     seen = token < length

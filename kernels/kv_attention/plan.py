@@ -1,6 +1,6 @@
-"""What is static about one call of `kv_attention`, validated and chosen before the kernel is built.
+"""The static plan of one call of `kv_attention`: validated shapes and dtypes, and chosen blocks.
 
->>> plan = make_plan(q, k_pages, v_pages, page_table, lengths, k_scales, v_scales)
+plan = make_plan(q, k_pages, v_pages, page_table, lengths, k_scales, v_scales)
 """
 
 import functools
@@ -17,7 +17,7 @@ from tpu_stack.kernels.quantized_matmul.tiles import tiles_kind
 Q_DTYPES = ("bfloat16", "float32")
 PAGE_DTYPES = ("bfloat16", "float8_e4m3fn", "int8")
 PAGE_STEP = 16
-"""Rows of a bfloat16 tile: pages of a multiple of this many tokens join without being moved."""
+"""Rows of a bfloat16 tile: pages of a multiple of this concatenate without moving data."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,14 @@ class Plan:
     Attributes:
       batch, q_heads, kv_heads, head_dim: B, N, K, H.
       page: tokens per page.
-      table: pages a sequence may have, the page table's second axis.
-      pages: pages per grid step; each is an operand of its own, fetched through the table.
+      table: most pages of a sequence, the second axis of the page table.
+      pages: pages per grid step, each copied by a DMA of its own.
       heads: key heads per grid step; divides kv_heads.
-      window: tokens seen back from the last, itself included; None for all.
+      window: the last tokens that a query attends to, its own included; None for all.
       softcap: scores become softcap * tanh(score / softcap); None for none.
-      scale: of the scores.
-      scaled: whether the pages come with scales per token.
-      cores: of the device, where they divide the sequences; else 1.
+      scale: multiplies the scores.
+      scaled: whether the pages have scales per token.
+      cores: TensorCores that share the grid: the device's where they divide batch, else 1.
     """
 
     batch: int
@@ -63,7 +63,7 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        """Blocks of pages per sequence. A window bounds them."""
+        """Grid steps per sequence; a window bounds them."""
         blocks = -(-self.table // self.pages)
         if self.window is None:
             return blocks
@@ -71,7 +71,7 @@ class Plan:
 
     @property
     def grid(self) -> tuple[int, int, int, int]:
-        """(cores, sequences of each, blocks of key heads, blocks of pages)."""
+        """(cores, sequences per core, blocks of key heads, blocks of pages)."""
         return self.cores, self.batch // self.cores, self.kv_heads // self.heads, self.steps
 
 
@@ -90,9 +90,12 @@ def make_plan(
     tiles: tuple[int, int] | None = None,
     kind: str | None = None,
 ) -> Plan:
-    """Validates one call and chooses its blocks; arguments as in `kv_attention`.
+    """Validates one call and chooses its blocks.
 
-    kind: the device kind to plan for; None is the one that is traced for.
+    Arguments as in `kv_attention`, of which only shape and dtype are read, and:
+      kind: device kind to plan for; None for the one that is traced for.
+
+    Raises: ValueError as `kv_attention` does.
     """
     kind = kind or device_kind()
     if q.ndim != 3 or k_pages.ndim != 4 or page_table.ndim != 2:
@@ -112,16 +115,18 @@ def make_plan(
         if array.shape != shape or min(shape) < 1:
             raise ValueError(f"{what} is {array.shape}, which does not fit q {q.shape}: {shape}")
     if q_heads % kv_heads:
-        raise ValueError(f"{q_heads} query heads are no multiple of {kv_heads} key heads")
+        raise ValueError(f"{q_heads} query heads are not a multiple of {kv_heads} key heads")
     if page % PAGE_STEP:
         raise ValueError(f"pages of {page} tokens; supported: multiples of {PAGE_STEP}")
     if window is not None and window < 1:
-        raise ValueError(f"window is {window}; it counts the last token, so 1 at least")
+        raise ValueError(
+            f"window is {window}; it includes the query's own token, so it is at least 1"
+        )
     if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap is {softcap}; it needs to be positive")
+        raise ValueError(f"softcap is {softcap}; it must be positive")
     scaled = _check_scales(k_pages, k_scales, v_scales)
-    in_sight = min(page_table.shape[1] * page, window or page_table.shape[1] * page)
-    pages, heads = tiles or _tiles(k_pages, in_sight, kind)
+    visible = min(page_table.shape[1] * page, window or page_table.shape[1] * page)
+    pages, heads = tiles or _tiles(k_pages, visible, kind)
     pages = min(pages, page_table.shape[1])
     if pages < 1 or heads < 1 or kv_heads % heads:
         raise ValueError(f"tiles ({pages}, {heads}): {heads} does not divide {kv_heads} key heads")
@@ -156,7 +161,7 @@ def _check_dtypes(q: Any, k_pages: Any, v_pages: Any, page_table: Any, lengths: 
 
 def _check_scales(k_pages: Any, k_scales: Any, v_scales: Any) -> bool:
     if (k_scales is None) != (v_scales is None):
-        raise ValueError("k_scales and v_scales come together or not at all")
+        raise ValueError("give both k_scales and v_scales, or neither")
     if k_scales is None:
         if k_pages.dtype == jnp.int8:
             raise ValueError("int8 pages need k_scales and v_scales")
@@ -173,31 +178,31 @@ def _check_scales(k_pages: Any, k_scales: Any, v_scales: Any) -> bool:
 
 @functools.cache
 def read_tiles() -> dict[str, Any]:
-    """tiles.json: `libtpu`, the version it was found with, a `default` rule and, under `tuned`,
-    what differs from it by device kind and type of page.
+    """tiles.json: `libtpu`, the version it was tuned with, a `default` rule and, under `tuned`,
+    its overrides by device kind and page dtype.
 
-    A rule: `least_tokens` and `most_tokens` per grid step, the `share` of the tokens in sight that
-    a step takes between them, `max_pages`, and `block_bytes` of keys.
+    A rule: the grid steps that a sequence should take (`target_steps`), bounded by `min_tokens`,
+    `max_tokens` and `max_pages` per step and by `block_bytes` of keys.
     """
     return json.loads((Path(__file__).parent / "tiles.json").read_text(encoding="utf-8"))
 
 
 def rule_for(kind: str, dtype: Any) -> dict[str, int]:
-    """The rule for a device kind and a type of page."""
+    """The rule for a device kind and a page dtype."""
     table = read_tiles()
     tuned = table["tuned"].get(tiles_kind(kind), {})
     return table["default"] | tuned.get(jnp.dtype(dtype).name, {})
 
 
-def _tiles(k_pages: Any, in_sight: int, kind: str) -> tuple[int, int]:
-    """Pages up to the wanted tokens, then as many key heads as the block's bytes allow.
+def _tiles(k_pages: Any, visible: int, kind: str) -> tuple[int, int]:
+    """Pages for the wanted tokens per step, then as many key heads as `block_bytes` allow.
 
-    A step costs some hundred bundles whatever it holds, and the last of a sequence is computed
-    whole: long sequences are best in large steps, short ones in small.
+    A step costs some hundred bundles whatever its size, and the last step of a sequence computes
+    a whole block: long sequences favour large steps, short ones small steps.
     """
     kv_heads, _, page, head_dim = k_pages.shape
     rule, itemsize = rule_for(kind, k_pages.dtype), jnp.dtype(k_pages.dtype).itemsize
-    tokens = min(rule["most_tokens"], max(rule["least_tokens"], in_sight // rule["share"]))
+    tokens = min(rule["max_tokens"], max(rule["min_tokens"], visible // rule["target_steps"]))
     pages = min(rule["max_pages"], max(1, tokens // page))
     most = max(1, rule["block_bytes"] // (pages * page * head_dim * itemsize))
     return pages, max(d for d in range(1, kv_heads + 1) if kv_heads % d == 0 and d <= most)

@@ -1,9 +1,13 @@
-"""Matrix product with a weight of few bits: `x @ (values * scales)`, accumulated in float32.
+"""Matmul with a low-bit weight: `x @ (values * scales)`, accumulated in float32.
 
-The weight is read from memory packed and widened in VMEM, which is the point at decode, where the
-time is the weight's bytes. Needs only jax.
+The kernel reads the packed weight from HBM and decodes it in VMEM: at decode, reading the weight is
+what takes the time. Needs only jax.
 
->>> y = quantized_matmul(x, values, scales)  # x [M, K], values int4 [K, N], scales [K/32, 1, N]
+>>> x, values = jnp.ones((4, 64), jnp.bfloat16), jnp.ones((64, 128), jnp.int4)
+>>> scales = jnp.full((2, 1, 128), 0.5, jnp.bfloat16)  # groups of 32 rows
+>>> y = quantized_matmul(x, values, scales)
+>>> y.shape, y[0, 0].item()
+((4, 128), 32.0)
 """
 
 from functools import partial
@@ -38,28 +42,28 @@ def quantized_matmul(
     """`x_scales * (x @ W)` with W = `(values + offset) * scales * tensor_scale`, [K, N].
 
     Args:
-      x: [M, K] bfloat16 or float32, or quantized by row: float8_e4m3fn or int8. Any M, K >= 1.
+      x: [M, K] bfloat16 or float32, or quantized per row: float8_e4m3fn or int8. Any M, K >= 1.
       values: [K, N] int8, int4, int2, float8_e4m3fn, float8_e5m2 or float4_e2m1fn; or int32
         [8 * ceil(K / 256), N], words of 32 signs: row k is bit (k % 256) // 8 of word row
         8 * (k // 256) + k % 8, 1 for +1 and 0 for -1.
-      scales: bfloat16, float32, float8_e8m0fnu or float8_e4m3fn. Rank 3, [G, 1, N]: the rows of
-        `values` fall into G groups of equal size, each column with a scale per group (G = 1: per
-        column). Rank 2, [K, 1]: one scale per row of `values`.
-      tensor_scale: one float32 beside the scales (NVFP4).
+      scales: bfloat16, float32, float8_e8m0fnu or float8_e4m3fn. Rank 3, [G, 1, N]: one
+        scale per column and group, G groups of K / G rows (G = 1: per column). Rank 2, [K, 1]: one
+        scale per row of `values`.
+      tensor_scale: one more float32 factor of the weight (NVFP4).
       x_scales: float32, one per row of x.
       offset: 0.5 for half-offset int2, where code q means q + 1/2.
-      transpose: `x @ W.T`, x [M, N] and the result [M, K]: what a gradient needs.
-      rows: K of a 1-bit weight when `transpose`; None: all that the words hold.
-      scale_mode: where scales are applied. "after": on the result; "input": on x, outside the
-        kernel; "before": on the widened weight; "after_group": on the product of each group.
-        None takes the cheapest that is right for these shapes.
-      out_dtype: bfloat16 or float32; when None x's dtype, bfloat16 for quantized x.
-      tiles: (block of M, of the contraction, of the output columns); None reads `tiles.json`.
-      interpret: True or a `pltpu.InterpretParams` to interpret, False to compile for TPU, None to
-        decide when lowered: compiled for TPU, interpreted on CPU.
+      transpose: `x @ W.T`, x [M, N] and the result [M, K], as the gradient with respect to x needs.
+      rows: K of a 1-bit weight when `transpose`; None for all rows of the words.
+      scale_mode: what the scales multiply. "after": the result; "input": x, outside the kernel;
+        "before": the decoded weight; "after_group": the product of each group. None takes the
+        cheapest that these shapes allow.
+      out_dtype: bfloat16 or float32; None for x's dtype, or bfloat16 for quantized x.
+      tiles: block sizes of (M, contracted dimension, output columns); None reads `tiles.json`.
+      interpret: True or a `pltpu.InterpretParams` to interpret, False to compile for TPU; None
+        compiles for TPU and interprets on CPU.
 
-    int8 activations with integer weights are multiplied exactly: in int32, or as floats that hold
-    every sum before it is scaled.
+    Products of int8 activations with integer weights are exact before scaling: summed in int32, or
+    in floats that represent every partial sum.
 
     Returns: [M, N].
 
@@ -82,7 +86,7 @@ def quantized_matmul(
 
 
 def _row_scales(plan: Plan, tensor_scale: Array | None, x_scales: Array | None) -> Array | None:
-    """One float32 factor per row of the result, [M, 1]; None when there is nothing to apply."""
+    """float32 [M, 1]: x_scales times tensor_scale; None when there are neither."""
     if not plan.row_scaled:
         return None
     factor = jnp.ones((plan.m, 1), jnp.float32) if x_scales is None else x_scales

@@ -1,6 +1,6 @@
-"""A kernel's arguments from what the caller has: rows and columns in the kernel's order and shape.
+"""Lay out the caller's arrays as the kernel takes them, call it, and restore the result's layout.
 
->>> y = run(call, x, values, scales, row_scales, plan, interpret)  # call(operands, plan) -> [M, N]
+y = run(call, x, values, scales, row_scales, plan, interpret)  # call(operands, plan) -> [M, N]
 """
 
 import math
@@ -12,14 +12,18 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from tpu_stack.kernels.quantized_matmul import scaling
-from tpu_stack.kernels.quantized_matmul.columns import order_rows, pair_rows, widen_rows
+from tpu_stack.kernels.quantized_matmul.columns import (
+    cast_to_bfloat16,
+    interleave_halves,
+    permute_to_planes,
+)
 from tpu_stack.kernels.quantized_matmul.plan import LANES, ROWS, SUBLANES, Plan
 from tpu_stack.kernels.quantized_matmul.tiles import DECODE_M
 from tpu_stack.kernels.quantized_matmul.widen import WORD_ROWS
 
 Call = Callable[[list[Array], Plan], Array]
-"""The kernel on x, the weight, then its scales (unless x holds them), x's sums over groups (when
-`plan.centered`) and the rows' factors (when `plan.row_scaled`)."""
+"""Calls the kernel on [x, weight], then the scales (unless they are multiplied into x), x's group
+sums (when `plan.has_plane_offset`) and the row scales (when `plan.row_scaled`)."""
 
 
 def run(
@@ -31,54 +35,61 @@ def run(
     plan: Plan,
     interpret: Any,
 ) -> Array:
-    """`call` on the arguments that it wants, its result as the caller wants it, [M, N].
+    """Runs `call` on padded, permuted and cast operands and returns its result as [M, N].
 
     Args:
-      values, scales: of one weight, or of many with an axis of experts before the others. scales:
-        None where x already holds them.
+      values, scales: of one weight, or of several with a leading axis of experts; scales is None
+        where they are multiplied into x.
       row_scales: float32 [M, 1] when `plan.row_scaled`.
-      interpret: how the small kernels run that put columns in order.
+      interpret: as in `quantized_matmul`, for the kernels of columns.py.
     """
-    if (plan.k_edge or plan.as_bytes or "after" in plan.ways) and plan.m < ROWS:
-        # Mosaic cannot mask a block taller than its array ("Sublane broadcast"). With no ragged K
-        # nothing is masked, and so few rows cost little to copy. So too for the scales below.
+    if (plan.ragged_k or plan.uses_planes or "after_group" in plan.tile_schedule) and plan.m < ROWS:
+        # Mosaic cannot mask a block that is taller than its array ("Sublane broadcast"), and so few
+        # rows are cheap to pad. `_flat_scales` pads for the same reason.
         padded, rows = replace(plan, m=ROWS, bm=ROWS), ((0, ROWS - plan.m), (0, 0))
         row_scales = None if row_scales is None else jnp.pad(row_scales, rows)
         padded_x = jnp.pad(x, rows)
         return run(call, padded_x, values, scales, row_scales, padded, interpret)[: plan.m]
     sums = None
-    if plan.as_bytes:
-        # x gets whole blocks first, of zeros: past the array there is no order to keep.
+    if plan.uses_planes:
+        # Pad x to whole blocks first: the permutation must not move elements past the array.
         rows = plan.bm if plan.m <= plan.bm else math.lcm(plan.bm, 32)
         x = jnp.pad(x, ((0, -plan.m % rows), (0, -plan.k % plan.bk)))
-        x, sums = order_rows(x, plan.codes, plan.group, plan.bk, plan.centered, interpret)
-    elif plan.paired and not plan.transpose:
-        x = pair_rows(jnp.pad(x, ((0, 0), (0, -plan.k % WORD_ROWS))), interpret)
-    elif _widened_once(x, plan):
-        x = widen_rows(x, interpret)
-    operands = [x if plan.widens_rows else x.astype(plan.operands[0]), _whole_blocks(values, plan)]
+        x, sums = permute_to_planes(
+            x, plan.codes_per_byte, plan.group, plan.bk, plan.has_plane_offset, interpret
+        )
+    elif plan.interleaves_halves and not plan.transpose:
+        x = interleave_halves(jnp.pad(x, ((0, 0), (0, -plan.k % WORD_ROWS))), interpret)
+    elif _casts_once(x, plan):
+        x = cast_to_bfloat16(x, interpret)
+    operands = [x if plan.casts_x else x.astype(plan.operands[0]), _whole_blocks(values, plan)]
     if scales is not None:
         operands.append(_flat_scales(scales, values.ndim - 2, plan))
     operands += [extra for extra in (sums, row_scales) if extra is not None]
-    if not (plan.paired and plan.transpose):
+    if not (plan.interleaves_halves and plan.transpose):
         return call(operands, plan)
-    # The result has its columns in the order in which the kernel makes 1-bit rows.
+    # The kernel computes the columns of a transposed 1-bit product in interleaved order.
     whole = replace(plan, n=values.shape[-2] * plan.storage.rows)
-    return scaling.unpair_rows(call(operands, whole))[:, : plan.n]
+    return scaling.deinterleave_halves(call(operands, whole))[:, : plan.n]
 
 
-def _widened_once(x: Array, plan: Plan) -> bool:
-    """Whether float8 rows that the MXU does not take are widened before the kernel rather than at
-    every block of columns: on v6e 1.2 bundles for 1024 elements, where writing them out and reading
-    them takes 4.4 cycles. With few rows the weight's bytes bind and hide it."""
+def _casts_once(x: Array, plan: Plan) -> bool:
+    """Whether to cast float8 activations that the MXU does not take before the kernel rather than
+    in every block of columns.
+
+    On v6e a cast in the kernel takes 1.2 bundles per 1024 elements, while writing and reading the
+    cast x takes 4.4 cycles. With few rows HBM time of the weight hides the cast.
+    """
     emulated = x.dtype == jnp.float8_e4m3fn and plan.operands[0] == "bfloat16"
-    return emulated and plan.widens_rows and plan.m > DECODE_M and plan.grid[1] > 5
+    return emulated and plan.casts_x and plan.m > DECODE_M and plan.grid[1] > 5
 
 
 def _whole_blocks(values: Array, plan: Plan) -> Array:
-    """`values`, int2 padded to whole blocks of rows and whole lanes of columns: at some ragged
-    ones (384 rows in blocks of 512, 1000 columns) Mosaic aborts, "rank >= 2" or "span_buffer". It
-    costs a copy, at ragged shapes only."""
+    """`values`; int2 padded to whole blocks of rows and whole lanes of columns.
+
+    At some ragged shapes (384 rows in blocks of 512, 1000 columns) Mosaic aborts ("rank >= 2",
+    "span_buffer"). The padding costs a copy, at ragged shapes only.
+    """
     *lead, rows, columns = values.shape
     ends = [(0, -rows % plan.weight_block[0]), (0, -columns % LANES)]
     if plan.storage.dtype != "int2" or ends == [(0, 0), (0, 0)]:
@@ -88,13 +99,15 @@ def _whole_blocks(values: Array, plan: Plan) -> Array:
 
 
 def _flat_scales(scales: Array, lead: int, plan: Plan) -> Array:
-    """Scales with one axis of groups after the `lead` first: XLA:TPU stores [G, 1, N] compactly, as
-    [G, N], and this reshape is free, while a kernel that asks for three axes costs a relayout of
-    the scales at every call."""
+    """Scales as [..., G, N], with `lead` leading axes.
+
+    XLA:TPU stores [G, 1, N] as [G, N], so the reshape is free; a kernel operand of rank 3 would
+    cost a relayout of the scales at every call.
+    """
     if plan.scale_mode == "after":
         return scales.reshape(*scales.shape[:lead], 1, -1)
     flat = scales.reshape(*scales.shape[:lead], -1, scales.shape[-1])
     lacking = SUBLANES - flat.shape[-2]
-    if plan.k_edge and lacking > 0:
+    if plan.ragged_k and lacking > 0:
         flat = jnp.pad(flat, [(0, 0)] * lead + [(0, lacking), (0, 0)])
     return flat

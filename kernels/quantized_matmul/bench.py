@@ -33,8 +33,8 @@ from tpu_stack.kernels.compiled import (
     libtpu_version,
     read_bundles,
 )
+from tpu_stack.kernels.compiled.layouts import with_layout
 from tpu_stack.kernels.compiled.loops import issued
-from tpu_stack.kernels.compiled.placed import placed
 from tpu_stack.kernels.quantized_matmul import make_plan
 from tpu_stack.kernels.quantized_matmul.bench_case import hbm_cycles, mxu_cycles, parse, program
 from tpu_stack.kernels.quantized_matmul.cases import FORMATS
@@ -69,7 +69,7 @@ def compile_here(case: str, chip: str, shape: list[int]) -> dict[str, Any]:
     whole = NamedSharding(mesh, PartitionSpec())
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         made = program(case, shape)
-        operands = jax.tree.map(lambda a: placed(a, whole), made.operands)
+        operands = jax.tree.map(lambda a: with_layout(a, whole), made.operands)
         text = jax.jit(made.function).lower(*operands).compile().as_text() or ""
         result: dict[str, Any] = {"estimated_cycles": estimated_cycles(text)}
         if made.steps is not None:

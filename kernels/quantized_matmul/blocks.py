@@ -49,7 +49,7 @@ def choose_blocks(
         bm = min(bm, round_up(math.ceil(m / math.ceil(m / bm)), EVEN))
     bk, bn = min(wanted[1], round_up(k, step_k)), min(wanted[2], round_up(n, step_n))
     if tiles is None and m <= bm:
-        bn = shared_columns(n, bn, cores, step_n)
+        bn = columns_per_core(n, bn, cores, step_n)
     if (bm % ROWS and bm != m) or bk % step_k or bn % step_n:
         raise ValueError(
             f"tiles ({bm}, {bk}, {bn}) are not multiples of {(ROWS, step_k, step_n)}, which "
@@ -58,7 +58,7 @@ def choose_blocks(
     return bm, bk, bn
 
 
-def shared_columns(n: int, bn: int, cores: int, step: int = 1) -> int:
+def columns_per_core(n: int, bn: int, cores: int, step: int = 1) -> int:
     """Columns of a block, `bn` or fewer, of which N has as many for each core.
 
     step: what they are a multiple of.

@@ -78,7 +78,7 @@ def choose_operands(
     Scales applied before the product ("before", "input") make bfloat16 of either side, unless they
     are powers of two: those shift e2m1 within float8_e5m2, which the MXU takes in at twice the
     rate. int8 on int8 is exact in int32 on every chip, so it stays int8 where it is emulated too
-    (but see `ways.choose_way`).
+    (but see `strategy.choose_strategy`).
     """
     x = jnp.dtype(x_dtype).name
     if x == "float32":

@@ -1,7 +1,7 @@
-"""The Pallas TPU kernel: one template over storage, activation, scale mode and orientation.
+"""The Pallas TPU kernel: one template over encoding, activation dtype, scale mode and orientation.
 
-Grid (M, N, K), K innermost; each step is one block's product (products.py), of which there are
-several to a result where K is longer than a block: they are added in a float32 or int32 scratch.
+The grid is (M, N, K), K innermost. Each step computes one block product (products.py); where K has
+several blocks, a float32 or int32 scratch accumulates them.
 """
 
 from functools import partial
@@ -17,7 +17,7 @@ from tpu_stack.kernels.quantized_matmul import arguments
 from tpu_stack.kernels.quantized_matmul.plan import Plan
 from tpu_stack.kernels.quantized_matmul.products import (
     block_product,
-    finished,
+    finalize,
     scratch_shapes,
     split_refs,
     vmem_limit,
@@ -68,7 +68,7 @@ def _call(operands: list[Array], plan: Plan, scales_bytes: int, interpret: Any) 
 
 
 def _in_specs(plan: Plan) -> list[pl.BlockSpec]:
-    """Blocks of x, the weight, then its scales and the row factors where there are any."""
+    """Blocks of x, the weight, then those of its scales, group sums and row scales that exist."""
     w_index = (lambda i, j, k: (j, k)) if plan.transpose else (lambda i, j, k: (k, j))
     specs = [
         pl.BlockSpec((plan.bm, plan.bk), lambda i, j, k: (i, k)),
@@ -79,7 +79,7 @@ def _in_specs(plan: Plan) -> list[pl.BlockSpec]:
     elif plan.scale_mode != "input":
         rows, columns = (plan.bn, plan.bk) if plan.transpose else (plan.bk, plan.bn)
         specs.append(pl.BlockSpec((rows // plan.group, columns), w_index))
-    if plan.centered:
+    if plan.has_plane_offset:
         groups = plan.bk // plan.group
         specs.append(pl.BlockSpec((None, plan.bm, groups), lambda i, j, k: (k, i, 0)))
     if plan.row_scaled:
@@ -88,12 +88,12 @@ def _in_specs(plan: Plan) -> list[pl.BlockSpec]:
 
 
 def _kernel(x_ref, w_ref, *refs, plan: Plan, compiled: bool):
-    """One block: x[bm, bk] @ w, added to what the blocks of K before it gave; stored in the end."""
-    factors, o_ref, acc_ref, words = split_refs(refs, plan)
+    """acc[bm, bn] += x[bm, bk] @ w; the last block of K scales and stores the sum."""
+    factors, o_ref, acc_ref, packed = split_refs(refs, plan)
     k = pl.program_id(2)
-    y = block_product(x_ref, w_ref, factors, words, plan.k - k * plan.bk, plan, compiled)
+    y = block_product(x_ref, w_ref, factors, packed, plan.k - k * plan.bk, plan, compiled)
     if acc_ref is None:
-        o_ref[...] = finished(y, factors, plan).astype(o_ref.dtype)
+        o_ref[...] = finalize(y, factors, plan).astype(o_ref.dtype)
         return
 
     @pl.when(k == 0)
@@ -106,4 +106,4 @@ def _kernel(x_ref, w_ref, *refs, plan: Plan, compiled: bool):
 
     @pl.when(k == plan.grid[2] - 1)
     def _():
-        o_ref[...] = finished(acc_ref[...], factors, plan).astype(o_ref.dtype)
+        o_ref[...] = finalize(acc_ref[...], factors, plan).astype(o_ref.dtype)

@@ -1,4 +1,8 @@
-"""Block sizes as data: tiles.json, by device kind, format and regime."""
+"""Tuned block sizes and strategy thresholds: tiles.json, by device kind, format and regime.
+
+>>> tuned("TPU v6 lite", "int2", m=16)["bn"]
+2048
+"""
 
 import functools
 import json
@@ -6,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 DECODE_M = 64
-"""Up to this many rows a call is memory-bound and takes the decode tiles."""
+"""A call of at most this many rows is memory-bound and takes the decode tiles."""
 _ALIASES = {
     "TPU v5e": "TPU v5 lite",
     "TPU v6e": "TPU v6 lite",
@@ -14,43 +18,48 @@ _ALIASES = {
     "TPU8t": "TPU7x",
     "TPU8i": "TPU7x",
 }
-"""Device kinds that take another's tiles: called otherwise in tiles.json, or, as TPU 8, of which no
-compiler is public, taken to be like it."""
+"""Device kinds that use another kind's tiles: other spellings, and TPU 8, which has no public
+compiler and is taken to resemble 7x."""
 
 
 @functools.cache
 def read_tiles() -> dict[str, Any]:
-    """tiles.json: `libtpu`, the version they were found with, and `tiles` by device kind."""
+    """tiles.json: `libtpu`, the version it was tuned with, and `tiles` by device kind."""
     return json.loads((Path(__file__).parent / "tiles.json").read_text())
 
 
 def tiles_kind(kind: str) -> str:
-    """What tiles.json files call a device kind."""
+    """The key of a device kind in tiles.json files."""
     return _ALIASES.get(kind, kind)
 
 
 def regime_of(m: int) -> str:
-    """The regime of a call of M rows."""
+    """ "decode" or "prefill" for a call of M rows."""
     return "decode" if m <= DECODE_M else "prefill"
 
 
-def tuned(kind: str, weight: str, m: int, own: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The entry of a device kind, a format and a regime; "default" stands in for what is missing.
+def tuned(
+    kind: str, weight: str, m: int, overrides: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The entry for a device kind, format and regime; "default" fills in what is missing.
 
-    own: another op's entries, by device kind, format and regime, of what it has otherwise.
+    overrides: entries of another op, by device kind, format and regime, that replace these.
 
-    Returns: "bm", "bk", "bn", and
+    Returns: block sizes "bm", "bk", "bn", and
 
-    - "after_group_from": the narrowest group that gets a product of its own by default, wasting
-      what it leaves of the MXU's depth; None: none does.
-    - "bytes_rows": up to how many rows, those of x times the groups in the MXU's depth, weights are
-      multiplied as bytes (`as_bytes.py`); 0: never.
-    - "ways": those in which a block's tiles are multiplied in turn (`by_stripes.py`); none: all
-      alike. "ways_rows": up to how many rows, counted so, "after" is one of them.
+    - "after_group_min": the smallest group that defaults to scale mode "after_group", which wastes
+      the rest of the MXU's depth; None for never.
+    - "plane_rows_max": most rows, of x times the groups in the MXU's depth, at which the kernel
+      decodes the weight to e5m2 planes (e5m2_planes.py); 0 for never.
+    - "tile_schedule": `Plan.tile_schedule`; empty for none.
+    - "schedule_rows_max": most rows, counted in the same way, at which the schedule may contain
+      "after_group".
+
+    Raises: KeyError when not even "default" has the regime.
     """
     table = read_tiles()["tiles"]
     regime = regime_of(m)
-    others = (own or {}).get(tiles_kind(kind), {}).get(weight, {}).get(regime, {})
+    others = (overrides or {}).get(tiles_kind(kind), {}).get(weight, {}).get(regime, {})
     for entry in (table.get(tiles_kind(kind), {}), table["default"]):
         for name in (weight, "default"):
             if regime in entry.get(name, {}):

@@ -1,10 +1,10 @@
-"""From a block of a weight as stored to the operand that the MXU multiplies, inside a kernel.
+"""Decode a block of a stored weight, inside a kernel, to a dtype that the MXU multiplies.
 
-One function per way of storing. Each takes a block that is already in registers and returns the
-same rows in a dtype of the MXU; most mean the value itself, some twice the value (`Storage.unit`).
+One function per encoding. Each takes a block in registers and returns the same rows as the MXU's
+operand: the values, or twice the values where `Storage.multiplier` is 1/2.
 
->>> storage = storage_of(values.dtype, offset=0.5)
->>> w = widen(values_ref[...], storage, jnp.bfloat16)  # times storage.unit(jnp.bfloat16)
+>>> widen(jnp.array([[-2, 1]], jnp.int2), storage_of("int2", offset=0.5), jnp.bfloat16)
+Array([[-1.5, 1.5]], dtype=bfloat16)
 """
 
 from dataclasses import dataclass
@@ -15,18 +15,18 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 WORD_ROWS = 256
-"""Rows of a 1-bit weight that one tile of 8 rows of int32 words holds."""
+"""Rows of a 1-bit weight in one tile of 8 rows of int32 words."""
 
 
 @dataclass(frozen=True)
 class Storage:
-    """How a weight lies in memory.
+    """The encoding of a weight in memory.
 
     Attributes:
       name: "integer" (two's complement of 2, 4 or 8 bits), "half" (2 bits, q means q + 1/2),
-        "float8", "float4" (e2m1 that the chip casts), "codes4" (e2m1 seen as int4 and decoded with
-        integer arithmetic) or "signs" (32 rows to an int32 word, bit 1 is +1 and bit 0 is -1).
-      dtype: dtype name of the stored array as the kernel sees it.
+        "float8", "float4" (e2m1, which the chip casts), "codes4" (e2m1 bitcast to int4 and decoded
+        arithmetically) or "signs" (32 rows per int32 word, bit 1 is +1 and bit 0 is -1).
+      dtype: dtype name of the stored array inside the kernel.
       rows: rows of the weight in one row of the stored array.
     """
 
@@ -36,18 +36,18 @@ class Storage:
 
     @property
     def bits(self) -> int:
-        """Bits that one weight takes in memory."""
+        """Bits per weight in memory."""
         if self.name == "signs":
             return 1
         return {"int2": 2, "int4": 4, "float4_e2m1fn": 4, "bfloat16": 16}.get(self.dtype, 8)
 
     @property
     def step(self) -> int:
-        """What a block's rows must be a multiple of."""
+        """A block's rows must be a multiple of this."""
         return WORD_ROWS if self.name == "signs" else 128
 
     def exact_in(self, dtype: Any) -> bool:
-        """Whether `widen` to this dtype loses nothing."""
+        """Whether `widen` to this dtype is exact."""
         name = jnp.dtype(dtype).name
         if name in ("bfloat16", "float32") or (name == self.dtype and self.name != "half"):
             return True
@@ -56,22 +56,22 @@ class Storage:
         narrow = self.name != "float8" and self.dtype != "int8"  # at most three significant bits
         return name in ("float8_e4m3fn", "float8_e5m2") and narrow
 
-    def unit(self, dtype: Any) -> float:
-        """What 1 means after widening to `dtype`: 0.5 where `widen` returns twice the value."""
+    def multiplier(self, dtype: Any) -> float:
+        """weight = multiplier * `widen(..., dtype)`: 0.5 where `widen` returns twice the value."""
         return 0.5 if self.name == "codes4" or self.adds_ones(dtype) else 1.0
 
     def adds_ones(self, dtype: Any) -> bool:
-        """Whether `widen` to `dtype` returns q for q + 1/2: no chip adds int8.
+        """Whether `widen` to `dtype` returns q for q + 1/2, since no chip adds int8.
 
-        x @ (q + 1/2) is then half of 2 x @ q + x @ 1.
+        The kernel then computes x @ (q + 1/2) as (2 x @ q + x @ 1) / 2.
         """
         return self.name == "half" and jnp.dtype(dtype) == jnp.int8
 
 
 def storage_of(dtype: Any, offset: float = 0.0, casts_float4: bool = False) -> Storage:
-    """The storage of values of `dtype`; `casts_float4` where the chip widens e2m1 itself.
+    """The encoding of values of `dtype`; casts_float4: the chip casts e2m1 itself.
 
-    Raises: ValueError for a dtype that no weight is stored in, or an offset it cannot have.
+    Raises: ValueError for a dtype or offset that no format has.
     """
     name = jnp.dtype(dtype).name
     if offset not in (0.0, 0.5) or (offset and name != "int2"):
@@ -91,14 +91,14 @@ def storage_of(dtype: Any, offset: float = 0.0, casts_float4: bool = False) -> S
 
 
 def as_stored(values: Array, storage: Storage) -> Array:
-    """`values` in the dtype the kernel sees: e2m1 as int4, without a copy, where no cast exists."""
+    """`values` in `storage.dtype`: e2m1 bitcast to int4 where the chip cannot cast it."""
     if storage.name == "codes4":
         return jax.lax.bitcast_convert_type(values, jnp.int4)
     return values
 
 
 def widen(block: Array, storage: Storage, dtype: Any) -> Array:
-    """The block's weights [rows, columns] in `dtype`, in units of `storage.unit(dtype)`.
+    """The block's weights [rows, columns] in `dtype`, divided by `storage.multiplier(dtype)`.
 
     Args:
       block: [rows / storage.rows, columns] in `storage.dtype`.
@@ -126,19 +126,21 @@ def _float(block: Array, dtype: jnp.dtype) -> Array:
 
 
 def _codes4(block: Array, dtype: jnp.dtype) -> Array:
-    """Twice e2m1's value from its code: magnitudes 0..7 mean 0, 1, 2, 3, 4, 6, 8, 12.
+    """Twice e2m1's value from its code: magnitude codes m = 0..7 map to 0, 1, 2, 3, 4, 6, 8, 12.
 
-    That is m + max(m - 4, 0) + 2 max(m - 6, 0), two exact steps of a float that was 0..7 before.
+    That is m + max(m - 4, 0) + 2 max(m - 6, 0), exact in bfloat16.
     """
     wide = jnp.float32 if dtype == jnp.float32 else jnp.bfloat16
-    code = block.astype(wide)  # -8..7, sign bit as two's complement: negative codes are m - 8
+    code = block.astype(
+        wide
+    )  # -8..7: the sign bit read as two's complement makes negative codes m - 8
     m = jnp.where(code < 0, code + 8, code)
     twice = m + jnp.maximum(m - 4, 0) + 2 * jnp.maximum(m - 6, 0)
     return jnp.where(code < 0, -twice, twice).astype(dtype)
 
 
 def _signs(block: Array, dtype: jnp.dtype) -> Array:
-    """+1 and -1: bit j of a tile of 8 word rows is 8 consecutive rows, and its sign the float's."""
+    """+1 and -1: bit j of 8 word rows holds 8 consecutive rows and becomes their sign bit."""
     words, columns = block.shape
     tiles = block.reshape(words // 8, 1, 8, columns)
     place = 31 - jax.lax.broadcasted_iota(jnp.int32, (1, 32, 1, 1), 1)

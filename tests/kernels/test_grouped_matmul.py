@@ -27,7 +27,7 @@ by 2**-9 / sqrt(3) rms of each."""
 
 
 def operands(name, sizes, k=160, n=144, activation="bfloat16", spare=0):
-    """x, values, scales, group_sizes and keywords; `spare` rows belong to nobody."""
+    """x, values, scales, group_sizes and keywords; `spare` rows are padding."""
     m = sum(sizes) + spare
     if name == "bfloat16":
         rng = np.random.default_rng(0)
@@ -47,7 +47,7 @@ def operands(name, sizes, k=160, n=144, activation="bfloat16", spare=0):
 
 
 def check(x, values, scales, sizes, keywords, tolerance=TOLERANCE, **options):
-    """Within `tolerance` of float64, and exactly zero where rows are nobody's."""
+    """Within `tolerance` of float64, and exactly zero in padding rows."""
     got = grouped_matmul(x, values, scales, sizes, **keywords, **options)
     ours = {key: options[key] for key in ("transpose", "rows") if key in options}
     want = reference_grouped_matmul(x, values, scales, sizes, **keywords, **ours)
@@ -121,12 +121,14 @@ V5E, V5P, V6E = "TPU v5 lite", "TPU v5", "TPU v6 lite"
     ],
 )
 def test_the_ways_of_each_chip(kind, name, activation, k, monkeypatch):
-    """As bytes, or tiles in turn in several ways: blocks of 16 rows, some of nobody's."""
+    """As e5m2 planes, or with interleaved tiles: blocks of 16 rows, some of them padding."""
     monkeypatch.setattr(planning, "device_kind", lambda: kind)
-    monkeypatch.setattr(grouped_planning, "own_tiles", lambda *_: {})  # they shun "after"
+    monkeypatch.setattr(
+        grouped_planning, "tile_overrides", lambda *_: {}
+    )  # they avoid "after_group"
     arguments = operands(name, [0, 17, 0, 1, 30, 2], k=k, n=256, activation=activation, spare=30)
     plan = make_grouped_plan(*arguments[:4], **arguments[4])
-    assert plan.as_bytes or plan.ways
+    assert plan.uses_planes or plan.tile_schedule
     pltpu.reset_tpu_interpret_mode_state()
     params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
     check(*arguments, interpret=params)
@@ -182,9 +184,9 @@ def test_blocks_of_rows_fit_what_an_expert_gets():
         scales = jax.ShapeDtypeStruct((experts, 64, 1, 1024), jnp.bfloat16)
         sizes = jax.ShapeDtypeStruct((experts,), jnp.int32)
         plan = make_grouped_plan(x, values, scales, sizes)
-        as_bytes = make_grouped_plan(x, values, scales, sizes, kind=V5E)
-        narrow = as_bytes.scale_mode == "after_group"  # where rows cost as much as visits
-        assert as_bytes.bm == (min(m, 16) if narrow else plan.bm)
+        planes = make_grouped_plan(x, values, scales, sizes, kind=V5E)
+        narrow = planes.scale_mode == "after_group"  # where rows cost as much as visits
+        assert planes.bm == (min(m, 16) if narrow else plan.bm)
         return plan.m, plan.bm
 
     assert blocks(8, 64) == (8, 8)
@@ -193,7 +195,7 @@ def test_blocks_of_rows_fit_what_an_expert_gets():
 
 
 def test_scales_come_first_where_experts_get_more_rows_than_tiles_say(monkeypatch):
-    entry = {"decode": {"after_group_from": 32, "after_rows": 16}}  # 8 of groups of 32
+    entry = {"decode": {"after_group_min": 32, "after_group_rows_max": 16}}  # 8 of groups of 32
     table = {"tuned": {"TPU v6 lite": {"int4": entry, "int4@int8": {}}}}
     monkeypatch.setattr(grouped_tiles, "read_tiles", lambda: table)
     experts = 4
@@ -211,13 +213,13 @@ def test_scales_come_first_where_experts_get_more_rows_than_tiles_say(monkeypatc
     assert planned(8, "int8")[0] == "before"  # its own entry, with quantized_matmul's bound
 
 
-def test_experts_asked_to_scale_first_mix_no_ways():
+def test_experts_asked_to_scale_first_interleave_no_tiles():
     x, values, scales, sizes, rest = operands("int4", [4, 4], k=512, n=256)
     plans = [
         make_grouped_plan(x, values, scales, sizes, kind="TPU7x", scale_mode=mode, **rest)
         for mode in (None, "before")
     ]
-    assert ["after" in plan.ways for plan in plans] == [True, False]
+    assert ["after_group" in plan.tile_schedule for plan in plans] == [True, False]
 
 
 def test_jit_with_traced_sizes():

@@ -11,7 +11,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from tpu_stack.kernels.quantized_matmul import plan as planning
 from tpu_stack.kernels.quantized_matmul import quantized_matmul, reference_quantized_matmul
-from tpu_stack.kernels.quantized_matmul.columns import order_rows, pair_rows, row_at, widen_rows
+from tpu_stack.kernels.quantized_matmul.columns import (
+    cast_to_bfloat16,
+    interleave_halves,
+    permute_to_planes,
+    plane_row,
+)
 from tpu_stack.kernels.quantized_matmul.plan import make_plan
 from tpu_stack.kernels.quantized_matmul.reference import dequantize
 
@@ -144,10 +149,10 @@ def test_rows_are_cut_into_equal_blocks(m, bm, blocks):
 
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "bfloat16"])
 @pytest.mark.parametrize(("m", "k"), [(3, 256), (40, 2304), (600, 4096)])
-def test_columns_are_paired_exactly(dtype, m, k):
+def test_columns_are_interleaved_exactly(dtype, m, k):
     x = jnp.asarray(np.random.default_rng(m).integers(-100, 100, (m, k))).astype(dtype)
     want = np.asarray(x.astype(jnp.float32)).reshape(m, -1, 2, 128).swapaxes(2, 3).reshape(m, k)
-    got = pair_rows(x, interpret=True)
+    got = interleave_halves(x, interpret=True)
     assert got.dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.asarray(got.astype(jnp.float32)), want)
 
@@ -155,7 +160,7 @@ def test_columns_are_paired_exactly(dtype, m, k):
 @pytest.mark.parametrize(("m", "k"), [(96, 256), (80, 2304), (600, 4096)])
 def test_rows_are_widened_exactly(m, k):
     x = jnp.asarray(np.random.default_rng(m).normal(size=(m, k))).astype("float8_e4m3fn")
-    got = widen_rows(x, interpret=True)
+    got = cast_to_bfloat16(x, interpret=True)
     assert got.dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.asarray(got), np.asarray(x.astype(jnp.bfloat16)))
 
@@ -174,8 +179,8 @@ def test_float8_rows_of_many_blocks_are_widened_once(monkeypatch):
             interpret=interpret,
         )  # fmt: skip
 
-    assert "widen_rows" in str(jax.make_jaxpr(call)(x))
-    assert "widen_rows" not in str(jax.make_jaxpr(call)(x.astype(jnp.bfloat16)))
+    assert "cast_to_bfloat16" in str(jax.make_jaxpr(call)(x))
+    assert "cast_to_bfloat16" not in str(jax.make_jaxpr(call)(x.astype(jnp.bfloat16)))
     want = reference_quantized_matmul(x, values, scales, x_scales=x_scales)
     np.testing.assert_allclose(np.asarray(call(x)), want, rtol=1e-5, atol=1e-4)
 
@@ -186,8 +191,8 @@ def test_columns_are_ordered_and_summed_exactly(codes, m):
     x = np.random.default_rng(m).integers(-100, 100, (m, 1024))
     for dtype in ("int8", "bfloat16"):
         rows = jnp.asarray(x).astype(dtype)
-        got, sums = order_rows(rows, codes, 64, 512, codes < 8, interpret=True)
-        want = x[:, row_at(np.arange(1024), codes)]
+        got, sums = permute_to_planes(rows, codes, 64, 512, codes < 8, interpret=True)
+        want = x[:, plane_row(np.arange(1024), codes)]
         np.testing.assert_array_equal(np.asarray(got, np.int32), want)
         if sums is not None:
             want = x.reshape(m, 2, 8, 64).sum(-1).swapaxes(0, 1)

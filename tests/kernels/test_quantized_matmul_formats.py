@@ -212,7 +212,7 @@ def test_lowers_for_tpu_8(name, activation):
             text = traced.lower(lowering_platforms=("tpu",)).as_text()
             plan = make_plan(x, values, scales, offset=case.offset, **keywords)
         # A small kernel more puts x's columns in the order of the weight's rows.
-        assert text.count("tpu_custom_call") == 1 + (plan.as_bytes or plan.paired)
+        assert text.count("tpu_custom_call") == 1 + (plan.uses_planes or plan.interleaves_halves)
 
 
 def plan_on(kind: str, name: str, activation: str = "bfloat16", mode: str | None = None):

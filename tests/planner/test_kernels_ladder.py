@@ -43,7 +43,7 @@ def test_abstract_operands_are_those_that_are_made():
         assert shapes(case.operands(SMALL, 0)) == shapes(case.abstract(SMALL)), case.name
 
 
-def test_grouped_rows_are_ragged_and_some_are_nobody_s():
+def test_grouped_rows_are_ragged_and_some_are_padding():
     case = get_case("grouped_matmul", "int8", "bf16")
     for shape in (case.small, (19, 128, 130)):
         sizes = np.asarray(case.operands(shape, 0)["group_sizes"])

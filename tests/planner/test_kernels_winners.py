@@ -110,7 +110,7 @@ def test_winners_of_other_ops_are_what_their_kernels_read(
             "after_group",
             "v6e",
             "int4",
-            {"bk": 2048, "bn": 512, "after_group_from": 64},
+            {"bk": 2048, "bn": 512, "after_group_min": 64},
         ),
         (
             "int4_g64",
@@ -118,10 +118,24 @@ def test_winners_of_other_ops_are_what_their_kernels_read(
             "after_group",
             "v6e",
             "int4@int8",
-            {"bk": 2048, "bn": 512, "after_group_from": 64},
+            {"bk": 2048, "bn": 512, "after_group_min": 64},
         ),
-        ("int4_g64", "bf16", "before", "v5p", "int4", {"bk": 2048, "bn": 512, "after_rows": 15}),
-        ("int4", "bf16", "before", "7x", "int4", {"bk": 2048, "bn": 512, "after_rows": 31}),
+        (
+            "int4_g64",
+            "bf16",
+            "before",
+            "v5p",
+            "int4",
+            {"bk": 2048, "bn": 512, "after_group_rows_max": 15},
+        ),
+        (
+            "int4",
+            "bf16",
+            "before",
+            "7x",
+            "int4",
+            {"bk": 2048, "bn": 512, "after_group_rows_max": 31},
+        ),
     ],
 )
 def test_winners_of_experts_say_what_differs(

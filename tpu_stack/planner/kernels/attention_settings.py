@@ -60,11 +60,11 @@ def entry_of(
     pages, heads = tiles
     plan = plan_of(case, shape, kind, tiles=(pages, heads))
     rule, dtype = rule_for(kind, PAGES[case.format]), jnp.dtype(PAGES[case.format])
-    in_sight = plan.table * plan.page
+    visible = plan.table * plan.page
     wanted = {
-        "share": max(1, in_sight // plan.tokens),
-        "least_tokens": min(rule["least_tokens"], plan.tokens),
-        "most_tokens": max(rule["most_tokens"], plan.tokens),
+        "target_steps": max(1, visible // plan.tokens),
+        "min_tokens": min(rule["min_tokens"], plan.tokens),
+        "max_tokens": max(rule["max_tokens"], plan.tokens),
         "max_pages": max(rule["max_pages"], plan.pages),
         "block_bytes": heads * plan.tokens * plan.head_dim * dtype.itemsize,
     }

@@ -20,7 +20,7 @@ import jax
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from tpu_stack.files import write_json
-from tpu_stack.kernels.compiled.placed import is_row_factor
+from tpu_stack.kernels.compiled.layouts import is_row_factor
 from tpu_stack.planner.kernels.bundles import Schedule
 from tpu_stack.planner.kernels.cases import Case
 from tpu_stack.planner.kernels.compiler_process import answers

@@ -16,7 +16,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tpu_stack.kernels.compiled import estimated_cycles
-from tpu_stack.kernels.compiled.placed import placed
+from tpu_stack.kernels.compiled.layouts import with_layout
 from tpu_stack.planner.kernels.cases import get_case
 from tpu_stack.planner.kernels.targets import compile_target
 
@@ -32,7 +32,8 @@ def compile_here(request: dict[str, Any]) -> dict[str, Any]:
     mesh = Mesh(topology.devices[:1], ("x",))
     whole = NamedSharding(mesh, PartitionSpec())
     operands = {
-        name: placed(array, whole) for name, array in case.abstract(tuple(request["shape"])).items()
+        name: with_layout(array, whole)
+        for name, array in case.abstract(tuple(request["shape"])).items()
     }
     options = request["options"]
     if "tiles" in options:

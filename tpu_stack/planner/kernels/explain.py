@@ -171,18 +171,14 @@ SCALE_REASONS = {
 }
 
 
-def _way(plan: Plan) -> list[str]:
-    """What is done beyond a cast and a product."""
-    if plan.as_bytes:
-        return [
-            "whole words of weights become bytes of float8_e5m2, each row of x a copy per group"
-        ]
-    if plan.ways:
-        return [
-            f"tiles of {plan.depth} rows in turn, so that no unit waits: {', '.join(plan.ways)}"
-        ]
-    if plan.paired:
-        return ["signs are laid over the scales' own sign bits; x's columns are paired to match"]
+def _decoding(plan: Plan) -> list[str]:
+    """What the kernel does beyond a cast and a product."""
+    if plan.uses_planes:
+        return ["decodes the weight to e5m2 bit planes, with one copy of each row of x per group"]
+    if plan.tile_schedule:
+        return [f"interleaves tiles of {plan.depth} rows: {', '.join(plan.tile_schedule)}"]
+    if plan.interleaves_halves:
+        return ["flips the sign bits of the scales, with the columns of x interleaved to match"]
     return []
 
 
@@ -195,7 +191,7 @@ def _reasons(
         chosen.support,
         f"M={shape[0]} against a ridge of {chosen.ridge_rows:.0f} rows: {binds} binds (projected)",
         f"scales {plan.scale_mode}: {SCALE_REASONS[plan.scale_mode]}",
-        *_way(plan),
+        *_decoding(plan),
         f"{format} is {bits:.2f} bits a weight, {16 / bits:.1f} times less than bfloat16",
     ]
     if chip.is_projected:

@@ -16,7 +16,7 @@ import jax
 
 from tpu_stack.kernels import grouped_matmul as package
 from tpu_stack.kernels.grouped_matmul.plan import MOST_ROWS
-from tpu_stack.kernels.grouped_matmul.tiles import load_of, own_tiles, read_tiles
+from tpu_stack.kernels.grouped_matmul.tiles import normalized_rows, read_tiles, tile_overrides
 from tpu_stack.kernels.quantized_matmul import SCALE_MODES, Plan
 from tpu_stack.kernels.quantized_matmul.tiles import regime_of, tuned
 from tpu_stack.planner.kernels import grouped_cases, matmul_settings
@@ -69,25 +69,25 @@ def entry_of(
     """What has to differ from quantized_matmul's entry for the setting to be the default."""
     average = _rows_of_expert(shape)
     name, x_dtype = matmul_settings.tiles_name(case), case.abstract(shape)["x"].dtype
-    theirs, own = tuned(kind, name, average), own_tiles(x_dtype, 0)
+    theirs, own = tuned(kind, name, average), tile_overrides(x_dtype, 0)
     entry = tuned(kind, name, average, own) | {"bk": tiles[1], "bn": tiles[2]}
     default = plan_of(case, shape, kind, tiles=(MOST_ROWS, *tiles[1:]))
     if mode_of(default) != scale_mode:
-        now = load_of(average, default.group)
+        now = normalized_rows(average, default.group)
         if scale_mode == "before":
-            entry["after_rows"] = now - 1
+            entry["after_group_rows_max"] = now - 1
         else:
-            if "after_rows" in entry:
-                entry["after_rows"] = max(now, entry["after_rows"])
-            least = entry["after_group_from"]
+            if "after_group_rows_max" in entry:
+                entry["after_group_rows_max"] = max(now, entry["after_group_rows_max"])
+            least = entry["after_group_min"]
             if least is None or default.group < least:
-                entry["after_group_from"] = default.group
+                entry["after_group_min"] = default.group
     return {name: value for name, value in entry.items() if value != theirs.get(name)}
 
 
 def mode_of(plan: Plan) -> str | None:
     """The scale mode, as an option that has this plan; None where some tiles have another."""
-    return None if "after" in plan.ways else plan.scale_mode
+    return None if "after_group" in plan.tile_schedule else plan.scale_mode
 
 
 def _sized(case: Case, shape: tuple[int, ...]) -> Callable[[Plan], Setting]:

@@ -15,7 +15,7 @@ import jax
 
 from tpu_stack.kernels import quantized_matmul as package
 from tpu_stack.kernels.quantized_matmul import SCALE_MODES, Plan, make_plan
-from tpu_stack.kernels.quantized_matmul.blocks import shared_columns
+from tpu_stack.kernels.quantized_matmul.blocks import columns_per_core
 from tpu_stack.kernels.quantized_matmul.operands import cores_of
 from tpu_stack.kernels.quantized_matmul.tiles import read_tiles, regime_of, tuned
 from tpu_stack.planner.kernels.cases import Case, array_bytes
@@ -58,7 +58,7 @@ def settings(case: Case, target: CompileTarget, shape: tuple[int, ...]) -> Itera
 
 def widths(n: int, kind: str) -> list[int]:
     """Of blocks of N columns; cores that share a call get as many each, as by default."""
-    return [shared_columns(n, width, cores_of(kind)) for width in WIDTHS]
+    return [columns_per_core(n, width, cores_of(kind)) for width in WIDTHS]
 
 
 def plan_of(case: Case, shape: tuple[int, ...], kind: str, **options: Any) -> Plan:
@@ -100,11 +100,11 @@ def _bounds(entry: dict[str, Any], default: Plan, scale_mode: str | None) -> dic
     if default.scale_mode == scale_mode:
         return {}
     if scale_mode == "after_group":
-        return {"after_group_from": default.group}
-    moved = {"bytes_rows": default.rows_as_bytes - 1} if default.as_bytes else {}
-    least = entry["after_group_from"]
+        return {"after_group_min": default.group}
+    moved = {"plane_rows_max": default.plane_rows - 1} if default.uses_planes else {}
+    least = entry["after_group_min"]
     if least is not None and default.group >= least:
-        moved["after_group_from"] = 2 * default.group
+        moved["after_group_min"] = 2 * default.group
     return moved
 
 

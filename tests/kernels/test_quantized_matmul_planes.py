@@ -1,4 +1,4 @@
-"""Weights as float8_e5m2 bytes made on whole words, interpreted as v5e and v6e run them."""
+"""Weights decoded to float8_e5m2 bit planes, interpreted as v5e and v6e run them."""
 
 import jax
 import jax.numpy as jnp
@@ -7,14 +7,14 @@ import pytest
 from jax.experimental import pallas as pl
 
 from tpu_stack.kernels.quantized_matmul import (
-    as_bytes,
+    e5m2_planes,
     make_plan,
     quantized_matmul,
     reference_quantized_matmul,
 )
 from tpu_stack.kernels.quantized_matmul import plan as planning
 from tpu_stack.kernels.quantized_matmul.cases import FORMATS, abstract_operands, random_operands
-from tpu_stack.kernels.quantized_matmul.columns import row_at
+from tpu_stack.kernels.quantized_matmul.columns import plane_row
 from tpu_stack.kernels.quantized_matmul.widen import as_stored, storage_of
 
 V5E, V5P, V6E = "TPU v5 lite", "TPU v5", "TPU v6 lite"
@@ -38,14 +38,14 @@ def test_every_code_in_every_place_is_a_normal_number_of_its_value(dtype, offset
     values = values.reshape(128, 128).astype(dtype)
     storage = storage_of(values.dtype, offset)
     stored = as_stored(values, storage)
-    places = len(as_bytes.planes_of(storage))
+    places = len(e5m2_planes.plane_factors(storage))
 
     planes = planes_of(stored, storage, slice(0, 128), places)
     total = sum(
         factor * np.asarray(plane, np.float64)
-        for factor, plane in zip(as_bytes.planes_of(storage), planes, strict=True)
+        for factor, plane in zip(e5m2_planes.plane_factors(storage), planes, strict=True)
     )
-    total = (total - as_bytes.center(storage)) * as_bytes.unit(storage)
+    total = (total - e5m2_planes.plane_offset(storage)) * e5m2_planes.plane_multiplier(storage)
     span = 32 * (8 // storage.bits)
     order = np.arange(128).reshape(-1, span // (8 // storage.bits), 8 // storage.bits)
     order = order.swapaxes(1, 2).ravel()  # of each span: those in place 0, then in place 1 ...
@@ -57,7 +57,7 @@ def planes_of(stored, storage, rows, places=1):
     """The planes of these rows of the block, [128, 128] each."""
 
     def kernel(w_ref, *outs):
-        every = as_bytes.planes(w_ref, rows, slice(0, 128), storage)
+        every = e5m2_planes.unpack_planes(w_ref, rows, slice(0, 128), storage)
         for out, (_, plane) in zip(outs, every, strict=True):
             out[...] = plane
 
@@ -85,7 +85,7 @@ def test_every_sign_in_every_place(depth):
         planes = planes_of(stored, storage, slice(first, first + depth))
         no_subnormal(planes)
         found.append(np.asarray(planes[0], np.float64))
-    place = row_at(row, 8)
+    place = plane_row(row, 8)
     assert sorted(place) == list(row)
     np.testing.assert_array_equal(np.concatenate(found), signs[place])
 
@@ -110,11 +110,11 @@ def test_every_sign_in_every_place(depth):
     ],
 )
 @pytest.mark.parametrize("activation", ["bfloat16", "int8"])
-def test_bytes_are_right_at_ragged_shapes(kind, name, shape, tiles, activation, monkeypatch):
+def test_planes_are_exact_at_ragged_shapes(kind, name, shape, tiles, activation, monkeypatch):
     monkeypatch.setattr(planning, "device_kind", lambda: kind)
     x, values, scales, keywords = random_operands(FORMATS[name], activation, *shape)
     how = {"scale_mode": "after_group", "tiles": tiles}
-    if not make_plan(x, values, scales, **keywords, **how).as_bytes:
+    if not make_plan(x, values, scales, **keywords, **how).uses_planes:
         assert (activation, name[:5]) in {("int8", "int2_"), ("int8", "int4_")}  # as int8 there
         return
     y = quantized_matmul(
@@ -127,7 +127,7 @@ def test_bytes_are_right_at_ragged_shapes(kind, name, shape, tiles, activation, 
 
 
 @pytest.mark.parametrize("scales_dtype", ["bfloat16", "float32"])
-def test_bytes_with_wide_groups_and_float32_scales(scales_dtype, monkeypatch):
+def test_planes_with_wide_groups_and_float32_scales(scales_dtype, monkeypatch):
     monkeypatch.setattr(planning, "device_kind", lambda: V6E)
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(5, 512)), jnp.bfloat16)
@@ -147,24 +147,24 @@ def plan_of(name: str, activation: str, kind: str, n: int = 512, m: int = 16, **
     return make_plan(x, values, scales, offset=offset, kind=kind, **arrays, **keywords)
 
 
-def test_bytes_only_where_the_tiles_say_so():
+def test_planes_only_where_the_tiles_say_so():
     plan = plan_of("int2_g64", "bfloat16", V6E)
-    assert plan.as_bytes
+    assert plan.uses_planes
     assert plan.support.startswith("native: TPU v6 lite multiplies bfloat16 x float8_e5m2")
-    assert plan_of("ternary_g128", "float8_e4m3fn", V6E).as_bytes
-    assert not plan_of("int2", "bfloat16", V6E).as_bytes  # copies of x outweigh the bytes
-    assert plan_of("int2", "bfloat16", V5E).as_bytes
-    assert not plan_of("int2_g64", "bfloat16", V6E, m=17).as_bytes
-    assert plan_of("int2_g128", "bfloat16", V6E, m=17).as_bytes
-    assert plan_of("int2_g128", "bfloat16", "TPU7x").as_bytes
-    assert not plan_of("int2", "bfloat16", "TPU7x").as_bytes
-    assert not plan_of("int2_g128", "bfloat16", V6E, n=500).as_bytes
-    assert not plan_of("int4", "bfloat16", V6E).as_bytes  # a cast of int4 is cheap there
+    assert plan_of("ternary_g128", "float8_e4m3fn", V6E).uses_planes
+    assert not plan_of("int2", "bfloat16", V6E).uses_planes  # copies of x outweigh the bytes
+    assert plan_of("int2", "bfloat16", V5E).uses_planes
+    assert not plan_of("int2_g64", "bfloat16", V6E, m=17).uses_planes
+    assert plan_of("int2_g128", "bfloat16", V6E, m=17).uses_planes
+    assert plan_of("int2_g128", "bfloat16", "TPU7x").uses_planes
+    assert not plan_of("int2", "bfloat16", "TPU7x").uses_planes
+    assert not plan_of("int2_g128", "bfloat16", V6E, n=500).uses_planes
+    assert not plan_of("int4", "bfloat16", V6E).uses_planes  # a cast of int4 is cheap there
     assert plan_of("int2_g128", "int8", V6E).operands == ("int8", "int8")
-    assert plan_of("int2_g64", "int8", V6E).as_bytes  # it would be scaled first, as bfloat16
-    assert plan_of("int2_g128", "int8", "TPU7x").as_bytes  # which has no units for int8
-    assert plan_of("int1_g64", "bfloat16", V6E).as_bytes
-    assert plan_of("int1", "bfloat16", V6E).paired
+    assert plan_of("int2_g64", "int8", V6E).uses_planes  # it would be scaled first, as bfloat16
+    assert plan_of("int2_g128", "int8", "TPU7x").uses_planes  # which has no units for int8
+    assert plan_of("int1_g64", "bfloat16", V6E).uses_planes
+    assert plan_of("int1", "bfloat16", V6E).interleaves_halves
 
 
 def test_a_product_is_as_deep_as_the_matrix_unit():

@@ -1,6 +1,6 @@
 """Where a program's arguments lie, as those who make them leave them.
 
->>> arguments = [placed(a, sharding) for a in arguments]
+>>> arguments = [with_layout(a, sharding) for a in arguments]
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ import jax
 from jax.experimental.layout import Format, Layout
 
 
-def placed(array: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+def with_layout(array: Any, sharding: Any) -> jax.ShapeDtypeStruct:
     """The abstract operand on the device. A factor per row, float32 [M, 1], lies as the kernel that
     makes it leaves it, row by row: XLA would have a parameter of that shape come transposed, and
     copy it.
