@@ -19,7 +19,7 @@ from tpu_stack.data.chat_format import ChatFormat
 from tpu_stack.errors import UserError
 from tpu_stack.models.hf.safetensors_file import DTYPES, read_header, write_file
 from tpu_stack.serving.bundle import Bundle
-from tpu_stack.serving.huggingface import KEPT
+from tpu_stack.serving.huggingface import ORIGINAL_FILES
 from tpu_stack.training.config import TrainConfig
 
 import_ = importlib.import_module("tpu_stack.cli.import")  # `import` is a word of Python
@@ -103,7 +103,7 @@ def test_a_model_without_a_kept_config_is_given_one(runs, tmp_path):
     """What `train` made has no Hugging Face config; what is derived reads back as the model."""
     for family in FAMILIES:
         run = shutil.copytree(runs[family], tmp_path / family)
-        shutil.rmtree(run / KEPT)
+        shutil.rmtree(run / ORIGINAL_FILES)
         export.run(export.Options(run, tmp_path / f"{family}-out", place=ONE))
         import_.run(
             import_.Options(tmp_path / f"{family}-out", tmp_path / f"{family}-2", place=ONE)
@@ -198,11 +198,11 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (tensor_edit(lambda held: held.pop(UP)), f"lacks {UP}"),
     "extra": (
         tensor_edit(lambda held: held.update(extra=held[UP])),
-        "tensors that the model has not: extra",
+        "tensors that the model lacks: extra",
     ),
     "shape": (
         tensor_edit(lambda held: held.update({UP: held[UP][:-1]})),
-        rf"{UP} \[31, 32\] \(the config asks for \[32, 32\]\)",
+        rf"{UP} \[31, 32\] \(the config gives \[32, 32\]\)",
     ),
     "a missing file": (
         lambda f: (f / "model-00002-of-00002.safetensors").unlink(),

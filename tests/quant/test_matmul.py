@@ -206,7 +206,7 @@ def test_the_context_selects_and_retraces():
     f(x, q)
     with use_implementation("pallas"):
         assert chosen_implementation(x, q) == "pallas"
-        assert "asked for by use_implementation" in explain(x, q).reason
+        assert "requested by use_implementation" in explain(x, q).reason
         assert "quantized_matmul" in f.lower(x, q).as_text(debug_info=True)
         assert error(f(x, q), oracle(x, q, False)) < TOLERANCE
         assert chosen_implementation(x, q, implementation="xla") == "xla"

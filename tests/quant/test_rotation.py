@@ -25,8 +25,8 @@ def test_the_matrix_is_symmetric_and_its_own_inverse(size):
 def test_rotating_both_sides_keeps_the_product():
     x = jax.random.normal(jax.random.key(0), (3, 128))
     w = jax.random.normal(jax.random.key(1), (2, 128, 5))
-    turned = rotate(x, 32, -1) @ rotate(w, 32, -2)
-    np.testing.assert_allclose(turned, x @ w, atol=1e-4)
+    rotated = rotate(x, 32, -1) @ rotate(w, 32, -2)
+    np.testing.assert_allclose(rotated, x @ w, atol=1e-4)
     np.testing.assert_allclose(rotate(rotate(w, 32, -2), 32, -2), w, atol=1e-5)
     np.testing.assert_array_equal(rotate(w, 0, -2), w)
     # Blocks do not mix.
@@ -40,9 +40,9 @@ def test_it_gains_on_outliers_and_loses_nothing_without(format, gain):
     """The wider the group, the more weights an outlier spoils: NVFP4's 16 have least to gain."""
     w = jax.random.normal(jax.random.key(0), (512, 128))
     plain = snr_db(w, quantize(w, format).dequantize())
-    turned = quantize(w, format, rotation=128).check()
-    assert turned.rotation == 128
-    assert abs(snr_db(w, turned.dequantize()) - plain) < 0.3  # a rotated Gaussian is Gaussian
+    rotated = quantize(w, format, rotation=128).check()
+    assert rotated.rotation == 128
+    assert abs(snr_db(w, rotated.dequantize()) - plain) < 0.3  # a rotated Gaussian is Gaussian
     outlier = jax.random.bernoulli(jax.random.key(1), 0.01, w.shape)
     heavy = jnp.where(outlier, 10 * w, w)
     kept = snr_db(heavy, quantize(heavy, format).dequantize())

@@ -121,10 +121,10 @@ def test_specs_of_scales_follow_the_values(mesh):
     assert weight_specs(words, P("tensor"), mesh).values == P("tensor", None)
     with pytest.raises(UserError, match=r"words of one-bit values are 256 rows of K, .* over 8"):
         weight_specs(words, P(("data", "tensor")), mesh)
-    turned = quantize(jnp.ones((128, 8)), "int4", rotation=64)
+    rotated = quantize(jnp.ones((128, 8)), "int4", rotation=64)
     with pytest.raises(UserError, match=r"rotated blocks are 64 rows of K, .* over 4 devices"):
-        weight_specs(turned, P("tensor"), mesh)
-    assert weight_specs(turned, P("data"), mesh).rotation == 64
+        weight_specs(rotated, P("tensor"), mesh)
+    assert weight_specs(rotated, P("data"), mesh).rotation == 64
     stacked = quantize(jnp.ones((3, 64, 8)), "int4")
     assert weight_specs(stacked, P(None, "data"), mesh).scales == P(None, "data", None, None)
 

@@ -183,7 +183,7 @@ def test_batch_that_does_not_divide():
     profile = get_profile("8t").with_mesh("data=2,fsdp=3")
     require_batch_divides(profile, 12)
     with pytest.raises(
-        UserError, match=r"batch size 16 .* data=2,fsdp=3 \(6 ways\); nearest that works: 18"
+        UserError, match=r"batch size 16 .* data=2,fsdp=3 \(6 shards\); nearest that works: 18"
     ):
         require_batch_divides(profile, 16)
     with pytest.raises(UserError, match="nearest that works: 6"):

@@ -116,12 +116,12 @@ def carry_over(init: Path, out: Path) -> None:
     """Copies what belongs to the model and is no weight: its chat format, and the small files of
     the Hugging Face folder that it came from, which `export` asks for."""
     from tpu_stack.data.chat_format import CHAT
-    from tpu_stack.serving.huggingface import KEPT
+    from tpu_stack.serving.huggingface import ORIGINAL_FILES
 
     if (init / CHAT).is_file():
         shutil.copyfile(init / CHAT, out / CHAT)
-    if (init / KEPT).is_dir():
-        shutil.copytree(init / KEPT, out / KEPT, dirs_exist_ok=True)
+    if (init / ORIGINAL_FILES).is_dir():
+        shutil.copytree(init / ORIGINAL_FILES, out / ORIGINAL_FILES, dirs_exist_ok=True)
 
 
 def run_job(job: "Job", out: Path | None, resume: bool) -> "TrainResult":

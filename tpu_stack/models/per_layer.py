@@ -2,7 +2,7 @@
 
 A scan over stacked weights copies a layer out of them before a product that cannot slice its own
 operand: a Pallas kernel, and every product of XLA:CPU, where the copies took half of a decode step
-(experiments/LOG.md). Training scans, which compiles once for all layers; serving runs them in turn.
+(experiments/LOG.md). Training scans, which compiles once for all layers; serving unrolls them.
 
 >>> params = per_layer(params)
 >>> logits_BTV = forward(config, params, tokens_BT)  # the same numbers
@@ -14,9 +14,9 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tpu_stack.quant.in_place import in_place
 from tpu_stack.quant.qtensor import PARTS, QTensor
-from tpu_stack.quant.turned import Turned
+from tpu_stack.quant.tpu_layout import tpu_layout
+from tpu_stack.quant.transposed import Transposed
 
 
 @jax.tree_util.register_dataclass
@@ -29,7 +29,7 @@ class PerLayer:
 
 def is_weight(leaf: Any) -> bool:
     """Whether `leaf` is one weight of a parameter tree, though it may have parts."""
-    return isinstance(leaf, PerLayer | QTensor | Turned)
+    return isinstance(leaf, PerLayer | QTensor | Transposed)
 
 
 def per_layer(params: dict[str, Any]) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def _laid_out(weight: Any, layer: int) -> Any:
         if isinstance(sharding, NamedSharding):  # others stay where they are, committed or not
             place: Any = without_layers(sharding)
             if name is not None:
-                place = in_place(place, name, weight.contract_axis, part.ndim - 1)
+                place = tpu_layout(place, name, weight.contract_axis, part.ndim - 1)
         if isinstance(part, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(part.shape[1:], part.dtype, sharding=place)
         return part[layer] if place is None else jax.device_put(part[layer], place)

@@ -1,9 +1,9 @@
-"""The CPU's way of multiplying by a quantized weight: a few rows at a time, never a float copy.
+"""The CPU's product with a quantized weight: a few rows at a time, never a float copy.
 
 XLA:CPU either copies a whole weight to float first, or multiplies without using vectors of bytes.
-Here it walks the rows of the weight in the order they are stored: up to four rows of x, eight rows
-of weight become one loop that widens in registers; beyond, 64 rows are widened into the cache and
-multiplied there. In float32 throughout, which XLA:CPU multiplies fastest. 4096 x 14336 at M = 1 on
+This module walks the rows of the weight in the order they are stored. Up to four rows of x, one
+loop widens eight rows of weight in registers; beyond, 64 rows are widened into the cache and
+multiplied there. All in float32, which XLA:CPU multiplies fastest. 4096 x 14336 at M = 1 on
 two cores: a third to a half of the time of the float32 product (`bench.py`).
 
 >>> y = blocked_matmul(x, w, transpose=False, out_dtype=jnp.float32, mode="before")

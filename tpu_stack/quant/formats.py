@@ -33,7 +33,7 @@ class Format:
       storage: dtype name of the values; int32 holds 32 one-bit values (see `elements`).
       scale_dtype: dtype name of the scales, None when unquantized.
       low, high: the least and the greatest grid value; 0 and 0 when unquantized.
-      offset: what a stored integer is short of its grid value.
+      offset: what to add to a stored integer for its grid value.
       scale_anchor: the grid value that the largest magnitude of a group maps to at full scale. A
         negative anchor means that scales carry a sign (see `quantize`).
       scale_search: the quantizer tries scales between these fractions of full scale, and 1.

@@ -1,7 +1,7 @@
-"""The product of rows sorted by expert with a stack of weights, whatever they are stored as.
+"""The product of rows sorted by expert with a stack of weights, in every storage.
 
-On a CPU a loop walks blocks of one expert's rows, so that an expert without rows is not read and
-the work is that of the rows. Elsewhere plain arrays go to `jax.lax.ragged_dot`, and on a TPU packed
+On a CPU a loop walks blocks of rows that share an expert: experts without rows are not read, and
+the work grows with the rows. Elsewhere plain arrays go to `jax.lax.ragged_dot`, and on a TPU packed
 weights to the grouped kernel. A packed weight is frozen: gradients reach `x` only.
 
 >>> y = grouped_matmul(x, w, group_sizes)  # x [M, K], w [E, K, N] array or QTensor

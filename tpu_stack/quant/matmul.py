@@ -1,4 +1,4 @@
-"""The one matrix product that models call, whatever the weight is stored as.
+"""The one matrix product that models call, for every storage of the weight.
 
 The dtype of `x` is the compute dtype, accumulation is float32, and a quantized weight is frozen:
 gradients reach `x` only. Which implementation runs is decided in `select.py`.
@@ -23,12 +23,12 @@ from tpu_stack.quant.qtensor import QTensor
 from tpu_stack.quant.rotation import rotate
 from tpu_stack.quant.select import Choice, choose
 from tpu_stack.quant.sliced import sliced_matmul
-from tpu_stack.quant.turned import Turned, summed_products
+from tpu_stack.quant.transposed import Transposed, multiply_reduce
 
 
 def matmul(
     x: Float[Array, "*B K"],
-    w: Array | QTensor | Turned,
+    w: Array | QTensor | Transposed,
     *,
     transpose: bool = False,
     out_dtype: Any = None,
@@ -38,28 +38,28 @@ def matmul(
 
     Args:
       x: activations [..., K], a float dtype; also the dtype that the weight is cast to.
-      w: [K, N], an array, a QTensor or a Turned; [N, K] when `transpose`, as an embedding table
+      w: [K, N], an array, a QTensor or a Transposed; [N, K] when `transpose`, as an embedding table
         [V, D].
       transpose: contract with the last axis of `w`.
       out_dtype: dtype of the result; `x.dtype` when None. Rounded once from float32.
       implementation: one of `select.IMPLEMENTATIONS`; None takes `use_implementation`'s, else the
-        default (see `explain`). Plain arrays use `jnp.dot`, or on a CPU `summed_products`.
+        default (see `explain`). Plain arrays use `jnp.dot`, or on a CPU `multiply_reduce`.
 
     Returns: [..., N].
 
     Raises: UserError for shapes that do not fit, a weight that breaks QTensor's invariants, or an
       implementation that cannot run here.
     """
-    if isinstance(w, Turned):
+    if isinstance(w, Transposed):
         return matmul(
-            x, w.table, transpose=not transpose, out_dtype=out_dtype, implementation=implementation
+            x, w.stored, transpose=not transpose, out_dtype=out_dtype, implementation=implementation
         )
     _check_shapes(x, w, transpose)
     out_dtype = jnp.dtype(out_dtype or x.dtype)
     if not isinstance(w, QTensor):
         w = w.astype(x.dtype)
-        summed = choose(x.shape, w, transpose).implementation == "summed"
-        return _dot(x, w, transpose, out_dtype, summed)
+        implementation = choose(x.shape, w, transpose).implementation
+        return _dot(x, w, transpose, out_dtype, implementation == "multiply_reduce")
     choice = choose(x.shape, w, transpose, implementation)
     with jax.named_scope(f"quant.{choice.implementation}.{w.format}"):
         if not w.rotation:
@@ -114,40 +114,40 @@ def _check_shapes(x: Any, w: Any, transpose: bool) -> None:
 
 
 def _dot(
-    x: Array, w: Array, transpose: bool, out_dtype: Any = jnp.float32, summed: bool = False
+    x: Array, w: Array, transpose: bool, out_dtype: Any = jnp.float32, fused: bool = False
 ) -> Array:
     """The product, rounded once from float32 to `out_dtype`.
 
-    A plain weight asks for `out_dtype` itself: a float32 product cast afterwards would make the
-    backward matmuls and the tensor-parallel sums float32 too, at twice the bytes.
+    A plain weight's product is computed in `out_dtype` itself: a float32 product, cast afterwards,
+    would make the backward matmuls and the tensor-parallel sums float32 too, at twice the bytes.
     """
-    return _product(x, w, transpose, jnp.dtype(out_dtype), summed)
+    return _product(x, w, transpose, jnp.dtype(out_dtype), fused)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _product(x: Array, w: Array, transpose: bool, out_dtype: Any, summed: bool) -> Array:
+def _product(x: Array, w: Array, transpose: bool, out_dtype: Any, fused: bool) -> Array:
     dims = (((x.ndim - 1,), (1 if transpose else 0,)), ((), ()))
     dot = partial(jax.lax.dot_general, dimension_numbers=dims, preferred_element_type=out_dtype)
-    if not summed:
+    if not fused:
         return dot(x, w)
 
-    def sums(x: Array, w: Array) -> Array:
-        y_MN = summed_products(x.reshape(-1, x.shape[-1]), w)
+    def one_pass(x: Array, w: Array) -> Array:
+        y_MN = multiply_reduce(x.reshape(-1, x.shape[-1]), w)
         return y_MN.astype(out_dtype).reshape(*x.shape[:-1], -1)
 
     # lowered for another platform from a CPU process (ahead of time), it is a dot
-    return jax.lax.platform_dependent(x, w, cpu=sums, default=dot)
+    return jax.lax.platform_dependent(x, w, cpu=one_pass, default=dot)
 
 
-def _product_fwd(x, w, transpose, out_dtype, summed):
-    return _product(x, w, transpose, out_dtype, summed), (x, w)
+def _product_fwd(x, w, transpose, out_dtype, fused):
+    return _product(x, w, transpose, out_dtype, fused), (x, w)
 
 
-def _product_bwd(transpose, out_dtype, summed, residuals, g):
-    """Both gradients as products of matrices, the weight's already the way round it is stored.
+def _product_bwd(transpose, out_dtype, fused, residuals, g):
+    """Both gradients as products of matrices; the weight's comes out as the weight is stored.
 
-    What autodiff derives for `x` [B, T, K] is a product [N, K] to be transposed, and XLA:CPU
-    copies an operand for that, computing whatever produced it again.
+    Autodiff derives for `x` [B, T, K] a product [N, K] and its transpose. XLA:CPU copies an
+    operand for that, and computes again what produced it.
     """
     x, w = residuals
     g_MN, x_MK = (y.reshape(-1, y.shape[-1]) for y in (g, x))

@@ -1,8 +1,8 @@
-"""The products of a model's activations with its weights, on whatever mesh is in force.
+"""The products of a model's activations with its weights, on the current mesh.
 
-Plain weights, and packed ones that the compiler multiplies, are left to GSPMD. The Pallas kernel is
-not: GSPMD does not split a `pallas_call`, so each device runs it on its own part of the weight, and
-a split contraction is summed.
+GSPMD partitions the products of plain weights, and of packed ones that XLA multiplies. It does not
+split a `pallas_call`: there each device runs the kernel on its shard of the weight, and a sharded
+contraction is summed.
 
 >>> q_BTF = project(x_BTD, self.wq.get_value(), (EMBED, HEADS))
 """
@@ -17,7 +17,7 @@ from tpu_stack.quant.matmul import matmul
 from tpu_stack.quant.qtensor import QTensor
 from tpu_stack.quant.select import kernel_per_device
 from tpu_stack.quant.sharded import sharded_matmul
-from tpu_stack.quant.turned import Turned
+from tpu_stack.quant.transposed import Transposed
 from tpu_stack.sharding.axes import BATCH
 from tpu_stack.sharding.constrain import current_scope
 from tpu_stack.sharding.rules import Rules
@@ -25,7 +25,7 @@ from tpu_stack.sharding.rules import Rules
 
 def project(
     x: Float[Array, "B *T K"],
-    w: Array | QTensor | Turned,
+    w: Array | QTensor | Transposed,
     axes: tuple[str, str],
     *,
     transpose: bool = False,
@@ -55,8 +55,8 @@ def project(
 
 
 def rows_spec(rows: int, mesh: Mesh, rules: Rules) -> tuple[str, ...] | None:
-    """The mesh axes that a batch of `rows` is split over; none when they do not divide it, as at
-    prefill: then every device has all of them."""
+    """The mesh axes that shard a batch of `rows`; None when they do not divide it, as at prefill:
+    then every device has all rows."""
     axes = rules.mesh_axes(BATCH)
-    ways = prod(mesh.shape[axis] for axis in axes)
-    return axes if ways > 1 and rows % ways == 0 else None
+    shards = prod(mesh.shape[axis] for axis in axes)
+    return axes if shards > 1 and rows % shards == 0 else None

@@ -35,7 +35,7 @@ class QTensor:
     Invariants (checked by `check`, not on construction, since JAX rebuilds trees from leaves that
     are not arrays):
       * contract_axis == -2: values [..., K, N], scales [..., K/g, 1, N], g the format's group or K;
-        packed bits are int32 words [..., 8*ceil(K/256), N], and K is told by the scales;
+        packed bits are int32 words [..., 8*ceil(K/256), N], and the scales' shape gives K;
       * contract_axis == -1 (embedding table, one scale per row): values [..., V, D],
         scales [..., V, 1];
       * `values` has the format's dtype, or after `widen()` that of `elements.widened_dtype`, with
@@ -90,7 +90,7 @@ class QTensor:
 
     @property
     def offset(self) -> float:
-        """What a value is short of its grid value: 0.5 for int2 as stored, else 0."""
+        """What to add to a stored value for its grid value: 0.5 for int2, else 0."""
         return 0.0 if self.widened else self.spec.offset
 
     @property

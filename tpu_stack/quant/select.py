@@ -1,6 +1,6 @@
 """Which implementation of the quantized matmul runs, decided in one place and open to inspection.
 
-Nothing falls back: `matmul` runs what `choose` says or raises. The choice is made while tracing;
+Nothing falls back: `matmul` runs what `choose` returns or raises. The choice is made while tracing;
 `use_implementation` also enters the jit cache key, so a function that was already compiled is
 traced again under another implementation.
 
@@ -26,7 +26,7 @@ from tpu_stack.errors import UserError
 from tpu_stack.quant.blocked import BLOCK_ROWS
 from tpu_stack.quant.qtensor import QTensor
 from tpu_stack.quant.sliced import MAX_K
-from tpu_stack.quant.turned import SUMMED_ROWS
+from tpu_stack.quant.transposed import MULTIPLY_REDUCE_ROWS
 from tpu_stack.sharding.constrain import current_platform, current_scope
 
 IMPLEMENTATIONS = ("xla", "xla_blocked", "xla_sliced", "pallas")
@@ -43,8 +43,8 @@ class Choice:
     """What `matmul` runs for one call, and why.
 
     Attributes:
-      implementation: "dot" or "summed" (plain array), "xla", "xla_blocked", "xla_sliced" or
-        "pallas".
+      implementation: "dot" or "multiply_reduce" (plain array), "xla", "xla_blocked", "xla_sliced"
+        or "pallas".
       scale_mode: where the scales are applied: "none", "after" (on the output), "input" (on x) or
         "before" (on the weight).
       reason: one line for a person.
@@ -94,7 +94,10 @@ def scale_mode(w: QTensor, transpose: bool) -> str:
 def choose(
     x_shape: tuple[int, ...], w: Any, transpose: bool = False, implementation: str | None = None
 ) -> Choice:
-    """The decision `matmul` acts on. Raises UserError when the requested way cannot run."""
+    """The decision `matmul` acts on.
+
+    Raises UserError when the requested implementation cannot run.
+    """
     rows = math.prod(x_shape[:-1])
     if not isinstance(w, QTensor):
         return _of_array(w, transpose, rows)
@@ -102,7 +105,7 @@ def choose(
     requested = implementation or _requested.get()
     if requested is None:
         return _default(w, transpose, mode, rows)
-    reason = "asked for by the caller" if implementation else "asked for by use_implementation"
+    reason = "requested by the caller" if implementation else "requested by use_implementation"
     if _known(requested) == "pallas" and _partitioned_by_compiler():
         raise UserError(
             "the pallas matmul cannot run under a mesh that the compiler partitions "
@@ -124,10 +127,10 @@ def choose(
 
 
 def _of_array(w: Any, transpose: bool, rows: int) -> Choice:
-    few = transpose and rows in SUMMED_ROWS and w.dtype == jnp.float32
-    if few and current_platform() == "cpu" and _one_device_program():
-        why = f"one CPU device, M={rows} of float32: a sum of products reads the weight fastest"
-        return Choice("summed", "none", why)
+    fits = transpose and rows in MULTIPLY_REDUCE_ROWS and w.dtype == jnp.float32
+    if fits and current_platform() == "cpu" and _one_device_program():
+        why = f"one CPU device, M={rows} of float32: a fused multiply and reduce is fastest"
+        return Choice("multiply_reduce", "none", why)
     return Choice("dot", "none", "the weight is a plain array")
 
 
@@ -146,8 +149,8 @@ def _default(w: QTensor, transpose: bool, mode: str, rows: int) -> Choice:
 
 
 def kernel_per_device() -> bool:
-    """Whether products on the mesh in force should run the kernel on each device's part of the
-    weight: on TPU, unless another implementation was asked for."""
+    """Whether products on the current mesh run the kernel on each device's shard of the weight: on
+    TPU, unless another implementation was requested."""
     requested = _requested.get()
     return requested == "pallas" or (requested is None and current_platform() == "tpu")
 
@@ -182,7 +185,7 @@ def _one_device_program() -> bool:
 def explain(
     x: Any, w: Any, *, transpose: bool = False, implementation: str | None = None
 ) -> Choice:
-    """Says what `matmul(x, w, ...)` would run here and why; `x` and `w` may be abstract."""
+    """What `matmul(x, w, ...)` would run here, and why; `x` and `w` may be abstract."""
     return choose(tuple(x.shape), w, transpose, implementation)
 
 

@@ -1,4 +1,4 @@
-"""The CPU's way of multiplying by whole numbers: x in slices of eight bits, every product exact.
+"""The CPU's product with int8 weights: x in slices of eight bits, every product exact.
 
 XLA:CPU multiplies int8 by int8 three to five times faster than float32 by float32, and four times
 fewer bytes of weight come from memory. So a row of x is written as its largest magnitude times a

@@ -31,11 +31,11 @@ from tpu_stack.files import replacing_folder
 from tpu_stack.models.abstract import map_specs, tensor_of
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.models.per_layer import PerLayer, without_layers
-from tpu_stack.models.turned import turn_weight
+from tpu_stack.models.transposed import transpose_tensor
 from tpu_stack.quant.formats import get_format
-from tpu_stack.quant.in_place import in_place
 from tpu_stack.quant.packing import pack_values, unpack_values
 from tpu_stack.quant.qtensor import PARTS, QTensor
+from tpu_stack.quant.tpu_layout import tpu_layout
 from tpu_stack.serving.layout import PackedLayout
 from tpu_stack.serving.manifest import MANIFEST, TOKENIZER, Manifest, Part, TensorEntry
 from tpu_stack.sharding.axes import LAYERS, TensorSpec
@@ -185,7 +185,7 @@ class Bundle:
     def load(self, profile: Profile, mesh: Mesh, *, split: bool = False) -> dict[str, Any]:
         """The verified parameter tree, sharded by `profile` on `mesh`, one tensor at a time; with
         `split`, as engines run them: the blocks' weights in layers (`models.per_layer`), and for
-        one CPU device turned (`models.turned`).
+        one CPU device transposed (`models.transposed`).
 
         On CPU sub-byte values are widened to a byte each, which XLA:CPU reads five times faster;
         the numbers are the same. Raises UserError naming a damaged or missing tensor.
@@ -203,9 +203,9 @@ class Bundle:
             if not split:
                 return _placed(tensor, target)
             if spec.axes[0] != LAYERS:
-                return turn_weight(spec, _placed(tensor, target), mesh)
+                return transpose_tensor(spec, _placed(tensor, target), mesh)
             layers = (_placed(tensor, target, layer) for layer in range(spec.shape[0]))
-            return turn_weight(spec, PerLayer(tuple(layers)), mesh)
+            return transpose_tensor(spec, PerLayer(tuple(layers)), mesh)
 
         return map_specs(self.config, one)
 
@@ -265,5 +265,5 @@ def _place(
 ) -> jax.Array:
     if layer is not None:
         array, sharding = array[layer], without_layers(sharding)
-    place = sharding if part is None else in_place(sharding, part, contract_axis, array.ndim)
+    place = sharding if part is None else tpu_layout(sharding, part, contract_axis, array.ndim)
     return jax.make_array_from_callback(array.shape, place, lambda index: array[index])

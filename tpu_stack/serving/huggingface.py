@@ -35,7 +35,7 @@ from tpu_stack.serving.chat_files import read_chat
 from tpu_stack.serving.pack import restore_for_serving
 from tpu_stack.sharding.profiles import Profile
 
-KEPT = "huggingface"
+ORIGINAL_FILES = "huggingface"
 """Folder in a run folder with the small files of the Hugging Face folder it came from."""
 
 TOKENIZER = "tokenizer.json"
@@ -84,15 +84,15 @@ def import_folder(
         "model": folder.config.to_dict(),
         "tokenizer": tokenizer.to_json(),
         "run": {"imported.architecture": folder.family.architecture},
-        "huggingface": {"dtypes": _compact(dtypes)},
+        "huggingface": {"dtypes": _by_dtype(dtypes)},
     }
     with replacing_folder(out) as partial:
         if chat != ChatFormat():
             (partial / CHAT).write_text(chat.to_json(), encoding="utf-8")
-        (partial / KEPT).mkdir()
+        (partial / ORIGINAL_FILES).mkdir()
         for name in _SMALL_FILES:
             if (folder.path / name).is_file():
-                shutil.copyfile(folder.path / name, partial / KEPT / name)
+                shutil.copyfile(folder.path / name, partial / ORIGINAL_FILES / name)
         with CheckpointStore(partial, in_background=False) as store:
             store.save(0, params, {"count": np.int32(0)}, meta)
     return Imported(
@@ -127,9 +127,10 @@ def export_folder(
         config = ModelConfig.from_dict(meta["model"])
         family, body = _architecture(run, config)
         params = restore_for_serving(store, step, config, profile, mesh)
-    stored = {} if dtype else _spread(meta.get("huggingface", {}).get("dtypes", {}))
+    stored = {} if dtype else _by_name(meta.get("huggingface", {}).get("dtypes", {}))
     with replacing_folder(out) as partial:
-        for file in sorted((run / KEPT).glob("*")) if (run / KEPT).is_dir() else ():
+        originals = run / ORIGINAL_FILES
+        for file in sorted(originals.glob("*")) if originals.is_dir() else ():
             shutil.copyfile(file, partial / file.name)
         if body is not None:
             (partial / CONFIG).write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
@@ -140,15 +141,15 @@ def export_folder(
 
 
 def _architecture(run: Path, config: ModelConfig) -> tuple[Family, dict[str, Any] | None]:
-    """The family to export as, and its config.json where the kept one is none or of another model.
+    """The family to export as, and a config.json where the original is missing or does not fit.
 
-    The load-balance coefficient is a matter of training and may have changed.
+    The load-balance coefficient belongs to training and may have changed.
     """
-    kept = run / KEPT / CONFIG
-    if kept.is_file():
-        family, found = read_config(read_json(kept), str(kept))
-        told = read_json(kept)
-        alone = family.architecture in (told.get("architectures") or [family.architecture])
+    original = run / ORIGINAL_FILES / CONFIG
+    if original.is_file():
+        family, found = read_config(read_json(original), str(original))
+        architectures = read_json(original).get("architectures")
+        alone = family.architecture in (architectures or [family.architecture])
         if alone and found.replace(balance_loss=config.balance_loss) == config:
             return family, None
     return write_config(config)
@@ -164,13 +165,13 @@ def _tokenizer(path: Path) -> Tokenizer:
     return Tokenizer.from_json(text, str(path / TOKENIZER))
 
 
-def _compact(dtypes: Mapping[str, str]) -> dict[str, list[str]]:
-    """dtype -> names; one entry says it all for most folders."""
-    compact: dict[str, list[str]] = {}
+def _by_dtype(dtypes: Mapping[str, str]) -> dict[str, list[str]]:
+    """dtype -> names; most folders have one entry."""
+    by_dtype: dict[str, list[str]] = {}
     for name, dtype in dtypes.items():
-        compact.setdefault(dtype, []).append(name)
-    return compact
+        by_dtype.setdefault(dtype, []).append(name)
+    return by_dtype
 
 
-def _spread(compact: Mapping[str, list[str]]) -> dict[str, str]:
-    return {name: dtype for dtype, names in compact.items() for name in names}
+def _by_name(by_dtype: Mapping[str, list[str]]) -> dict[str, str]:
+    return {name: dtype for dtype, names in by_dtype.items() for name in names}

@@ -15,9 +15,9 @@ from tpu_stack.errors import UserError
 from tpu_stack.models.abstract import map_specs, tensor_specs
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.quant.formats import WORD_ROWS
-from tpu_stack.quant.in_place import in_place
 from tpu_stack.quant.policy import stored_format, stored_rotation
 from tpu_stack.quant.qtensor import QTensor, abstract_qtensor, values_shape
+from tpu_stack.quant.tpu_layout import tpu_layout
 from tpu_stack.sharding.axes import TensorSpec
 from tpu_stack.sharding.profiles import Profile
 
@@ -25,7 +25,7 @@ from tpu_stack.sharding.profiles import Profile
 @dataclass(frozen=True)
 class PackedLayout:
     """The parameter tree with QTensors or arrays of ShapeDtypeStructs that carry shardings, on TPU
-    with the order of axes in memory (`quant.in_place`)."""
+    with the order of axes in memory (`quant.tpu_layout`)."""
 
     config: ModelConfig
     format: str
@@ -67,7 +67,7 @@ def _placed(spec: TensorSpec, format: str, profile: Profile, mesh: Mesh, rotatio
 
     def struct(part: str, where: PartitionSpec) -> jax.ShapeDtypeStruct:
         leaf = getattr(packed, part)
-        place: Any = in_place(NamedSharding(mesh, where), part, axis, len(leaf.shape))
+        place: Any = tpu_layout(NamedSharding(mesh, where), part, axis, len(leaf.shape))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
     return replace(packed, **{part: struct(part, where) for part, where in specs.items()})
@@ -90,20 +90,20 @@ def scales_spec(spec: TensorSpec, packed: QTensor, profile: Profile) -> Partitio
         return PartitionSpec(*entries[:-1], None)
     *lead, k, n = entries
     groups = packed.scales.shape[-3]
-    ways = prod(profile.mesh[axis] for axis in profile.rules.mesh_axes(spec.axes[-2]))
+    shards = prod(profile.mesh[axis] for axis in profile.rules.mesh_axes(spec.axes[-2]))
     words = WORD_ROWS if packed.packed_bits else 1
     for unit, what in ((words, "words of bits"), (packed.rotation or 1, "rotated rows")):
-        if ways > 1 and spec.shape[-2] % (unit * ways):
+        if shards > 1 and spec.shape[-2] % (unit * shards):
             raise UserError(
                 f"{spec.name}: {spec.shape[-2]} rows along {spec.axes[-2]!r} do not divide over"
-                f" {ways} devices in blocks of {unit}, as {what} need; split that axis fewer ways"
+                f" {shards} devices in blocks of {unit}, as {what} need; split that axis less"
             )
     if groups == 1:
         return PartitionSpec(*lead, None, None, n)
-    if groups % ways:
+    if groups % shards:
         raise UserError(
             f"{spec.name}: {groups} groups of {packed.group} along {spec.axes[-2]!r} do not divide"
-            f" over {ways} devices"
+            f" over {shards} devices"
         )
     return PartitionSpec(*lead, k, None, n)
 

@@ -31,7 +31,7 @@ class TensorSpec:
       dtype: name of the dtype it is stored in.
       axes: logical axis per dimension; None is never sharded.
       granules: elements that must stay together per dimension. A dimension of 32 heads of 128 is
-        stored as 4096 with granule 128, and splits at most 32 ways.
+        stored as 4096 with granule 128, and has at most 32 shards.
       contract_axis: the dimension that a matmul with this tensor sums over, None where there is
         no matmul (norm scales). Quantization takes its scales along it.
     """

@@ -211,10 +211,10 @@ def get_profile(text: str, role: Role | None = None) -> Profile:
 def require_batch_divides(profile: Profile, batch: int) -> None:
     """Raises UserError when `batch` rows cannot be split over the batch axes of the mesh."""
     axes = profile.rules.mesh_axes(BATCH)
-    ways = prod(profile.mesh[axis] for axis in axes)
-    if batch % ways:
+    shards = prod(profile.mesh[axis] for axis in axes)
+    if batch % shards:
         used = {axis: profile.mesh[axis] for axis in axes}
         raise UserError(
-            f"batch size {batch} does not divide over {mesh_text(used)} ({ways} ways);"
-            f" nearest that works: {max(1, round(batch / ways)) * ways}"
+            f"batch size {batch} does not divide over {mesh_text(used)} ({shards} shards);"
+            f" nearest that works: {max(1, round(batch / shards)) * shards}"
         )

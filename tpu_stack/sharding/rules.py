@@ -53,7 +53,7 @@ class Rules:
 
 
 def split_limit(spec: TensorSpec, dim: int) -> int:
-    """The most ways in which dimension `dim` can be split without cutting a granule."""
+    """The most shards of dimension `dim` that cut no granule."""
     return spec.shape[dim] // spec.granules[dim]
 
 
@@ -65,9 +65,9 @@ def check_divides(spec: TensorSpec, rules: Rules, mesh: Mapping[str, int]) -> No
     rules.partition_spec(spec.axes, spec.name)
     for dim, axis in enumerate(spec.axes):
         mesh_axes = rules.mesh_axes(axis)
-        ways = prod(mesh.get(name, 1) for name in mesh_axes)
+        shards = prod(mesh.get(name, 1) for name in mesh_axes)
         limit = split_limit(spec, dim)
-        if limit % ways:
+        if limit % shards:
             unit = f" (in units of {spec.granules[dim]})" if spec.granules[dim] > 1 else ""
             sizes = ", ".join(f"{name}={mesh.get(name, 1)}" for name in mesh_axes)
             raise UserError(

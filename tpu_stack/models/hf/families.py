@@ -1,4 +1,4 @@
-"""What each Hugging Face family is called, what it leaves unsaid, and how it names its tensors.
+"""Hugging Face families: their names, defaults, and names of tensors.
 
 Defaults are those of the family's configuration class in `transformers` 5.23, since published
 config.json files leave out what equals them.

@@ -62,7 +62,7 @@ class HuggingFaceFolder:
         return list(pieces(self.family, self.config))
 
     def read(self, piece: Piece) -> np.ndarray:
-        """A piece the way round that it is stored here, in the dtype of the file."""
+        """A piece as it is stored here, [in, out], in the dtype of the file."""
         array = self.tensors[piece.source].read()
         return array.T if piece.transposed else array
 
@@ -134,11 +134,11 @@ def _compare(
         _check_tied(path, stored["lm_head.weight"], stored.get("model.embed_tokens.weight"))
         extra.remove("lm_head.weight")
     wrong = [
-        f"{name} {list(stored[name].shape)} (the config asks for {list(piece.shape)})"
+        f"{name} {list(stored[name].shape)} (the config gives {list(piece.shape)})"
         for name, piece in wanted.items()
         if name in stored and stored[name].shape != piece.shape
     ]
-    found = (("lacks", missing), ("has tensors that the model has not:", extra))
+    found = (("lacks", missing), ("has tensors that the model lacks:", extra))
     problems = [f"{what} {_listed(names)}" for what, names in found if names]
     problems += [f"has another shape: {_listed(wrong)}"] if wrong else []
     if problems:

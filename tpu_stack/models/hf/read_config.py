@@ -115,7 +115,7 @@ def _sizes(reader: _Reader) -> dict[str, Any]:
 
 
 def _layers(reader: _Reader) -> dict[str, Any]:
-    """Which layers see a window. Told layer by layer, by a period, or by a window alone."""
+    """Which layers see a window: listed by layer, by period, or implied by a window alone."""
     window, layers = reader.get("sliding_window"), reader.number("num_hidden_layers")
     types = reader.get("layer_types")
     if types is not None:
@@ -146,13 +146,13 @@ def _period(kinds: list[str]) -> tuple[str, ...]:
 
 
 def _rope(reader: _Reader, windowed: bool) -> dict[str, Any]:
-    """Bases and scaling; local layers have a base of their own only where the family says so."""
-    told = reader.get("rope_parameters") or {}
-    if not isinstance(told, dict):
-        raise UserError(f"{reader.where}: rope_parameters is {told!r}, not an object")
-    per_kind = set(told) & set(_LAYERS)
-    full = dict((told.get("full_attention") or {}) if per_kind else told)
-    local = dict(told.get("sliding_attention") or {}) if per_kind else {}
+    """Bases and scaling; local layers have their own base only in families that define one."""
+    rope = reader.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{reader.where}: rope_parameters is {rope!r}, not an object")
+    per_kind = set(rope) & set(_LAYERS)
+    full = dict((rope.get("full_attention") or {}) if per_kind else rope)
+    local = dict(rope.get("sliding_attention") or {}) if per_kind else {}
     older = reader.get("rope_scaling") or {}
     if not isinstance(older, dict):
         raise UserError(f"{reader.where}: rope_scaling is {older!r}, not an object")
@@ -173,13 +173,13 @@ def _rope(reader: _Reader, windowed: bool) -> dict[str, Any]:
     return fields
 
 
-def _scaling(told: Mapping[str, Any], reader: _Reader) -> RopeScaling | None:
-    kind = told.get("rope_type", told.get("type", "default"))
-    if told.get("partial_rotary_factor", 1.0) != 1.0:
+def _scaling(rope: Mapping[str, Any], reader: _Reader) -> RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(f"{reader.where}: partial_rotary_factor is not supported")
 
     def number(key: str, type_: type = float, default: Any = None) -> Any:
-        value = told.get(key, default)
+        value = rope.get(key, default)
         if value is None:
             raise UserError(f"{reader.where}: rope scaling {kind!r} lacks {key}")
         return as_number(value, key, type_, reader.where)

@@ -76,14 +76,14 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     if not isinstance(header, dict):
         raise UserError(f"{path} is damaged: its header is not a JSON object")
     header.pop("__metadata__", None)
-    return {name: _entry(path, name, told, 8 + length, size) for name, told in header.items()}
+    return {name: _entry(path, name, fields, 8 + length, size) for name, fields in header.items()}
 
 
-def _entry(path: Path, name: str, told: Any, data: int, size: int) -> StoredTensor:
+def _entry(path: Path, name: str, fields: Any, data: int, size: int) -> StoredTensor:
     damaged = UserError(f"{path} is damaged: its header misdescribes tensor {name}")
     try:
-        dtype, shape = told["dtype"], tuple(told["shape"])
-        begin, end = told["data_offsets"]
+        dtype, shape = fields["dtype"], tuple(fields["shape"])
+        begin, end = fields["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise damaged from error
     if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):

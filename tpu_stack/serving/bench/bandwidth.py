@@ -44,9 +44,9 @@ def moved_bytes(outcome: Outcome, config: ModelConfig, format: str, profile: Pro
 
 def _token_bytes(config: ModelConfig, profile: Profile) -> int:
     """Keys and values of one token in all layers, on one device."""
-    ways = profile.mesh.get("tensor", 1)
+    shards = profile.mesh.get("tensor", 1)
     itemsize = dtype(profile.precision.cache or profile.precision.compute).itemsize
-    return 2 * config.n_layers * config.n_kv_heads // ways * config.head_dim * itemsize
+    return 2 * config.n_layers * config.n_kv_heads // shards * config.head_dim * itemsize
 
 
 def _context_tokens(outcome: Outcome) -> int:

@@ -13,11 +13,11 @@ from jax.sharding import Mesh
 from tpu_stack.models.abstract import map_specs, tensor_of
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.models.per_layer import split_layers
-from tpu_stack.models.turned import turn_weight
-from tpu_stack.quant.in_place import in_place
+from tpu_stack.models.transposed import transpose_tensor
 from tpu_stack.quant.policy import stored_format
 from tpu_stack.quant.qtensor import PARTS, QTensor
 from tpu_stack.quant.quantize import quantize
+from tpu_stack.quant.tpu_layout import tpu_layout
 from tpu_stack.serving.layout import PackedLayout
 from tpu_stack.sharding.axes import LAYERS, TensorSpec
 from tpu_stack.sharding.profiles import Profile
@@ -27,7 +27,7 @@ def random_params(
     config: ModelConfig, format: str, profile: Profile, mesh: Mesh, seed: int = 0
 ) -> dict[str, Any]:
     """Normal weights with the standard deviation D**-0.5, in `format`, laid out on the mesh, the
-    blocks' in layers, as `Bundle.load` splits and turns them for an engine.
+    blocks' in layers, as `Bundle.load` splits and transposes them for an engine.
 
     `format` "float32" stores them whole. Raises UserError as `PackedLayout.of` does.
     """
@@ -39,7 +39,7 @@ def random_params(
     def one(spec: TensorSpec) -> Any:
         weight = stacked(spec)
         weight = split_layers(weight) if spec.axes[0] == LAYERS else weight
-        return turn_weight(spec, weight, mesh)
+        return transpose_tensor(spec, weight, mesh)
 
     def stacked(spec: TensorSpec) -> Any:
         target = tensor_of(layout.abstract, spec.name)
@@ -63,6 +63,6 @@ def _placed(packed: QTensor, target: Any) -> QTensor:
         if array is None:
             return None
         sharding = getattr(target, part).sharding
-        return jax.device_put(array, in_place(sharding, part, packed.contract_axis, array.ndim))
+        return jax.device_put(array, tpu_layout(sharding, part, packed.contract_axis, array.ndim))
 
     return replace(packed, **{part: put(part) for part in PARTS})

@@ -21,7 +21,7 @@ from tpu_stack.errors import UserError
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.models.paged_cache import PagedCache, init_paged_cache
 from tpu_stack.models.per_layer import per_layer
-from tpu_stack.models.turned import turn_weights
+from tpu_stack.models.transposed import transpose_weights
 from tpu_stack.serving.paged.page_io import Contents, read_pages, write_pages
 from tpu_stack.serving.paged.shapes import Shapes
 from tpu_stack.serving.paged.state import (
@@ -106,10 +106,10 @@ class Programs:
         )
 
     def prepared(self, params: Any) -> Any:
-        """`params` as the programs take them: the blocks' weights in layers, and turned for one
+        """`params` as the programs take them: the blocks' weights in layers, transposed for one
         CPU device."""
         pairs = zip(self._configs, self._models(params), strict=True)
-        each = tuple(turn_weights(config, per_layer(one), self.mesh) for config, one in pairs)
+        each = tuple(transpose_weights(config, per_layer(one), self.mesh) for config, one in pairs)
         return each if self._has_draft else each[0]
 
     def _models(self, params: Any) -> tuple[Any, ...]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tpu_stack.quant import explain, matmul, quantize
-from tpu_stack.quant.turned import SUMMED_ROWS, Turned, turn
+from tpu_stack.quant.transposed import MULTIPLY_REDUCE_ROWS, Transposed, transpose_weight
 from tpu_stack.sharding.constrain import sharding_scope
 from tpu_stack.sharding.mesh import make_mesh
 from tpu_stack.sharding.profiles import get_profile
@@ -24,11 +24,11 @@ def one_device():
 def test_float32_against_float64(rows):
     x = jax.random.normal(jax.random.key(1), (rows, K))
     with one_device():
-        y = np.asarray(matmul(x, turn(W)))
-        few = explain(x, W.T, transpose=True).implementation == "summed"
+        y = np.asarray(matmul(x, transpose_weight(W)))
+        few = explain(x, W.T, transpose=True).implementation == "multiply_reduce"
     want = np.asarray(x, np.float64) @ np.asarray(W, np.float64)
     assert np.linalg.norm(y - want) < 1e-6 * np.linalg.norm(want)
-    assert few == (rows in SUMMED_ROWS)
+    assert few == (rows in MULTIPLY_REDUCE_ROWS)
 
 
 def test_a_sum_is_never_made_of_a_copy_of_x():
@@ -36,7 +36,7 @@ def test_a_sum_is_never_made_of_a_copy_of_x():
     x, other = jax.random.normal(jax.random.key(1), (8, K)), W + 1
     with one_device():
         step = jax.jit(lambda x, *w: [matmul(x, each) for each in w])
-        text = step.lower(x, turn(W), turn(other)).compile().as_text()
+        text = step.lower(x, transpose_weight(W), transpose_weight(other)).compile().as_text()
     assert text is not None
     assert f"f32[8,{N},{K}]" not in text.split("ENTRY")[1]
 
@@ -45,10 +45,10 @@ def test_a_sum_is_never_made_of_a_copy_of_x():
 def test_quantized_is_the_same_bit_for_bit(format):
     q = quantize(W, format).widen()
     x = jax.random.normal(jax.random.key(1), (5, K))
-    turned = turn(q)
-    assert isinstance(turned, Turned)
-    assert turned.shape == q.shape == (K, N)
-    y, same = (matmul(x, w, implementation="xla_sliced") for w in (turned, q))
+    transposed = transpose_weight(q)
+    assert isinstance(transposed, Transposed)
+    assert transposed.shape == q.shape == (K, N)
+    y, same = (matmul(x, w, implementation="xla_sliced") for w in (transposed, q))
     np.testing.assert_array_equal(np.asarray(y), np.asarray(same))
 
 
@@ -58,7 +58,7 @@ def test_8_bit_floats_against_float64(rows):
     q = quantize(jax.random.normal(jax.random.key(0), (K, 192)), "fp8_e4m3").widen()
     x = jax.random.normal(jax.random.key(1), (rows, K))
     with one_device():
-        y = np.asarray(matmul(x, turn(q)))
+        y = np.asarray(matmul(x, transpose_weight(q)))
     want = np.asarray(x, np.float64) @ np.asarray(q.dequantize(), np.float64)
     assert np.linalg.norm(y - want) < 1e-6 * np.linalg.norm(want)
 
@@ -66,18 +66,18 @@ def test_8_bit_floats_against_float64(rows):
 @pytest.mark.parametrize("format", ["int4_g64", "mxfp4", "int1"])
 def test_what_has_groups_stays(format):
     q = quantize(jnp.ones((256, 64)), format)
-    assert turn(q) is q
+    assert transpose_weight(q) is q
 
 
-def test_a_turned_weight_turns_no_further():
-    assert turn(turned := turn(W)) is turned
+def test_transposing_twice_changes_nothing():
+    assert transpose_weight(w := transpose_weight(W)) is w
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_row_is_the_same_whatever_the_batch_has_besides(dtype):
     """Prefill's programs have from 64 rows to 1024."""
     x = jax.random.normal(jax.random.key(1), (256, K), dtype)
-    w = turn(W.astype(dtype))
+    w = transpose_weight(W.astype(dtype))
     with one_device():
         product = jax.jit(matmul)
         whole = np.asarray(product(x, w), np.float32)
@@ -94,10 +94,10 @@ def test_gradients_reach_x_and_an_array():
         return jnp.sum(jnp.square(matmul(x, w)))
 
     with one_device():
-        got = jax.grad(loss, (0, 1))(x, turn(W))
+        got = jax.grad(loss, (0, 1))(x, transpose_weight(W))
     want = jax.grad(lambda x, w: jnp.sum(jnp.square(x @ w)), (0, 1))(x, W)
     np.testing.assert_allclose(got[0], want[0], rtol=1e-4, atol=1e-3)
-    np.testing.assert_allclose(got[1].table.T, want[1], rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(got[1].stored.T, want[1], rtol=1e-4, atol=1e-3)
 
 
 def test_lowered_for_tpu_it_is_a_dot():

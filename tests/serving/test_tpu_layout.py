@@ -15,8 +15,8 @@ from serving_model import MODEL, serving
 
 from tpu_stack.models.decoder import forward
 from tpu_stack.models.per_layer import per_layer
-from tpu_stack.quant.in_place import in_place, order_of
 from tpu_stack.quant.qtensor import PARTS, QTensor
+from tpu_stack.quant.tpu_layout import major_to_minor, tpu_layout
 from tpu_stack.serving.bundle import Bundle
 from tpu_stack.sharding.constrain import sharding_scope
 
@@ -48,13 +48,13 @@ def test_the_tpu_compiler_moves_no_table_about():
     ],
 )
 def test_order(part, axis, ndim, order):
-    assert order_of(part, axis, ndim) == order
+    assert major_to_minor(part, axis, ndim) == order
 
 
 def test_on_a_cpu_nothing_is_asked_for(trained, bundles):
     params = Bundle.open(bundles["int4"]).load(*serving("tensor=2"))
     values = params["blocks"]["mlp"]["w_up"].values
-    assert in_place(values.sharding, "values", -2, 3) is values.sharding
+    assert tpu_layout(values.sharding, "values", -2, 3) is values.sharding
 
 
 @pytest.mark.parametrize("how", ["split while loading", "split later"])
@@ -68,10 +68,10 @@ def test_every_part_of_every_layer_is_laid_out_and_the_numbers_stay(bundles, mon
         want = run(per_layer(bundle.load(profile, mesh)))
 
     def everywhere(sharding, part, contract_axis, ndim):
-        return Format(Layout(major_to_minor=order_of(part, contract_axis, ndim)), sharding)
+        return Format(Layout(major_to_minor=major_to_minor(part, contract_axis, ndim)), sharding)
 
     for module in ("serving.bundle", "models.per_layer"):
-        monkeypatch.setattr(f"tpu_stack.{module}.in_place", everywhere)
+        monkeypatch.setattr(f"tpu_stack.{module}.tpu_layout", everywhere)
     if how == "split later":
         params = per_layer(bundle.load(profile, mesh))
     else:
@@ -85,7 +85,7 @@ def test_every_part_of_every_layer_is_laid_out_and_the_numbers_stay(bundles, mon
     for q in packed:
         for part in PARTS:
             if (array := getattr(q, part)) is not None:
-                wanted = order_of(part, q.contract_axis, array.ndim)
+                wanted = major_to_minor(part, q.contract_axis, array.ndim)
                 assert array.format.layout.major_to_minor == wanted, (part, array.shape)
     with sharding_scope(mesh, profile.rules):
         np.testing.assert_array_equal(np.asarray(run(params)), np.asarray(want))
