@@ -26,8 +26,10 @@ from tpu_stack.planner.hlo_program import read_program
 EXCERPT = Path(__file__).parents[1] / "planner" / "data" / "v5e_2x4_mlp_step.hlo.txt"
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 HBM = int(get_chip("v5e").require("hbm_bytes"))
-TARGET = Target("v5e:2x4", "v5e", "v5e", 8, MESH, HBM, HBM, "plain products", 1.5e9)
-PROXY = Target("tpu7x:2x2x1", "7x", "8i", 8, MESH, 2 * HBM, HBM, "plain products", 2.2e9)
+TARGET = Target("v5e:2x4", "v5e", "v5e", 8, MESH, HBM, HBM, "plain products", (False, False), 1.5e9)
+PROXY = Target(
+    "tpu7x:2x2x1", "7x", "8i", 8, MESH, 2 * HBM, HBM, "plain products", (False,) * 3, 2.2e9
+)
 
 
 def compiled(cached: bool) -> Compiled:
@@ -56,7 +58,8 @@ def test_prints_memory_collectives_and_operations(answer, capsys, tmp_path):
     assert verb.run(verb.Options(json=file)) == 0
     printed = capsys.readouterr().out
     for text in (
-        "v5e:2x4 (8 JAX devices)", "batch 8, seq_len 64", "41.0 s when it was compiled (cached)",
+        "v5e:2x4 (8 JAX devices)", "no axis wraps", "batch 8, seq_len 64",
+        "41.0 s when it was compiled (cached)",
         "1.5 GiB", "of v5e", "reduce-scatter", "fsdp", "not asynchronous", "rung 3", "projected",
     ):  # fmt: skip
         assert text in printed

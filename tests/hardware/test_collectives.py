@@ -5,20 +5,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tpu_stack.errors import UserError
-from tpu_stack.hardware import AxisLinks, axis_links, axis_wraps, get_chip
+from tpu_stack.hardware import AxisLinks, axis_links, get_chip
 
 VOLUME = 2048 * 8192 * 2  # the book's bf16[2048, 8192]
 
 
 def test_scaling_book_quiz_all_gather_on_a_v5e_line_of_four():
     """'3 * 8.4e6 / 4.5e10 = 560us': 4 chips of a v5e have no wraparound link."""
-    links = axis_links(get_chip("v5e"), 4)
+    links = axis_links(get_chip("v5e"), 4, ring=False)
     assert links == AxisLinks(4, 45e9, "line")
     assert links.all_gather_s(VOLUME) == pytest.approx(560e-6, rel=0.01)
 
 
 def test_scaling_book_quiz_small_arrays_cost_hops():
-    assert axis_links(get_chip("v5e"), 4).all_gather_s(256 * 256 * 2) == pytest.approx(3e-6)
+    links = axis_links(get_chip("v5e"), 4, ring=False)
+    assert links.all_gather_s(256 * 256 * 2) == pytest.approx(3e-6)
 
 
 def test_ring_formulas_reach_the_book_s_in_the_limit_of_many_members():
@@ -91,25 +92,19 @@ def test_never_under_the_hops_and_grows_with_bytes(n, kind, volume):
     assert links.all_to_all_s(volume) <= links.all_gather_s(volume)
 
 
-def test_wraparound_rule():
-    assert axis_wraps(get_chip("v6e"), 16)
-    assert not axis_wraps(get_chip("v6e"), 8)
-    assert axis_wraps(get_chip("8t"), 4)
-    assert not axis_wraps(get_chip("8t"), 2)
-    assert not axis_wraps(get_chip("8i"), 4)
-
-
 def test_links_per_chip():
-    assert axis_links(get_chip("8t"), 4) == AxisLinks(4, 200e9, "ring")
-    assert axis_links(get_chip("8i"), 16) == AxisLinks(8, 1.2e12, "direct", max_hops=7)
-    assert axis_links(get_chip("8i"), 2).all_reduce_s(1e9) == 0  # within one chip: no figure
-    assert axis_links(get_chip("7x"), 8) == AxisLinks(4, 100e9, "ring")
+    assert axis_links(get_chip("8t"), 4, ring=True) == AxisLinks(4, 200e9, "ring")
+    assert axis_links(get_chip("8i"), 16, ring=False) == AxisLinks(8, 1.2e12, "direct", max_hops=7)
+    within_a_chip = axis_links(get_chip("8i"), 2, ring=False)
+    assert within_a_chip.all_reduce_s(1e9) == 0  # no figure
+    assert axis_links(get_chip("7x"), 8, ring=True) == AxisLinks(4, 100e9, "ring")
     # The two devices of a chip on different axes: both axes use the same links.
-    assert axis_links(get_chip("7x"), 8, whole_chips=False) == AxisLinks(8, 50e9, "ring")
+    shared = axis_links(get_chip("7x"), 8, ring=True, whole_chips=False)
+    assert shared == AxisLinks(8, 50e9, "ring")
     with pytest.raises(ValueError, match="do not fill"):
-        axis_links(get_chip("7x"), 3, whole_chips=True)
+        axis_links(get_chip("7x"), 3, ring=False, whole_chips=True)
     with pytest.raises(UserError, match="chip cpu has no ici"):
-        axis_links(get_chip("cpu"), 8)
+        axis_links(get_chip("cpu"), 8, ring=False)
 
 
 def test_not_an_axis():

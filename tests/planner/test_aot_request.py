@@ -32,6 +32,45 @@ def test_topology_of_a_profile(profile, name, devices):
     assert (found.name, found.devices) == (name, devices)
 
 
+OPEN = (False, False, False)
+
+
+@pytest.mark.parametrize(
+    ("profile", "config", "host", "wrap"),
+    [
+        ("v4:2x2x1", "megacore", (2, 2, 1), OPEN),
+        ("v4:4x4x8", "megacore", (2, 2, 1), (True, True, True)),
+        ("v5e:1", "default", (1, 1, 1), OPEN),
+        ("v5e:4x4", "default", (2, 2, 1), OPEN),
+        ("v5p:1", "megacore", (1, 1, 1), OPEN),
+        ("v5p:2x4x4", "megacore", (2, 2, 1), OPEN),
+        ("v5p:4x4x4", "megacore", (2, 2, 1), (True, True, True)),
+        ("v6e:8x16", "default", (2, 2, 1), (False, True, False)),
+        ("v6e:16x16", "default", (2, 2, 1), (True, True, False)),
+        ("7x:1", "default", (1, 1, 1), OPEN),
+        ("7x:8x8x8", "default", (2, 2, 1), (True, True, True)),
+        ("8t:2x4x4", "default", (2, 2, 1), OPEN),  # stands in: 2x2x4
+        ("8t:4x4x4", "default", (2, 2, 1), (False, True, True)),  # stands in: 2x4x4
+        ("8i:64", "default", (2, 2, 1), (True, True, True)),  # stands in: 4x4x4
+    ],
+)
+def test_topologies_are_wired_as_slices_are(profile, config, host, wrap):
+    """MaxText's table of systems has the same of the chips that it knows."""
+    assert topology_of(get_profile(profile)).options == {
+        "chip_config_name": config,
+        "chips_per_host_bounds": host,
+        "num_slices": 1,
+        "wrap": wrap,
+    }
+
+
+def test_the_wiring_is_in_the_key():
+    key = key_of(make_request(Asked("nano", "v5p:4x4x4", "train")))
+    assert key["topology"]["wrap"] == [True, True, True]
+    assert key["topology"]["chip_config"] == "megacore"
+    assert key["topology"]["host"] == [2, 2, 1]
+
+
 def test_a_proxy_is_called_one_and_keeps_the_memory_asked_for():
     target = target_of(make_request(Asked("llama3_8b", "8i:8", "decode")))
     assert target.is_proxy

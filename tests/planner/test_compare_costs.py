@@ -11,7 +11,7 @@ from tpu_stack.models.presets import get_preset
 from tpu_stack.planner import traffic
 from tpu_stack.planner.hlo import Collective
 from tpu_stack.planner.hlo_source import Part
-from tpu_stack.planner.links import MeshLinks, collective_seconds, cubic_topology
+from tpu_stack.planner.links import MeshLinks, collective_seconds
 from tpu_stack.planner.programs import shrink, trace_serve, trace_train
 from tpu_stack.planner.tensors import tensor_rows
 from tpu_stack.planner.workload import Workload
@@ -148,6 +148,27 @@ def test_an_axis_that_fits_no_torus_axes_has_one_link_and_the_slices_hops():
     assert found.hops * found.hop_s == pytest.approx((2 + 2 + 4) * 1e-6)
 
 
+def test_an_axis_that_does_not_wrap_is_a_line():
+    """A 2x4x4 has axes of 4 as a cube has, and none of them wraps: it is no whole cube."""
+    open_grid = _links(topology=(2, 4, 4), data=1, fsdp=16, tensor=2)
+    found = open_grid.links(("fsdp",), 16)
+    assert (found.kind, found.bytes_per_s_one_way) == ("line", 2 * 200e9)
+    assert found.hops * found.hop_s == pytest.approx((3 + 3) * 1e-6)
+    assert open_grid.links(None, 4).kind == "line"  # one axis of 4, open
+    proxy = dataclasses.replace(open_grid, wrap=(False, True, True))
+    assert proxy.links(("fsdp",), 16).kind == "ring"
+    assert proxy.links(("tensor",), 2).kind == "line"
+    assert proxy.links(None, 4).kind == "ring"
+    assert proxy.links(None, 8).kind == "line"  # no whole axes have 8
+
+
+def test_only_an_axis_of_16_wraps_on_a_2d_slice():
+    links = MeshLinks(get_chip("v6e"), (8, 16), {"data": 8, "tensor": 16})
+    assert links.links(("tensor",), 16).kind == "ring"
+    assert links.links(("data",), 8).kind == "line"
+    assert links.links(("data", "tensor"), 128).kind == "line"
+
+
 def test_kinds_cost_what_the_ring_formulas_say():
     links = _links(topology=(4,), data=1, fsdp=4, tensor=1)
     size = 1 << 30
@@ -184,15 +205,6 @@ def test_groups_of_one_and_unknown_loops_cost_nothing():
 def test_devices_must_fill_chips():
     with pytest.raises(UserError, match="7 devices do not fill 8i chips of 2"):
         _ = MeshLinks(get_chip("8i"), (), {"data": 7, "tensor": 1}).chips
-
-
-@pytest.mark.parametrize(
-    ("chip", "chips", "want"),
-    [("8t", 64, (4, 4, 4)), ("8t", 16, (2, 2, 4)), ("v6e", 16, (4, 4)), ("8i", 8, (8,)),
-     ("8t", 7, (1, 1, 7))],
-)  # fmt: skip
-def test_cubic_topology(chip, chips, want):
-    assert cubic_topology(get_chip(chip), chips) == want
 
 
 def test_shrinking_keeps_tensor_and_divides_the_rest():

@@ -16,6 +16,7 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from tpu_stack.planner.hlo import collectives, summarize
+from tpu_stack.planner.hlo_program import read_program
 from tpu_stack.planner.hlo_text import arrays, elements, parse
 
 MESH = AbstractMesh((2, 2, 2), ("data", "fsdp", "tensor"))
@@ -115,6 +116,34 @@ def test_parse_reads_headers():
     module = parse(ASYNC)
     assert (module.name, module.partitions, module.replicas) == ("async", 8, 1)
     assert module.entry.root == "collective-permute-done"
+
+
+# Splash attention's forward step (libtpu 0.0.52, v5p), whose backend configs are cut to cycles.
+SPLASH = (DATA / "splash_attention.hlo.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        "",
+        '"more": {\n"tiles": [\n{\n}\n]\n}\n',  # a line that is but a brace ends nothing here
+        '"open": "{ \\" {"\n',  # nor does one in a string open anything
+    ],
+)
+def test_a_kernels_metadata_goes_over_several_lines(metadata):
+    """Its last line starts with the braces that close it, and ends no computation."""
+    first = "kernel_metadata={\n"
+    assert SPLASH.count(first) == 1
+    assert "\n}}, metadata={op_name=" in SPLASH
+    text = SPLASH.replace(first, first + metadata)
+    module = parse(text)
+    assert module.entry.root == "convert_reduce_fusion"
+    kernel = module.entry.instructions["splash_mha_fwd_no_residuals.1"]
+    assert kernel.op_name.endswith("/pallas_call")
+    assert len(kernel.operands) == 6
+    report = read_program(text, {"data": 1})
+    assert report.cycles == 2530 + 2217 + 2432
+    assert report.unestimated == 1
 
 
 PROGRAM = """

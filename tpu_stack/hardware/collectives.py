@@ -88,18 +88,13 @@ class AxisLinks:
         return self._at_least_hops(shard_bytes / self.bytes_per_s_one_way, hops)
 
 
-def axis_wraps(chip: Chip, n: int) -> bool:
-    """Whether a torus axis of `n` chips closes into a ring.
-
-    Scaling-book, "How to think about TPUs": a full 16 on 2D chips, a multiple of 4 on 3D ones (the
-    rule is taken over for 7x and 8t). False for a chip that is no torus.
-    """
-    rank = chip.torus_rank
-    return n == 16 if rank == 2 else rank == 3 and n % 4 == 0
-
-
-def axis_links(chip: Chip, devices: int, *, whole_chips: bool | None = None) -> AxisLinks:
+def axis_links(
+    chip: Chip, devices: int, *, ring: bool, whole_chips: bool | None = None
+) -> AxisLinks:
     """The links of a mesh axis of `devices` neighbouring JAX devices, from the chip's facts.
+
+    `ring`: the torus axes that it lies on wrap round (`hardware.slices.wraps`); on Boardfly it says
+    nothing.
 
     On 7x and 8i two devices share a chip's links. whole_chips=True: both lie on this axis, so the
     members are chips, and what the two exchange is free (no figure for it is published). False:
@@ -114,7 +109,7 @@ def axis_links(chip: Chip, devices: int, *, whole_chips: bool | None = None) -> 
         raise ValueError(f"{devices} devices do not fill chips of {per_chip}")
     members, sharers = (devices // per_chip, 1) if whole_chips else (devices, per_chip)
     if chip.torus_rank:
-        kind = "ring" if axis_wraps(chip, members) else "line"
+        kind = "ring" if ring else "line"
         return AxisLinks(members, chip.require("ici_link_bytes_per_s_one_way") / sharers, kind)
     rate = chip.ici_bytes_per_s_one_way / sharers
     return AxisLinks(members, rate, "direct", max_hops=int(chip.require("ici_max_hops")))

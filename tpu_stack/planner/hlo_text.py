@@ -9,6 +9,7 @@ once and the other planner modules work on the parsed `Module`.
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -19,6 +20,7 @@ _BITS = re.compile(r"(?:bf|[sufc])(\d+)")
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
 _NAME = re.compile(r"%?([\w.\-]+)$")
 _COMMENT = re.compile(r"/\*.*?\*/")
+_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
 _OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
 
 
@@ -146,7 +148,7 @@ def parse(text: str) -> Module:
     computations: dict[str, Computation] = {}
     entry = name = root = ""
     body: dict[str, Instruction] | None = None
-    for line in text.splitlines():
+    for line in _whole_lines(text):
         if body is None:
             header = _HEADER.match(line)
             if header:
@@ -170,6 +172,27 @@ def parse(text: str) -> Module:
         partitions=_header_number(first, "num_partitions"),
         replicas=_header_number(first, "replica_count"),
     )
+
+
+def _whole_lines(text: str) -> Iterator[str]:
+    """The lines of the text, each with those that go on inside its braces.
+
+    A Pallas kernel's `kernel_metadata={...}` is printed over several lines, and repeated on what
+    reads its result.
+    """
+    whole, depth = "", 0
+    for line in text.splitlines():
+        if not depth and not line.startswith(" "):  # the header of a computation, or its end
+            yield line
+            continue
+        whole += line
+        depth += line.count("{") - line.count("}")
+        if depth and '"' in line:
+            bare = _QUOTED.sub("", whole)
+            depth = bare.count("{") - bare.count("}")
+        if not depth:
+            yield whole
+            whole = ""
 
 
 def _header_number(first_line: str, key: str) -> int:

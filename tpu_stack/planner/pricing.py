@@ -15,9 +15,10 @@ from typing import Any
 from tpu_stack.errors import UserError
 from tpu_stack.hardware.chips import Chip, get_chip
 from tpu_stack.hardware.roofline import LABEL, Roofline, Work, roofline
+from tpu_stack.hardware.slices import shape_of_count
 from tpu_stack.hardware.topology import parse_topology
 from tpu_stack.planner.hlo import summarize
-from tpu_stack.planner.links import MeshLinks, collective_seconds, cubic_topology
+from tpu_stack.planner.links import MeshLinks, collective_seconds
 from tpu_stack.planner.programs import Program
 from tpu_stack.sharding.profiles import Profile
 
@@ -49,7 +50,7 @@ def mesh_links(profile: Profile, chip: Chip) -> MeshLinks:
     if chip.name == profile.chip:
         sizes = parse_topology(profile.name.partition(":")[2], chip).sizes
     if len(sizes) == 1:
-        sizes = cubic_topology(chip, links.chips)
+        sizes = shape_of_count(chip, links.chips)
     return dataclasses.replace(links, topology=sizes)
 
 

@@ -71,6 +71,7 @@ def _print_target(options: Options, result: Any) -> None:
     proxy = f", as the proxy for {target.asked}" if target.is_proxy else ""
     rows = [
         ["compiled for", f"{target.topology} ({target.devices} JAX devices){proxy}"],
+        ["links", target.links],
         ["mesh", ",".join(f"{axis}={size}" for axis, size in target.mesh.items())],
     ]
     shapes = getattr(result, "key", {}).get("shapes", {})

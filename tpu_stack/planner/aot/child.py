@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from tpu_stack.errors import UserError
 from tpu_stack.planner.aot.asked import ENGINE_PROGRAMS
 from tpu_stack.planner.aot.request import CompileRequest
-from tpu_stack.planner.aot.target import topology_of
+from tpu_stack.planner.aot.target import Topology, topology_of
 from tpu_stack.planner.engine_programs import trace_engine
 from tpu_stack.planner.programs import Traced, trace_serve, trace_train
 from tpu_stack.sharding.mesh import make_mesh
@@ -56,7 +56,7 @@ def compile_here(request: CompileRequest, folder: Path) -> dict[str, Any]:
     """Compiles; returns memory in bytes of one device, and what tracing counted."""
     say(stage="starting the TPU compiler")
     topology = topology_of(request.profile)
-    mesh = make_mesh(request.profile.mesh, _devices(topology.name))
+    mesh = make_mesh(request.profile.mesh, devices_of(topology))
     say(stage="tracing")
     traced = trace(request, mesh)
     say(stage="compiling")
@@ -77,12 +77,14 @@ def compile_here(request: CompileRequest, folder: Path) -> dict[str, Any]:
     }
 
 
-def _devices(topology: str) -> list[Any]:
-    """The devices of a topology. Raises UserError where the compiler has none of that name."""
+def devices_of(topology: Topology) -> list[Any]:
+    """The devices of a slice, wired as it is. Raises UserError where the compiler has none such."""
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        return topologies.get_topology_desc(
+            platform="tpu", topology_name=topology.name, **topology.options
+        ).devices
     except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"the TPU compiler has no topology {topology}: {error}") from error
+        raise UserError(f"the TPU compiler has no topology {topology.name}: {error}") from error
 
 
 def main(folder: Path) -> None:

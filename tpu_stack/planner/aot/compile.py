@@ -89,6 +89,7 @@ def target_of(request: CompileRequest) -> Target:
         hbm_bytes=int(asked.require("hbm_bytes")) // asked.devices(1),
         compiler_hbm_bytes=int(chip.require("hbm_bytes")) // chip.devices(1),
         matmul=_matmul_text(request),
+        wrap=topology.wrap,
         clock_hz=COMPILE_TARGETS[chip.name].clock_hz if chip.name in COMPILE_TARGETS else None,
     )
 
@@ -117,7 +118,7 @@ def key_of(request: CompileRequest) -> dict[str, Any]:
     return {
         "program": request.program,
         "config": json.loads(json.dumps(asdict(request.config))),
-        "topology": topology_of(profile).name,
+        "topology": json.loads(json.dumps(asdict(topology_of(profile)))),
         "asked_chip": profile.chip,
         "mesh": dict(profile.mesh),
         "rules": {axis: list(axes) for axis, axes in profile.rules.table.items()},

@@ -52,7 +52,12 @@ def exposures(
     return tuple(rows)
 
 
-def links_of(topology: str, chip: str, mesh: dict[str, int]) -> MeshLinks:
-    """Where a mesh lies on a topology of the compiler, `v5p:4x4x4`. Needs JAX, for chip facts."""
+def links_of(
+    topology: str, chip: str, mesh: dict[str, int], wrap: tuple[bool, ...] | None = None
+) -> MeshLinks:
+    """Where a mesh lies on a topology of the compiler, `v5p:4x4x4`. Needs JAX, for chip facts.
+
+    `wrap`: which of its axes close into rings; the chip's own rule where None.
+    """
     sizes = tuple(int(size) for size in topology.partition(":")[2].split("x"))
-    return MeshLinks(get_chip(chip), sizes, mesh)
+    return MeshLinks(get_chip(chip), sizes, mesh, wrap=wrap)

@@ -55,7 +55,8 @@ class Target:
     """What was compiled for. Bytes are of one JAX device.
 
     Attributes:
-      topology: the compiler's name of it. chip: whose compiler ran. asked: the profile's chip.
+      topology: the compiler's name of it. wrap: which of its axes close into rings.
+      chip: whose compiler ran. asked: the profile's chip.
       devices: JAX devices. mesh: axis -> size.
       hbm_bytes: of the chip asked for. compiler_hbm_bytes: of the chip compiled for.
       matmul: which implementation of the quantized product is in the program, and why.
@@ -70,7 +71,16 @@ class Target:
     hbm_bytes: int
     compiler_hbm_bytes: int
     matmul: str
+    wrap: tuple[bool, ...]
     clock_hz: float | None = None
+
+    @property
+    def links(self) -> str:
+        """In words, how the slice wraps: "a torus", "axis 2 of 2 wraps" or "open"."""
+        if all(self.wrap):
+            return "a torus: every axis wraps"
+        rings = [str(axis + 1) for axis, ring in enumerate(self.wrap) if ring]
+        return f"axis {' and '.join(rings)} of {len(self.wrap)} wraps" if rings else "no axis wraps"
 
     @property
     def is_proxy(self) -> bool:

@@ -66,7 +66,8 @@ class Store:
 
     def _result(self, digest: str, data: dict[str, Any]) -> Result:
         kind = _KEPT[data.pop("outcome")]
-        fields = data | {"target": Target(**data["target"]), "cached": True}
+        target = data["target"] | {"wrap": tuple(data["target"]["wrap"])}
+        fields = data | {"target": Target(**target), "cached": True}
         if kind is Compiled:
             fields["memory"] = Memory(**data["memory"])
             fields["hlo"] = self.path(digest) / "program.hlo.gz"
@@ -90,7 +91,7 @@ class Store:
             pass
         text = gzip.decompress((self.path(digest) / "program.hlo.gz").read_bytes()).decode()
         report = read_program(text, target.mesh)
-        links = links_of(target.topology, target.chip, target.mesh)
+        links = links_of(target.topology, target.chip, target.mesh, target.wrap)
         times = exposures(report.collectives, links, target.clock_hz)
         pairs = [(item.own_s, item.cover_s) for item in times]
         write_json(path, {"reader": reader, "report": report.as_json(), "exposures": pairs})

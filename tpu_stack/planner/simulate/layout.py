@@ -14,7 +14,8 @@ from math import log, prod
 
 from tpu_stack.errors import UserError
 from tpu_stack.hardware.chips import Chip
-from tpu_stack.hardware.collectives import HOP_S, AxisLinks, axis_wraps
+from tpu_stack.hardware.collectives import HOP_S, AxisLinks
+from tpu_stack.hardware.slices import wraps
 
 AXES = ("data", "fsdp", "context", "expert", "tensor")
 
@@ -93,7 +94,7 @@ def _links(chip: Chip, chips: int, members: int) -> AxisLinks:
         return AxisLinks(members, chip.ici_bytes_per_s_one_way, "direct", max_hops=hops)
     torus_axes = max(1.0, rank * log(members) / log(chips))
     side = round(members ** (1 / torus_axes))
-    kind = "ring" if axis_wraps(chip, side) else "line"
+    kind = "ring" if all(wraps(chip, (side,) * rank)) else "line"
     rate = chip.require("ici_link_bytes_per_s_one_way") * torus_axes
     links = AxisLinks(members, rate, kind)
     across = torus_axes * (side // 2 if kind == "ring" else side - 1)
