@@ -88,7 +88,7 @@ def _shapes(name: str) -> tuple[Sizes, ...]:
 
 
 def _multiples(block: int, rank: int, chips: int, least: int) -> list[Sizes]:
-    """Shapes of at most `chips`: `rank` multiples of `block` from `least` up, the shortest first."""
+    """Shapes of at most `chips`: `rank` multiples of `block` from `least` up, shortest first."""
     if rank == 0:
         return [()]
     longest = int(chips ** (1 / rank) + 1e-9)  # the first axis is the shortest
