@@ -1,6 +1,7 @@
 """FLOPs, HBM bytes, links and emulated meshes of the three programs, against formulas by hand."""
 
 import dataclasses
+from fractions import Fraction
 from math import prod
 
 import pytest
@@ -12,9 +13,10 @@ from tpu_stack.planner import traffic
 from tpu_stack.planner.hlo import Collective
 from tpu_stack.planner.hlo_source import Part
 from tpu_stack.planner.links import MeshLinks, collective_seconds
-from tpu_stack.planner.programs import shrink, trace_serve, trace_train
+from tpu_stack.planner.programs import shrink, trace_train
+from tpu_stack.planner.serve_programs import block_turns, trace_serve
 from tpu_stack.planner.tensors import tensor_rows
-from tpu_stack.planner.workload import Workload
+from tpu_stack.planner.workload import PrefillStep, Workload
 from tpu_stack.sharding.profiles import get_profile
 
 NANO = get_preset("nano")
@@ -51,16 +53,39 @@ def test_remat_is_in_the_executed_flops_and_not_in_the_models():
 
 
 def test_serving_flops_by_hand():
-    """Every position of the cache is multiplied, seen or not; prefill unembeds one token a row."""
+    """Four engines of two slots. Attention walks whole blocks of 128 positions; prefill pads its
+    rows to four and unembeds one token of each."""
     serve = _profiles()[1]
-    prefill, decode = trace_serve(NANO, serve, "int4", batch=8, context=256, prompt=64, limit=8)
+    prefill, decode = trace_serve(NANO, serve, "int4", batch=8, context=256, prompt=600, limit=8)
     per_token = 2 * MATRICES + L * 4 * N * H * 256
     assert decode.flops.matmul_flops == 8 * (per_token + 2 * TABLE)
-    assert prefill.flops.matmul_flops == 8 * (64 * per_token + 2 * TABLE)
     assert traffic.decode_model_flops(NANO, batch=8, context=256) == decode.flops.matmul_flops
-    causal = 2 * MATRICES + L * 4 * N * H * 65 / 2
-    model = traffic.prefill_model_flops(NANO, batch=8, prompt=64)
-    assert model == 8 * (64 * causal + 2 * TABLE)
+    seen = 128 * (2 + 4 + 5) / 3  # of chunks that end at 256, 512 and 600
+    chunk = 256 * (2 * MATRICES + L * 4 * N * H * seen) + 2 * TABLE
+    assert prefill.flops.matmul_flops == pytest.approx(4 * 4 * chunk, rel=1e-12)
+    assert not (*prefill.flops.opaque, *prefill.flops.unknown_loops)
+    assert not (*decode.flops.opaque, *decode.flops.unknown_loops)
+
+
+def test_the_mean_run_of_prefill_has_its_share_of_a_prompts_model_flops():
+    step = PrefillStep.of(600, slots=2)
+    assert (step.rows, step.chunk, step.filled, step.tokens) == (4, 256, 2, 512)
+    assert (step.ends, step.positions) == ((256, 512, 600), 456)
+    prompt = 600 * (2 * MATRICES + L * 4 * N * H * 601 / 2) + 2 * TABLE
+    assert traffic.prefill_model_flops(NANO, step) == pytest.approx(prompt * 512 / 600)
+    assert PrefillStep.of(20, slots=16).tokens == 4 * 20  # in a program of 64
+
+
+def test_local_layers_walk_and_read_their_window():
+    """The program's loop runs over blocks that any query of the chunk sees."""
+    config = NANO.replace(block_pattern=("local", "local", "global"), window=128)
+    # a chunk that ends at 1024 starts at 768 and sees 641 on: blocks 5 to 7 of 8
+    assert block_turns(config, (1024,), 256) == Fraction(2 * 3 + 8, 3)
+    assert block_turns(config, (1024,), 1) == Fraction(2 * 1 + 8, 3)
+    serve = get_profile("v5e:1", "serve")
+    rows = tensor_rows(config, get_profile("8t:1", "train"), serve, "bf16")
+    found = traffic.decode_traffic(config, serve, rows, batch=16, context=1024)
+    assert found["kv cache read"] == 16 * 2 * K * H * 2 * (4 * 128 + 2 * 1024)
 
 
 def test_decode_traffic_by_hand():

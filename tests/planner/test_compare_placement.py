@@ -12,9 +12,10 @@ from tpu_stack.errors import UserError
 from tpu_stack.models.abstract import tensor_specs
 from tpu_stack.models.presets import get_preset
 from tpu_stack.planner.compare.placement import chain, named
-from tpu_stack.planner.compare.products import serve_product, train_product
+from tpu_stack.planner.compare.products import rows_per_device, serve_product, train_product
 from tpu_stack.planner.compare.reshard import moves, network_bytes_per_s, plan
 from tpu_stack.planner.tensors import tensor_rows
+from tpu_stack.planner.workload import Workload
 from tpu_stack.sharding.profiles import get_profile
 
 NANO = get_preset("nano")
@@ -161,7 +162,9 @@ def test_replaying_the_moves_ends_in_the_serving_layout(fsdp, tensor, parts, dat
 def test_tiles_and_support_on_both_sides():
     train, serve = _profiles()
     rows = _rows(train, serve)
-    counts = {"prefill": 128, "decode": 4}
+    work = Workload.of(NANO, train, serve, serve_batch=16, context=256, prompt=100)
+    counts = rows_per_device(rows["blocks.mlp.w_up"].spec, serve, work)
+    assert counts == {"prefill": 4 * 256, "decode": 4}
     up = serve_product(NANO, rows["blocks.mlp.w_up"], serve, counts)
     assert up is not None
     assert (up["support"], up["computed_as"]) == ("native", ["bfloat16", "int4"])
@@ -170,7 +173,9 @@ def test_tiles_and_support_on_both_sides():
     assert (decode["rows"], decode["k"], decode["n"]) == (4, 192, 256)
     assert all(decode["tile"][side] > 0 for side in ("bm", "bk", "bn"))
     assert up["kernel"]["prefill"]["tile"]["bm"] >= decode["tile"]["bm"]
-    table = serve_product(NANO, rows["embed"], serve, counts)
+    table = serve_product(
+        NANO, rows["embed"], serve, rows_per_device(rows["embed"].spec, serve, work)
+    )
     assert table is not None
     assert (table["kernel"]["prefill"]["rows"], table["kernel"]["prefill"]["n"]) == (4, 1024)
     trained = train_product(NANO, rows["blocks.mlp.w_up"], train)

@@ -1,6 +1,7 @@
 """Counted FLOPs against transformer formulas, and against XLA's own count."""
 
 import math
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -145,6 +146,8 @@ def test_cond_counts_its_largest_branch_and_while_is_reported():
     count = count_flops(loop, square, n)
     assert count.matmul_flops == 2 * 8**3
     assert len(count.unknown_loops) == 1
+    known = count_jaxpr(jax.jit(loop).trace(square, n).jaxpr, turns=Fraction(5, 2))
+    assert (known.matmul_flops, known.unknown_loops) == (5 * 8**3, ())
     static = count_flops(lambda x: jax.lax.fori_loop(0, 6, lambda _, v: v @ v, x), square)
     assert (static.matmul_flops, static.unknown_loops) == (6 * 2 * 8**3, ())
 
@@ -174,6 +177,19 @@ def test_shard_map_counts_every_device():
         out_specs=P("data", None),
     )
     assert count_flops(mapped, _array(8, 16), _array(16, 32)).matmul_flops == 2 * 8 * 16 * 32
+
+
+def test_of_branches_one_without_a_kernel_counts():
+    def kernel(x_ref, o_ref):
+        o_ref[...] = x_ref[...]
+
+    estimate = pl.CostEstimate(flops=10**9, transcendentals=0, bytes_accessed=7)
+    call = pl.pallas_call(kernel, out_shape=_array(8, 8), cost_estimate=estimate, interpret=True)
+    count = count_flops(
+        lambda x, n: jax.lax.cond(n > 0, call, lambda v: v @ v, x),
+        _array(8, 8), _array(dtype=jnp.int32),
+    )  # fmt: skip
+    assert (count.matmul_flops, count.opaque) == (2 * 8**3, ())
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,14 @@ peak depends on them.
 Conventions: a multiply-add is 2 operations; figures are for all devices together (a `shard_map`
 body is multiplied by the devices it runs on); recomputation under `jax.checkpoint` counts, since it
 runs; elementwise work does not. Padding and dilation zeros of a convolution count as work. Unused
-results are dropped within one jaxpr, not across the boundary of an inner one.
+results are dropped within one jaxpr, not across the boundary of an inner one. Of a conditional's
+branches the costliest counts, of those without a kernel where there is one: what a kernel does is
+known by its own estimate only.
 """
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from math import prod
 from typing import Any
 
@@ -60,34 +62,41 @@ def count_flops(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Flop
     return count_jaxpr(traceable.trace(*args, **kwargs).jaxpr)  # pyright: ignore
 
 
-def count_jaxpr(closed: Any) -> FlopCount:
-    """Count the products in a closed jaxpr, as `jax.make_jaxpr` returns."""
-    tally = _count(closed.jaxpr)
+def count_jaxpr(closed: Any, turns: Fraction | None = None) -> FlopCount:
+    """Count the products in a closed jaxpr, as `jax.make_jaxpr` returns.
+
+    Args:
+      turns: how often a loop turns whose length only its data tell, the mean over all such loops;
+        None: they are counted as one turn and named in `unknown_loops`.
+    """
+    tally = _count(closed.jaxpr, turns)
+    flops = {pair: int(amount) for pair, amount in tally.flops.items()}
     return FlopCount(
-        matmul_flops=sum(tally.flops.values()),
-        by_operand_dtypes=dict(tally.flops),
-        dot_operand_bytes=tally.bytes,
+        matmul_flops=sum(flops.values()),
+        by_operand_dtypes=flops,
+        dot_operand_bytes=int(tally.bytes),
         opaque=tuple(dict.fromkeys(tally.opaque)),
-        opaque_flops=tally.opaque_flops,
+        opaque_flops=int(tally.opaque_flops),
         unknown_loops=tuple(tally.unknown),
     )
 
 
 @dataclass
 class _Tally:
-    flops: Counter[tuple[str, str]] = field(default_factory=Counter)
-    bytes: int = 0
+    turns: Fraction | None = None
+    flops: dict[tuple[str, str], int | Fraction] = field(default_factory=dict)
+    bytes: int | Fraction = 0
     opaque: list[str] = field(default_factory=list)
-    opaque_flops: int = 0
+    opaque_flops: int | Fraction = 0
     unknown: list[str] = field(default_factory=list)
 
     @property
-    def total(self) -> int:
+    def total(self) -> int | Fraction:
         return sum(self.flops.values()) + self.opaque_flops
 
-    def add(self, other: "_Tally", times: int = 1) -> None:
+    def add(self, other: "_Tally", times: int | Fraction = 1) -> None:
         for pair, flops in other.flops.items():
-            self.flops[pair] += flops * times
+            self.flops[pair] = self.flops.get(pair, 0) + flops * times
         self.bytes += other.bytes * times
         self.opaque_flops += other.opaque_flops * times
         self.opaque += other.opaque
@@ -95,12 +104,13 @@ class _Tally:
 
     def product(self, eqn: core.JaxprEqn, flops: int) -> None:
         left, right = (_aval(variable) for variable in eqn.invars[:2])
-        self.flops[str(left.dtype), str(right.dtype)] += flops
+        pair = (str(left.dtype), str(right.dtype))
+        self.flops[pair] = self.flops.get(pair, 0) + flops
         self.bytes += sum(_bytes(_aval(v)) for v in (*eqn.invars[:2], *eqn.outvars[:1]))
 
 
-def _count(jaxpr: core.Jaxpr) -> _Tally:
-    tally = _Tally()
+def _count(jaxpr: core.Jaxpr, turns: Fraction | None) -> _Tally:
+    tally = _Tally(turns)
     for eqn in _live(jaxpr):
         handler = _HANDLERS.get(eqn.primitive.name)
         if handler is not None:
@@ -109,7 +119,7 @@ def _count(jaxpr: core.Jaxpr) -> _Tally:
             tally.opaque.append(eqn.primitive.name)
         else:
             for inner in _inner_jaxprs(eqn.params):
-                tally.add(_count(inner))
+                tally.add(_count(inner, turns))
     return tally
 
 
@@ -150,26 +160,26 @@ def _convolution(eqn: core.JaxprEqn, tally: _Tally) -> None:
 
 
 def _scan(eqn: core.JaxprEqn, tally: _Tally) -> None:
-    tally.add(_count(eqn.params["jaxpr"].jaxpr), times=eqn.params["length"])
+    tally.add(_count(eqn.params["jaxpr"].jaxpr, tally.turns), times=eqn.params["length"])
 
 
 def _while(eqn: core.JaxprEqn, tally: _Tally) -> None:
-    inner = _count(eqn.params["body_jaxpr"].jaxpr)
-    inner.add(_count(eqn.params["cond_jaxpr"].jaxpr))
-    if inner.total or inner.opaque:
+    inner = _count(eqn.params["body_jaxpr"].jaxpr, tally.turns)
+    inner.add(_count(eqn.params["cond_jaxpr"].jaxpr, tally.turns))
+    if tally.turns is None and (inner.total or inner.opaque):
         tally.unknown.append(f"while at {_where(eqn)}")
-    tally.add(inner)
+    tally.add(inner, times=1 if tally.turns is None else tally.turns)
 
 
 def _cond(eqn: core.JaxprEqn, tally: _Tally) -> None:
-    branches = [_count(branch.jaxpr) for branch in eqn.params["branches"]]
-    tally.add(max(branches, key=lambda branch: branch.total))
+    branches = [_count(branch.jaxpr, tally.turns) for branch in eqn.params["branches"]]
+    tally.add(max(branches, key=lambda branch: (not branch.opaque, branch.total)))
 
 
 def _shard_map(eqn: core.JaxprEqn, tally: _Tally) -> None:
     sizes, manual = eqn.params["mesh"].shape, eqn.params["newly_manual_axes"]
     devices = prod(size for name, size in sizes.items() if name in manual)
-    tally.add(_count(eqn.params["jaxpr"]), times=devices)
+    tally.add(_count(eqn.params["jaxpr"], tally.turns), times=devices)
 
 
 def _pallas_call(eqn: core.JaxprEqn, tally: _Tally) -> None:
@@ -189,7 +199,7 @@ def _custom_derivative(eqn: core.JaxprEqn, tally: _Tally) -> None:
     """Only the function itself runs; its derivative rules appear where they are applied."""
     inner = eqn.params.get("call_jaxpr", eqn.params.get("fun_jaxpr"))
     for jaxpr in _inner_jaxprs({"function": inner}):
-        tally.add(_count(jaxpr))
+        tally.add(_count(jaxpr, tally.turns))
 
 
 _HANDLERS: dict[str, Callable[[core.JaxprEqn, _Tally], None]] = {

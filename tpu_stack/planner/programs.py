@@ -1,8 +1,9 @@
 """The programs that training and serving run, traced and compiled for a mesh without allocating.
 
-The functions are the real ones (`make_train_step`, `prefill_step`, `decode_step`) with abstract
-arguments. XLA:CPU compiles them for as many virtual devices as the mesh has; its collectives are
-what the planner reads. LLVM's optimizations are off: they change no collective and take longer.
+The functions are the real ones (`make_train_step`; the engine's are in `serve_programs`) with
+abstract arguments. XLA:CPU compiles them for as many virtual devices as the mesh has; its
+collectives are what the planner reads. LLVM's optimizations are off: they change no collective and
+take longer.
 
 >>> traced = trace_train(config, profile, batch=128, seq_len=4096, limit=512)
 >>> program = compile_all([traced])[0]
@@ -14,22 +15,18 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from fractions import Fraction
 from math import prod
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from tpu_stack.models.cache import Cache, cache_shape
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.planner.flops import FlopCount, count_jaxpr
 from tpu_stack.planner.hlo import Collective, collectives
 from tpu_stack.planner.tensors import ways
 from tpu_stack.quant.select import use_implementation
-from tpu_stack.serving.engine import DecodeState, cache_sharding, decode_step, prefill_step
-from tpu_stack.serving.layout import PackedLayout
-from tpu_stack.serving.sampler import Sampling
 from tpu_stack.sharding.axes import BATCH
 from tpu_stack.sharding.constrain import sharding_scope
 from tpu_stack.sharding.mesh import make_mesh
@@ -40,7 +37,6 @@ from tpu_stack.training.optimizer import make_optimizer
 from tpu_stack.training.step import make_train_step
 
 MAX_EMULATED_DEVICES = 512
-SERVE_PROGRAMS = ("prefill", "decode")
 _COMPILER_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
@@ -48,8 +44,9 @@ _COMPILER_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expe
 class Traced:
     """A program lowered for its emulated mesh, and its products counted.
 
-    Invariant: `flops` is for the profile's own mesh and batch, over all devices; `mesh` is the one
-    it was lowered for, smaller when there are too few virtual devices.
+    Invariant: `flops` is for the profile's own mesh and batch, over all devices. `mesh` is the one
+    it was lowered for: of a serving program, that of one slice of the data axis; `shrunk` where it
+    has fewer devices than it should, as there are too few virtual ones.
     """
 
     name: str
@@ -57,22 +54,20 @@ class Traced:
     mesh: Mesh
     flops: FlopCount
     lowered: jax.stages.Lowered
+    shrunk: bool
 
 
 @dataclass(frozen=True)
 class Program:
-    """A compiled program's findings. `emulated_mesh` is the mesh that `collectives` are of."""
+    """A compiled program's findings. `emulated_mesh` is the mesh that `collectives` are of, and
+    `shrunk` as in `Traced`."""
 
     name: str
     profile: Profile
     emulated_mesh: dict[str, int]
     flops: FlopCount
     collectives: tuple[Collective, ...]
-
-    @property
-    def shrunk(self) -> bool:
-        """Whether the emulated mesh is smaller than the profile's."""
-        return self.emulated_mesh != dict(self.profile.mesh)
+    shrunk: bool
 
 
 def shrink(profile: Profile, limit: int) -> Profile:
@@ -110,61 +105,10 @@ def trace_train(
     step = make_train_step(config, layout.optimizer, train, dtype=compute, remat=remat)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(layout.shardings, None))
     arguments = (layout.abstract, layout.abstract_batch(batch_now, seq_len))
-    return traced_on("train_step", profile, small, mesh, jitted, arguments, batch // batch_now)
-
-
-def trace_serve(
-    config: ModelConfig,
-    profile: Profile,
-    format: str,
-    *,
-    batch: int,
-    context: int,
-    prompt: int,
-    limit: int = MAX_EMULATED_DEVICES,
-    programs: Sequence[str] = SERVE_PROGRAMS,
-    mesh: Mesh | None = None,
-) -> list[Traced]:
-    """Prefill of [batch, prompt] tokens and one decode step, into a cache of `context` positions;
-    of these, the `programs` asked for.
-
-    Packed weights go to the kernel on a mesh of TPU devices; on the emulated mesh to XLA's
-    products, which have the same collectives, never through the path meant for one CPU device.
-    Lowered for `mesh` where one is given, else for the emulated mesh.
-    """
-    small, mesh, batch_now = _placed(profile, batch, limit, mesh)
-    params = PackedLayout.of(config, format, small, mesh).abstract
-    axes, scale = small.rules, batch // batch_now
-    rows = NamedSharding(mesh, axes.partition_spec((BATCH,)))
-    tokens = NamedSharding(mesh, axes.partition_spec((BATCH, None)))
-    cache_at = cache_sharding(small, mesh)
-
-    def row(dtype: str) -> Any:
-        return jax.ShapeDtypeStruct((batch_now,), dtype, sharding=rows)
-
-    half: Any = jax.ShapeDtypeStruct(
-        cache_shape(config, batch_now, context), profile.precision.cache, sharding=cache_at
+    scale, shrunk = batch // batch_now, small is not profile
+    return traced_on(
+        "train_step", profile, small, mesh, jitted, arguments, scale=scale, shrunk=shrunk
     )
-    cache = Cache(half, half)
-    sampling = Sampling(row("float32"), row("int32"), row("float32"), row("uint32"))
-    out = DecodeState(Cache(cache_at, cache_at), rows, rows, Sampling(rows, rows, rows, rows))  # pyright: ignore
-    prompts = jax.ShapeDtypeStruct((batch_now, prompt), "int32", sharding=tokens)
-    state = DecodeState(cache, row("int32"), row("int32"), sampling)  # pyright: ignore
-    arguments = {
-        "prefill": (params, cache, prompts, row("int32"), sampling),
-        "decode": (params, state),
-    }
-    found = []
-    for name, function in (("prefill", prefill_step), ("decode", decode_step)):
-        if name not in programs:
-            continue
-        jitted = jax.jit(
-            partial(function, config, profile.precision.compute),
-            donate_argnums=1,
-            out_shardings=out,
-        )
-        found.append(traced_on(name, profile, small, mesh, jitted, arguments[name], scale))
-    return found
 
 
 def _placed(
@@ -186,22 +130,31 @@ def traced_on(
     mesh: Mesh,
     jitted: Any,
     arguments: Any,
-    scale: int = 1,
+    *,
+    scale: int,
+    shrunk: bool,
+    turns: Fraction | None = None,
 ) -> Traced:
     """`jitted` traced and lowered for `mesh`, which `small`, `profile` on fewer devices, is of.
 
-    scale: how many times the batch `profile` has.
+    Packed weights go to the kernel on a mesh of TPU devices; on the emulated mesh to XLA's
+    products, which have the same collectives, never through the path meant for one CPU device.
+
+    Args:
+      scale: how many times the work `profile` has.
+      turns: as in `count_jaxpr`.
     """
     on_tpu = mesh.devices.flat[0].platform == "tpu"
     products = nullcontext() if on_tpu else use_implementation("xla")
     with sharding_scope(mesh, small.rules), products:
         traced = jitted.trace(*arguments)
         lowered = traced.lower()
-    return Traced(name, profile, mesh, _scaled(count_jaxpr(traced.jaxpr), scale), lowered)
+    flops = _scaled(count_jaxpr(traced.jaxpr, turns), scale)
+    return Traced(name, profile, mesh, flops, lowered, shrunk)
 
 
 def _scaled(count: FlopCount, times: int) -> FlopCount:
-    """The count for `times` the batch: every product of these programs runs over the batch once."""
+    """The count for `times` the batch, over which every product runs once, or as many engines."""
     return dataclasses.replace(
         count,
         matmul_flops=count.matmul_flops * times,
@@ -221,7 +174,7 @@ def compile_all(
         found = collectives(compiled.as_text() or "", traced.mesh)
         done(traced.name)
         mesh = dict(traced.mesh.shape)
-        return Program(traced.name, traced.profile, mesh, traced.flops, tuple(found))
+        return Program(traced.name, traced.profile, mesh, traced.flops, tuple(found), traced.shrunk)
 
     with ThreadPoolExecutor(max_workers=max(1, len(programs))) as pool:
         return list(pool.map(one, programs))

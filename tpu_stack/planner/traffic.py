@@ -13,15 +13,17 @@ A train step, one micro-batch:
 - activations: what remat saves per layer, written and read;
 - logits, float32: written and read, and their gradient likewise.
 
-Prefill and decode:
+Decode, and one run of prefill, which takes a chunk of each of a few prompts (`PrefillStep`):
 - weights: every matrix once as stored, scales included; of a table, the rows looked up;
-- kv cache read: all positions of the context in every layer, once; kv cache write: the new ones;
+- kv cache read: the positions in sight in every layer, once; in prefill, of the mean chunk;
+- kv cache write: the new positions;
 - logits, float32, of one position per row: written and read.
 
 >>> sum(decode_traffic(config, profile, rows, batch=16, context=4096).values())
 """
 
 from collections.abc import Sequence
+from fractions import Fraction
 
 from jax.numpy import dtype
 
@@ -33,6 +35,7 @@ from tpu_stack.models.flops import (
     train_flops_per_token,
 )
 from tpu_stack.planner.tensors import TensorRow, ways
+from tpu_stack.planner.workload import PrefillStep
 from tpu_stack.sharding.axes import BATCH, FFW, HEADS, KV_HEADS, VOCAB
 from tpu_stack.sharding.profiles import Profile
 
@@ -82,38 +85,60 @@ def saved_activation_bytes(
 
 
 def prefill_traffic(
-    config: ModelConfig,
-    profile: Profile,
-    rows: Sequence[TensorRow],
-    *,
-    batch: int,
-    context: int,
-    prompt: int,
+    config: ModelConfig, profile: Profile, rows: Sequence[TensorRow], step: PrefillStep
 ) -> Bytes:
-    """Bytes of running `prompt` tokens of every row into a cache of `context` positions."""
-    local = batch // ways(profile, BATCH)
-    cache = cache_bytes(config, profile, batch=batch, context=context)
-    return {
-        "weights": _served_weights(config, rows, tokens=local * prompt),
-        "kv cache read": cache,
-        "kv cache write": cache // context * prompt,
-        "logits": 2 * _logits_bytes(config, profile, local),
-    }
+    """Bytes of one run of the prefill program."""
+    seen = sum(_positions_in_sight(config, end, step.chunk) for end in step.ends)
+    return _serve_traffic(
+        config, profile, rows, step.filled, step.filled * seen / len(step.ends), step.tokens
+    )
 
 
 def decode_traffic(
     config: ModelConfig, profile: Profile, rows: Sequence[TensorRow], *, batch: int, context: int
 ) -> Bytes:
-    """Bytes of one more token for every row: a prefill of one token."""
-    return prefill_traffic(config, profile, rows, batch=batch, context=context, prompt=1)
+    """Bytes of one more token for every row, each with a full context."""
+    local = batch // ways(profile, BATCH)
+    seen = local * _positions_in_sight(config, context, 1)
+    return _serve_traffic(config, profile, rows, local, seen, local)
+
+
+def _serve_traffic(
+    config: ModelConfig,
+    profile: Profile,
+    tensors: Sequence[TensorRow],
+    rows: int,
+    read: Fraction,
+    tokens: int,
+) -> Bytes:
+    """Of `tokens` new tokens, of `rows` sequences that see `read` positions together."""
+    position = config.n_layers * _position_bytes(config, profile)
+    return {
+        "weights": _served_weights(config, tensors, tokens=tokens),
+        "kv cache read": int(position * read),
+        "kv cache write": position * tokens,
+        "logits": 2 * _logits_bytes(config, profile, rows),
+    }
+
+
+def _positions_in_sight(config: ModelConfig, end: int, tokens: int) -> Fraction:
+    """Positions that the `tokens` before `end` see, the mean over the layers."""
+    local = min(end, config.window + tokens - 1)
+    seen = [local if kind == "local" else end for kind in config.layer_kinds]
+    return Fraction(sum(seen), config.n_layers)
 
 
 def cache_bytes(config: ModelConfig, profile: Profile, *, batch: int, context: int) -> int:
     """The key/value cache: every layer holds `context` positions, local layers included."""
-    heads = config.n_kv_heads // ways(profile, KV_HEADS)
     positions = batch // ways(profile, BATCH) * context
+    return config.n_layers * positions * _position_bytes(config, profile)
+
+
+def _position_bytes(config: ModelConfig, profile: Profile) -> int:
+    """Of a position's key and value in one layer."""
+    heads = config.n_kv_heads // ways(profile, KV_HEADS)
     itemsize = dtype(profile.precision.cache or profile.precision.compute).itemsize
-    return 2 * config.n_layers * positions * heads * config.head_dim * itemsize
+    return 2 * heads * config.head_dim * itemsize
 
 
 def train_memory(
@@ -148,12 +173,13 @@ def train_model_flops(config: ModelConfig, *, batch: int, seq_len: int) -> float
     return batch * seq_len * train_flops_per_token(config, seq_len)
 
 
-def prefill_model_flops(config: ModelConfig, *, batch: int, prompt: int) -> float:
-    """The same for a prompt, with the logits of its last token only."""
+def prefill_model_flops(config: ModelConfig, step: PrefillStep) -> float:
+    """The same for the mean run of the prefill program, with the logits of a prompt's last token
+    only."""
     unembed = config.d_model * config.vocab_size
-    attention = attention_flops_per_token(config, mean_keys(config, prompt))
+    attention = attention_flops_per_token(config, mean_keys(config, step.prompt))
     per_token = 2 * (matmul_parameters(config) - unembed) + attention
-    return batch * (prompt * per_token + 2 * unembed)
+    return step.tokens * (per_token + 2 * unembed / step.prompt)
 
 
 def decode_model_flops(config: ModelConfig, *, batch: int, context: int) -> float:

@@ -5,15 +5,56 @@
 """
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 from tpu_stack.errors import UserError
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.planner.tensors import ways
+from tpu_stack.serving.paged.build import CHUNKS, PROMPTS
 from tpu_stack.sharding.axes import BATCH
 from tpu_stack.sharding.profiles import Profile, require_batch_divides
 
 TOKENS_PER_DEVICE = 8192
 ROWS_PER_WAY = 16
+
+
+@dataclass(frozen=True)
+class PrefillStep:
+    """One run of the engine's prefill program, which takes a chunk of each of a few prompts.
+
+    Attributes:
+      prompt: tokens of each prompt. rows: prompts of the program. chunk: tokens of each that it
+        runs; a prompt's last chunk is padded up to that.
+      filled: rows that there are prompts for, when all slots have one.
+    """
+
+    prompt: int
+    rows: int
+    chunk: int
+    filled: int
+
+    @classmethod
+    def of(cls, prompt: int, slots: int) -> "PrefillStep":
+        """For prompts of `prompt` tokens on an engine of `slots`: the most rows that an engine has
+        a program for, in the narrowest chunk that holds a prompt, else the widest."""
+        chunk = next((chunk for chunk in CHUNKS if chunk >= prompt), CHUNKS[-1])
+        return cls(prompt, PROMPTS[-1], chunk, min(slots, PROMPTS[-1]))
+
+    @property
+    def tokens(self) -> int:
+        """Prompt tokens that a run of full chunks takes."""
+        return self.filled * min(self.chunk, self.prompt)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """How many tokens of a prompt are in the cache after each of its chunks."""
+        starts = range(0, self.prompt, self.chunk)
+        return tuple(min(start + self.chunk, self.prompt) for start in starts)
+
+    @property
+    def positions(self) -> Fraction:
+        """Positions of the cache that the queries of a chunk see, the mean over a prompt's."""
+        return Fraction(sum(self.ends), len(self.ends))
 
 
 @dataclass(frozen=True)
@@ -23,7 +64,7 @@ class Workload:
     Attributes:
       batch_size, seq_len: sequences of a train step, tokens of each.
       serve_batch: rows decoded together. context: positions the cache holds per row, all of which
-        a decode step reads. prompt: tokens of each row that prefill runs.
+        a decode step reads. prompt: tokens of each prompt that prefill runs, a chunk at a time.
     """
 
     batch_size: int
@@ -75,3 +116,7 @@ class Workload:
         require_batch_divides(train, batch_size)
         require_batch_divides(serve, serve_batch)
         return cls(batch_size, seq_len, serve_batch, context, prompt)
+
+    def prefill_step(self, serve: Profile) -> PrefillStep:
+        """What each replica's prefill program runs at a time."""
+        return PrefillStep.of(self.prompt, self.serve_batch // ways(serve, BATCH))

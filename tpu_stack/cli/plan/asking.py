@@ -18,8 +18,8 @@ class ProgramOptions:
     """Preset."""
     profile: str = "v5p:4x4x4"
     """NAME:TOPOLOGY, counting chips."""
-    program: Literal["train", "prefill", "decode", "engine-prefill", "engine-decode"] = "train"
-    """Which program; an engine's are those that `tpu-stack serve` runs, with a paged cache."""
+    program: Literal["train", "prefill", "decode"] = "train"
+    """Which program; prefill and decode are those that `tpu-stack serve` runs."""
     mesh: str | None = None
     """Axis sizes, such as fsdp=16,tensor=4; the default is the profile's, made to divide."""
     format: str = "int4"
@@ -33,11 +33,11 @@ class ProgramOptions:
     remat: Literal["full", "dots", "none"] | None = None
     """What the backward pass recomputes (default: the profile's)."""
     serve_batch: int | None = None
-    """Rows decoded together (default 16 per way of the data axis)."""
+    """Sequences decoded together (default 16 for each slice of the data axis)."""
     context: int | None = None
-    """Positions that the cache holds per row (default 4096)."""
+    """Tokens that the cache holds of each (default 4096)."""
     prompt: int | None = None
-    """Tokens of each row that prefill runs (default 1024); an engine's prefill has its own."""
+    """Tokens of a prompt (default 1024), which prefill runs in chunks of at most 256."""
     timeout: float = 1800.0
     """Seconds after which a compile is ended."""
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tpu_stack.cli.console import print_table, save_json
 from tpu_stack.cli.plan.asking import ProgramOptions
@@ -23,8 +23,6 @@ class Options(ProgramOptions):
     Example: tpu-stack plan memory --model llama3_8b --profile v5e:4x4 --program train
     """
 
-    program: Literal["train", "prefill", "decode"] = "train"  # pyright: ignore
-    """Which program."""
     confirm: bool = False
     """Compile it too, and every change offered; with --cases, renew their record."""
     cases: bool = False

@@ -19,9 +19,7 @@ from tpu_stack.planner.aot.result import CompilerMissing, Result
 from tpu_stack.planner.aot.store import Store
 
 PROGRAMS = ("train", "prefill", "decode")
-"""Those that every part of the planner knows."""
-ENGINE_PROGRAMS = ("engine-prefill", "engine-decode")
-"""The server's own, which only the compiler is asked about (planner/engine_programs.py)."""
+"""The train step, and the two programs of the serving engine (planner/serve_programs.py)."""
 REMAT = ("full", "dots", "none")
 TIMEOUT_S = 1800.0
 
@@ -31,10 +29,10 @@ class Asked:
     """A compile in the user's words. None: the default that `make_request` fills in.
 
     Attributes:
-      model: preset. profile: NAME:TOPOLOGY. program: one of PROGRAMS or ENGINE_PROGRAMS.
+      model: preset. profile: NAME:TOPOLOGY. program: one of PROGRAMS.
       mesh: axis sizes, as in "fsdp=16,tensor=4". remat: one of REMAT; of a train step.
       batch_size, seq_len, accumulate: of a train step.
-      format, serve_batch, context, prompt: of the others; an engine has chunks in prompt's place.
+      format, serve_batch, context, prompt: of the others.
     """
 
     model: str

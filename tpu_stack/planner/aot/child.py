@@ -19,11 +19,10 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from tpu_stack.errors import UserError
-from tpu_stack.planner.aot.asked import ENGINE_PROGRAMS
 from tpu_stack.planner.aot.request import CompileRequest
 from tpu_stack.planner.aot.target import Topology, topology_of
-from tpu_stack.planner.engine_programs import trace_engine
-from tpu_stack.planner.programs import Traced, trace_serve, trace_train
+from tpu_stack.planner.programs import Traced, trace_train
+from tpu_stack.planner.serve_programs import trace_serve
 from tpu_stack.sharding.mesh import make_mesh
 
 MAX_MESSAGE = 20_000
@@ -40,11 +39,6 @@ def trace(request: CompileRequest, mesh: Mesh) -> Traced:
         return trace_train(
             request.config, request.profile, batch=request.batch, seq_len=request.seq_len,
             accumulate=request.accumulate, mesh=mesh,
-        )  # fmt: skip
-    if request.program in ENGINE_PROGRAMS:
-        return trace_engine(
-            request.config, request.profile, request.format, request.program,
-            batch=request.batch, context=request.context, mesh=mesh,
         )  # fmt: skip
     return trace_serve(
         request.config, request.profile, request.format, batch=request.batch,

@@ -15,7 +15,7 @@ from typing import Any
 
 from tpu_stack.errors import UserError
 from tpu_stack.hardware.chips import get_chip
-from tpu_stack.planner.aot.asked import ENGINE_PROGRAMS, TIMEOUT_S
+from tpu_stack.planner.aot.asked import TIMEOUT_S
 from tpu_stack.planner.aot.oom import read_oom
 from tpu_stack.planner.aot.recompilation import digest_of, source_digests, versions
 from tpu_stack.planner.aot.request import CompileRequest
@@ -40,7 +40,7 @@ from tpu_stack.serving.replicas import one_replica
 CHILD = f"{__package__}.child"
 _SOURCES = (
     *("models", "quant", "sharding", "kernels"),
-    *("planner/programs.py", "planner/engine_programs.py", "planner/aot/child.py"),
+    *("planner/programs.py", "planner/serve_programs.py", "planner/aot/child.py"),
 )
 MAX_REASON = 600
 
@@ -95,9 +95,9 @@ def target_of(request: CompileRequest) -> Target:
 
 
 def _compiled_mesh(request: CompileRequest) -> dict[str, int]:
-    """The mesh of the program: of an engine's, a slice of the data axis."""
+    """The mesh of the program: of the engine's, a slice of the data axis."""
     profile = request.profile
-    return dict((one_replica(profile) if request.program in ENGINE_PROGRAMS else profile).mesh)
+    return dict((profile if request.program == "train" else one_replica(profile)).mesh)
 
 
 def _matmul_text(request: CompileRequest) -> str:

@@ -12,7 +12,7 @@ from tpu_stack.errors import UserError
 from tpu_stack.models.abstract import tensor_specs
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.models.presets import get_preset
-from tpu_stack.planner.aot.asked import ENGINE_PROGRAMS, PROGRAMS, REMAT, Asked, nearest
+from tpu_stack.planner.aot.asked import PROGRAMS, REMAT, Asked, nearest
 from tpu_stack.planner.aot.target import topology_of
 from tpu_stack.planner.tensors import with_groups
 from tpu_stack.planner.workload import Workload
@@ -27,11 +27,11 @@ class CompileRequest:
     Attributes:
       config: the model. profile: of role "train" for the train step, of role "serve" otherwise;
         its `remat` is what the backward pass recomputes.
-      program: one of PROGRAMS or ENGINE_PROGRAMS.
+      program: one of PROGRAMS.
       batch: sequences over all devices.
       seq_len, accumulate: tokens of each and micro-batches; of a train step.
-      context, prompt: positions of the cache and tokens that prefill runs; of the others, but that
-        an engine has chunks of its own.
+      context, prompt: positions of the cache, and tokens of a prompt, which prefill runs in chunks;
+        of the others.
       format: what serving stores the weights as.
     """
 
@@ -48,8 +48,8 @@ class CompileRequest:
     def check(self) -> None:
         """Raises UserError for what no compiler need be asked: a program that is none, sizes that
         do not divide, a topology that cannot be had."""
-        if self.program not in (*PROGRAMS, *ENGINE_PROGRAMS):
-            raise nearest("program", self.program, (*PROGRAMS, *ENGINE_PROGRAMS))
+        if self.program not in PROGRAMS:
+            raise nearest("program", self.program, PROGRAMS)
         role = "train" if self.program == "train" else "serve"
         if self.profile.role != role:
             raise UserError(
@@ -73,8 +73,8 @@ def make_request(asked: Asked, config: ModelConfig | None = None) -> CompileRequ
     unknown, a value out of range, a mesh or batch that does not divide.
     """
     config = config or get_preset(asked.model)
-    if asked.program not in (*PROGRAMS, *ENGINE_PROGRAMS):
-        raise nearest("program", asked.program, (*PROGRAMS, *ENGINE_PROGRAMS))
+    if asked.program not in PROGRAMS:
+        raise nearest("program", asked.program, PROGRAMS)
     training = asked.program == "train"
     get_format(asked.format)
     profile = get_profile(asked.profile, "train" if training else "serve")
@@ -98,8 +98,7 @@ def make_request(asked: Asked, config: ModelConfig | None = None) -> CompileRequ
     else:
         request = CompileRequest(
             config, profile, asked.program, work.serve_batch,
-            context=work.context, format=asked.format,
-            prompt=0 if asked.program in ENGINE_PROGRAMS else work.prompt,
+            context=work.context, prompt=work.prompt, format=asked.format,
         )  # fmt: skip
     request.check()
     return request

@@ -20,21 +20,18 @@ from tpu_stack.planner.compare.placement import chain
 from tpu_stack.planner.compare.products import rows_per_device, serve_product, train_product
 from tpu_stack.planner.compare.simulated import add_simulated
 from tpu_stack.planner.pricing import ProgramCost, describe_program, memory_of
-from tpu_stack.planner.programs import (
-    MAX_EMULATED_DEVICES,
-    Program,
-    compile_all,
-    trace_serve,
-    trace_train,
-)
+from tpu_stack.planner.programs import MAX_EMULATED_DEVICES, Program, compile_all, trace_train
 from tpu_stack.planner.request import Request
+from tpu_stack.planner.serve_programs import trace_serve
 from tpu_stack.planner.tensors import (
     MASTER_DTYPE,
     RESHARD_DEFINITION,
     TensorRow,
     tensor_rows,
+    ways,
 )
 from tpu_stack.quant.formats import get_format
+from tpu_stack.sharding.axes import BATCH
 from tpu_stack.sharding.profiles import Profile
 
 STEPS = ("tensors", "trace train_step", "trace prefill and decode")
@@ -141,6 +138,7 @@ def _costs(request: Request, rows: list[TensorRow]) -> dict[str, ProgramCost]:
     compute = serve.precision.compute
     stored = get_format(request.format).operand
     serve_memory = traffic.serve_memory(config, serve, rows, **serving)
+    step, replicas = work.prefill_step(serve), ways(serve, BATCH)
     return {
         "train_step": ProgramCost(
             tokens=work.batch_size * work.seq_len,
@@ -150,12 +148,10 @@ def _costs(request: Request, rows: list[TensorRow]) -> dict[str, ProgramCost]:
             memory=traffic.train_memory(config, train, rows, **training),
         ),
         "prefill": ProgramCost(
-            tokens=work.serve_batch * work.prompt,
+            tokens=replicas * step.tokens,
             operands=(compute, stored),
-            model_flops=traffic.prefill_model_flops(
-                config, batch=work.serve_batch, prompt=work.prompt
-            ),
-            traffic=traffic.prefill_traffic(config, serve, rows, prompt=work.prompt, **serving),
+            model_flops=replicas * traffic.prefill_model_flops(config, step),
+            traffic=traffic.prefill_traffic(config, serve, rows, step),
             memory=serve_memory,
         ),
         "decode": ProgramCost(
@@ -192,7 +188,7 @@ def _spec_json(spec: Any) -> list[Any]:
 
 def _tensor_json(row: TensorRow, request: Request) -> dict[str, Any]:
     config, train, serve = request.config, request.train, request.serve
-    rows = rows_per_device(serve, request.workload)
+    rows = rows_per_device(row.spec, serve, request.workload)
     return {
         "name": row.spec.name,
         "shape": list(row.spec.shape),
@@ -249,4 +245,10 @@ def _notes(programs: list[Program]) -> list[str]:
             )
         for item in (*program.flops.opaque, *program.flops.unknown_loops):
             notes.append(f"{program.name}: not counted in the FLOPs: {item}")
+    serving = next((p.profile for p in programs if p.profile.role == "serve"), None)
+    if serving is not None and (slices := serving.mesh.get("data", 1)) > 1:
+        notes.append(
+            f"prefill, decode: an engine on each of {slices} slices of data, which exchange"
+            " nothing; FLOPs and tokens are of all of them"
+        )
     return notes

@@ -24,7 +24,7 @@ from tpu_stack.planner.workload import Workload
 from tpu_stack.quant.formats import get_format
 from tpu_stack.quant.qtensor import abstract_qtensor
 from tpu_stack.quant.select import scale_mode
-from tpu_stack.sharding.axes import BATCH
+from tpu_stack.sharding.axes import BATCH, TensorSpec
 from tpu_stack.sharding.profiles import Profile
 
 XLA_TILES = "XLA's own dot, which chooses its tiles while compiling"
@@ -44,17 +44,12 @@ def serve_product(
 ) -> dict[str, Any] | None:
     """The product of a serving step; None for a tensor that nothing multiplies.
 
-    rows: program -> rows of activations that one device multiplies by the tensor. Both programs
-      unembed one position a row, so a table that is multiplied has decode's rows in both.
+    rows: program -> rows of activations that one device multiplies by the tensor.
     """
     if row.spec.contract_axis is None or lookup_only(config, row):
         return None
     fmt = get_format(row.serve_format)
-    unembeds = row.spec.contract_axis == -1 or row.spec.name == "unembed"
-    kernels = {
-        name: _kernel(row, profile, rows["decode"] if unembeds else count)
-        for name, count in rows.items()
-    }
+    kernels = {name: _kernel(row, profile, count) for name, count in rows.items()}
     return {
         **_support(profile, (profile.precision.compute, fmt.operand)),
         "implementation": "pallas" if fmt.quantized else "dot",
@@ -62,10 +57,12 @@ def serve_product(
     }
 
 
-def rows_per_device(profile: Profile, work: Workload) -> dict[str, int]:
-    """Rows of activations that a serving device multiplies by a weight, by program."""
-    local = work.serve_batch // ways(profile, BATCH)
-    return {"prefill": local * work.prompt, "decode": local}
+def rows_per_device(spec: TensorSpec, profile: Profile, work: Workload) -> dict[str, int]:
+    """Rows of activations that a serving device multiplies by a weight, by program: every token's,
+    but that a table which unembeds sees one of each sequence."""
+    step, slots = work.prefill_step(profile), work.serve_batch // ways(profile, BATCH)
+    unembeds = spec.contract_axis == -1 or spec.name == "unembed"
+    return {"prefill": step.rows * (1 if unembeds else step.chunk), "decode": slots}
 
 
 def _support(profile: Profile, operands: tuple[str, str]) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def _step(program: str, chip: str, request: Request, fit: Any) -> dict[str, Any]
             job, fit.train, fit.serve, batch=work.serve_batch, context=work.context
         )
     one = simulate_prefill(job, fit.train, fit.serve, prompt=work.prompt)
-    seconds = one["seconds"] * work.serve_batch / job.replicas
+    seconds = one["seconds"] * work.prefill_step(request.serve).tokens / work.prompt
     rate = one["tokens_per_s_per_chip"]
     return {"step_s": seconds, "terms_s": {"products": seconds}, "tokens_per_s_per_chip": rate}
 

@@ -14,7 +14,6 @@ import jax
 
 from tpu_stack.models.abstract import tensor_specs
 from tpu_stack.models.attention import CHUNK
-from tpu_stack.models.cache import CACHE_AXES, cache_shape
 from tpu_stack.planner.aot.request import CompileRequest
 from tpu_stack.planner.aot.target import PROXY
 from tpu_stack.planner.memory.prediction import Prediction, Term, array, axes_text, local, shard
@@ -26,6 +25,7 @@ from tpu_stack.serving.layout import scales_spec
 from tpu_stack.sharding.axes import BATCH, FFW, HEADS, KV_HEADS, LAYERS, VOCAB, TensorSpec
 from tpu_stack.sharding.profiles import Profile
 
+CACHE_AXES = (None, BATCH, None, KV_HEADS, None)
 CODE_BYTES = 9 * 2**20
 """The program: 2 to 11 MiB over the cases that were compiled; it follows no size of the model."""
 
@@ -39,7 +39,8 @@ def predict_serve(request: CompileRequest) -> Prediction:
     """The terms of prefill or decode of `request`."""
     config, profile = request.config, request.profile
     tokens = 1 if request.program == "decode" else request.prompt
-    cache = shard(cache_shape(config, request.batch, request.context), CACHE_AXES, profile)
+    sizes = (config.n_layers, request.batch, request.context, config.n_kv_heads, config.head_dim)
+    cache = shard(sizes, CACHE_AXES, profile)
     owner = f"{config.n_layers} layers, {axes_text((BATCH, KV_HEADS), profile)}"
     kept = array("kv cache", "bfloat16", cache, owner, 2)
     copy = array("kv cache, the copy that is updated", "bfloat16", cache, owner, 2)
