@@ -36,6 +36,28 @@ ENTRY %main (x: f32[8,128], y: f32[8,128]) -> (f32[8,128], f32[8,128]) {
   ROOT %result = (f32[8,128]{1,0:T(8,128)}, f32[8,128]{1,0:T(8,128)}) tuple(%sum, %q)
 }
 """  # noqa: E501
+CHOICE = """HloModule step, is_scheduled=true
+
+%first (one: (f32[8,128])) -> f32[8,128] {
+  %one = (f32[8,128]{1,0:T(8,128)}) parameter(0)
+  ROOT %same = f32[8,128]{1,0:T(8,128)} get-tuple-element(%one), index=0
+}
+
+%second (two: (f32[8,128], f32[8,128])) -> f32[8,128] {
+  %two = (f32[8,128]{1,0:T(8,128)}, f32[8,128]{1,0:T(8,128)}) parameter(0)
+  %other = f32[8,128]{1,0:T(8,128)} get-tuple-element(%two), index=1
+  %wide = f32[8,512]{1,0:T(8,128)} broadcast(%other), dimensions={0,1}
+  ROOT %narrow = f32[8,128]{1,0:T(8,128)} fusion(%wide), kind=kLoop, calls=%f
+}
+
+ENTRY %main (which: pred[], x: f32[8,128]) -> f32[8,128] {
+  %which = pred[]{:T(128)} parameter(0)
+  %x = f32[8,128]{1,0:T(8,128)} parameter(1)
+  %a = (f32[8,128]{1,0:T(8,128)}) tuple(%x)
+  %b = (f32[8,128]{1,0:T(8,128)}, f32[8,128]{1,0:T(8,128)}) tuple(%x, %x)
+  ROOT %out = f32[8,128]{1,0:T(8,128)} conditional(%which, %b, %a), BRANCHES
+}
+"""
 TILE = 4 * 8 * 128
 
 
@@ -60,6 +82,16 @@ def test_a_buffer_lives_until_it_is_last_read_and_a_loop_works_in_place():
     own = {buffer.instruction: buffer.bytes for buffer in held if buffer.argument is None}
     assert own == {"second": TILE, "wide": 8 * TILE}
     assert [buffer.bytes for buffer in held if buffer.argument is not None] == [TILE, TILE]
+
+
+@pytest.mark.parametrize(
+    "branches",
+    ["branch_computations={%second, %first}", "true_computation=%second, false_computation=%first"],
+)
+def test_each_branch_has_an_operand_of_its_own_and_the_larger_counts(branches):
+    held = most_held(parse(CHOICE.replace("BRANCHES", branches)), "")
+    own = {buffer.instruction: buffer.bytes for buffer in held if buffer.argument is None}
+    assert own == {"wide": 4 * TILE, "out": TILE}
 
 
 def test_an_operand_that_the_compiler_writes_over_is_one_buffer():

@@ -171,16 +171,18 @@ class _Walk:
 
     def _nested(self, i: Instruction, operands: list[Value]) -> list[Buffer]:
         """What the costliest computation that `i` runs holds besides its operands."""
-        names = [i.attribute(key) for key in ("body", "to_apply")]
-        names += i.attribute_list("branch_computations")
+        branches = i.attribute_list("branch_computations")
+        branches = branches or [i.attribute(f"{which}_computation") for which in ("true", "false")]
+        runs = [(name, operands) for name in map(i.attribute, ("body", "to_apply"))]
+        if i.opcode == "conditional":  # the operands after the first are one for each branch
+            runs = [(name, [given]) for name, given in zip(branches, operands[1:], strict=False)]
         found: list[list[Buffer]] = [[]]
-        for name in names:
+        for name, given in runs:
             computation = self.module.computations.get(name or "")
             if computation is None:
                 continue
-            given = operands[1:] if i.opcode == "conditional" else operands
             values = {
-                parameter.name: given[number if i.opcode != "conditional" else 0]
+                parameter.name: given[number]
                 for number, parameter in computation.parameters.items()
                 if number < len(given)
             }
