@@ -3,6 +3,9 @@
 import json
 import re
 
+import pytest
+from browser import needs_browser, visit
+
 from tpu_stack.cli.main import main
 from tpu_stack.planner.report import render
 
@@ -46,6 +49,17 @@ def test_text_from_a_model_is_escaped_in_the_page(tmp_path):
     page = render(report)
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [390, 1440])
+def test_the_page_fits_a_phone_and_a_desk(tmp_path, width):
+    page = render(_smallest_report({"prompt": "def f", "text": "(x):" + "y" * 500}))
+    found = visit(page, width, tmp_path)
+    assert found["width"] == width
+    assert found["scroll"] <= width  # no page scroll sideways: tables scroll inside
+    assert not found["wide"]
+    assert all(drawn >= 250 for drawn in found["drawn"])
 
 
 def _smallest_report(row: dict) -> dict:

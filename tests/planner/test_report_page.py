@@ -1,14 +1,11 @@
 """The comparison's page: what it says, that it stands alone, and how it behaves in a browser."""
 
 import json
-import os
 import re
-import shutil
-import subprocess
-from html import escape, unescape
-from pathlib import Path
+from html import unescape
 
 import pytest
+from browser import needs_browser, visit
 
 from tpu_stack.cli import compare as verb
 from tpu_stack.cli.main import main
@@ -16,22 +13,11 @@ from tpu_stack.planner.report import render_comparison
 from tpu_stack.planner.report.charts import Axis, memory_bars, roofline_chart, term_bars, time_bars
 from tpu_stack.planner.report.words import move_text, spec_text
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
-PROBE = """
-<iframe id="page" style="border:0;width:WIDTHpx;height:2000px" srcdoc="PAGE"></iframe>
-<pre id="probe"></pre>
-<script>
-addEventListener("load", () => {
-  const frame = document.getElementById("page").contentWindow, page = frame.document;
-  const root = page.documentElement;
+SORT_AND_FILTER = """
   const column = n => [...page.querySelectorAll("#tensor-table tbody tr")]
     .filter(row => !row.hidden).map(row => row.cells[n].dataset.value || row.cells[n].textContent);
   const header = n => page.querySelectorAll("#tensor-table thead th")[n];
-  const found = {width: frame.innerWidth, scroll: root.scrollWidth, names: column(0)};
-  found.wide = [...page.body.querySelectorAll("*")]
-    .filter(e => !e.closest(".scroll") && e.getBoundingClientRect().right > frame.innerWidth + 1)
-    .map(e => e.tagName);
-  found.small = [...page.querySelectorAll("svg")].map(e => e.getBoundingClientRect().width);
+  found.names = column(0);
   header(4).firstElementChild.click();
   found.up = column(4); found.sortUp = header(4).getAttribute("aria-sort");
   header(4).firstElementChild.click();
@@ -42,9 +28,6 @@ addEventListener("load", () => {
   const box = page.getElementById("filter");
   box.value = "MLP."; box.dispatchEvent(new frame.Event("input"));
   found.filtered = column(0); found.said = page.getElementById("shown").textContent;
-  document.getElementById("probe").textContent = JSON.stringify(found);
-});
-</script>
 """
 
 
@@ -181,35 +164,14 @@ def test_the_verb_writes_the_page_whole(tmp_path, monkeypatch, nano, page, capsy
     capsys.readouterr()
 
 
-def _visit(page: str, width: int, folder: Path) -> dict:
-    """What the probe found on the page in a window of `width`; fails on any console line.
-
-    The page lies in a frame of that width: a browser's own window does not get as narrow as a
-    phone. It runs as a program that ends by itself, so nothing is left behind.
-    """
-    probe = folder / f"probe_{width}.html"
-    probe.write_text(PROBE.replace("WIDTH", str(width)).replace("PAGE", escape(page)))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
-             f"--user-data-dir={folder / 'profile'}", "--window-size=1600,2200"]  # fmt: skip
-    done = subprocess.run(
-        [str(BROWSER), *flags, "--virtual-time-budget=2000", "--dump-dom", probe.as_uri()],
-        capture_output=True, text=True, timeout=120, check=False, env=dict(os.environ),
-    )  # fmt: skip
-    lines = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    assert not lines
-    found = re.search(r'<pre id="probe">(\{.*?\})</pre>', done.stdout, re.S)
-    assert found, done.stderr[-2000:]
-    return json.loads(found[1])
-
-
-@pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome is installed")
+@needs_browser
 @pytest.mark.parametrize("width", [390, 1440])
 def test_in_a_browser(page, nano, tmp_path, width):
-    found = _visit(page, width, tmp_path)
+    found = visit(page, width, tmp_path, SORT_AND_FILTER)
     assert found["width"] == width
     assert found["scroll"] <= width  # no page scroll sideways: tables scroll inside
     assert not found["wide"]
-    assert all(drawn >= 250 for drawn in found["small"])
+    assert all(drawn >= 250 for drawn in found["drawn"])
     names = [tensor["name"] for tensor in nano["tensors"]]
     states = sorted(t["train"]["state_bytes_per_device"] for t in nano["tensors"])
     assert found["names"] == names

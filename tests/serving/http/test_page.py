@@ -3,18 +3,17 @@
 import json
 import queue
 import re
-import shutil
 import subprocess
 
 import httpx
 import pytest
+from browser import command, needs_browser
 from running_server import serving
 from starlette.responses import HTMLResponse
 from starlette.routing import Route
 
 from tpu_stack.serving.http.limits import Limits
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
 EVIL = "<img src=x onerror=\"document.title='owned'\"> <b>bold</b> "
 PROBE = """<!doctype html>
 <iframe id="page" style="border:0;width:WIDTHpx;height:2400px" src="/"></iframe>
@@ -86,7 +85,7 @@ def test_it_asks_for_a_key_where_one_is_needed(tokenizer, shared):
         assert "secret" not in text
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome is installed")
+@needs_browser
 @pytest.mark.parametrize("width", [390, 1440])
 def test_in_a_browser(tokenizer, tmp_path, width):
     probe = PROBE.replace("WIDTH", str(width)).replace("EVIL_TEXT", json.dumps(EVIL))
@@ -107,11 +106,8 @@ def test_in_a_browser(tokenizer, tmp_path, width):
             Route("/probe", wrapper),
             Route("/found", take, methods=["POST"]),
         ]
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
-        flags += ["--enable-logging=stderr", "--remote-debugging-port=0"]
-        browser = subprocess.Popen(
-            [str(BROWSER), *flags, f"{running.url}/probe"], stdout=log, stderr=log
-        )
+        asked = [*command(tmp_path / "profile"), "--remote-debugging-port=0"]
+        browser = subprocess.Popen([*asked, f"{running.url}/probe"], stdout=log, stderr=log)
         try:
             found = results.get(timeout=60)
         finally:
