@@ -7,8 +7,8 @@ import pytest
 
 from tpu_stack.cli.main import main
 from tpu_stack.models.presets import PRESETS
+from tpu_stack.serving.engine import build
 from tpu_stack.serving.engine_options import EngineOptions
-from tpu_stack.serving.paged import build
 from tpu_stack.sharding.profiles import get_profile
 
 

@@ -75,8 +75,8 @@ def answer(served: Served) -> list[int]:
 
 @pytest.mark.parametrize("where", [{}, {"prefill": "8t:2", "decode": "8i:2"}])
 def test_a_link_that_turned_is_read_and_what_does_not_fit_is_not(link, where, monkeypatch):
-    monkeypatch.setattr("tpu_stack.serving.paged.build.CHUNKS", (64,))
-    monkeypatch.setattr("tpu_stack.serving.paged.build.PROMPTS", (1,))
+    monkeypatch.setattr("tpu_stack.serving.engine.build.CHUNKS", (64,))
+    monkeypatch.setattr("tpu_stack.serving.engine.build.PROMPTS", (1,))
     served = building.build(Weights.of(link), ServingOptions(**where), EngineOptions())
     try:
         first = answer(served)
@@ -106,8 +106,8 @@ def test_a_link_that_turned_is_read_and_what_does_not_fit_is_not(link, where, mo
 def test_a_draft_is_read_again_with_its_model(link, monkeypatch):
     """A draft that is the model itself guesses right; beside another model it guesses wrong, and
     the tokens are the model's all the same."""
-    monkeypatch.setattr("tpu_stack.serving.paged.build.CHUNKS", (64,))
-    monkeypatch.setattr("tpu_stack.serving.paged.build.PROMPTS", (1,))
+    monkeypatch.setattr("tpu_stack.serving.engine.build.CHUNKS", (64,))
+    monkeypatch.setattr("tpu_stack.serving.engine.build.PROMPTS", (1,))
     draft = link.parent / "draft"
     draft.symlink_to("one")
     served = building.build(Weights.of(link), ServingOptions(draft=draft), EngineOptions())

@@ -11,9 +11,10 @@ from serving_model import MODEL, serving
 from tpu_stack.models.decoder import forward
 from tpu_stack.quant import QTensor
 from tpu_stack.serving.bundle import Bundle
-from tpu_stack.serving.engine import Engine
+from tpu_stack.serving.engine.build import start_service
+from tpu_stack.serving.engine_options import EngineOptions
+from tpu_stack.serving.generate import stream_text
 from tpu_stack.serving.pack import pack
-from tpu_stack.serving.sampler import Sampling
 
 TOKENS = np.array([[5, 9, 33, 2, 61, 7, 12, 40]], np.int32)
 
@@ -40,10 +41,14 @@ def test_rotated_logits_and_tokens(trained, tmp_path):
     pack(trained.run, "mxfp4", profile, mesh, tmp_path / "bundle", rotation=32)
     params = Bundle.open(tmp_path / "bundle").load(profile, mesh)
     logits = assert_computes_the_dequantized(params, "mxfp4", rotation=32)
-    engine = Engine(trained.config, params, profile, mesh, batch=1, length=16)
-    state = engine.prefill(TOKENS.tolist(), Sampling.of(1))
-    assert int(state.tokens[0]) == int(logits[0, -1].argmax())
-    assert int(engine.decode(state).positions[0]) == TOKENS.shape[1] + 1
+    options = EngineOptions(slots=1, max_length=16)
+    service = start_service(trained.config, params, profile, mesh, options, warm_up=False)
+    prompt = trained.tokenizer.decode(TOKENS[0].tolist())
+    text = "".join(
+        piece for _, piece in stream_text(service, trained.tokenizer, [prompt], max_tokens=2)
+    )
+    service.close()
+    assert trained.tokenizer.encode(text)[0] == int(logits[0, -1].argmax())
 
 
 def assert_computes_the_dequantized(params, format: str, rotation: int = 0) -> jax.Array:

@@ -115,8 +115,9 @@ def _report(options: Options, folder: Path) -> dict[str, Any]:
                 )
             )
     with _stage("generate from int4 under 8i"):
+        one = PlacementOptions(devices=1)  # what a mesh splits is compared below
         request = generate_verb.Options(
-            folder / "bundle-int4", PROMPTS, max_tokens=48, temperature=0.7, place=place
+            folder / "bundle-int4", PROMPTS, max_tokens=48, temperature=0.7, place=one
         )
         report["generate"] = generate_verb.generate(request, stream=False)
     with _stage("compare 8t and 8i"):

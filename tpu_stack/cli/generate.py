@@ -2,18 +2,22 @@
 
 import sys
 from dataclasses import dataclass, field
-from math import lcm
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional
 
 from tpu_stack.cli.console import print_table, save_json
-from tpu_stack.cli.placement import PlacementOptions, Unprefixed, place
+from tpu_stack.cli.placement import PlacementOptions, Unprefixed
 from tpu_stack.errors import UserError
 
-CPU_ROWS = 8
-"""XLA:CPU multiplies batches under eight ten times slower, so batches are padded to it."""
+if TYPE_CHECKING:
+    from tpu_stack.cli.serve.building import Served
+    from tpu_stack.serving.bundle import Bundle
+    from tpu_stack.serving.requests import SamplingParams
+
+SLOTS = 64
+"""Prompts that decode at once, at most; others wait."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,8 @@ class Options:
     seed: int = 0
     """Prompt number b is seeded with seed + b."""
     profile: str = "8i"
-    """Serving profile, NAME[:TOPOLOGY]; counts chips."""
+    """Serving profile, NAME[:TOPOLOGY]; counts chips. Without a topology, a mesh or a number of
+    devices, a CPU emulates one device."""
     json: Path | None = None
     """Also write the result to this file."""
     place: Annotated[PlacementOptions, Unprefixed] = field(default_factory=PlacementOptions)
@@ -60,50 +65,38 @@ def run(options: Options) -> None:
 
 def generate(options: Options, stream: bool) -> dict[str, Any]:
     """Loads the bundle, decodes the batch, and returns texts and speed in JSON-ready fields."""
-    from tpu_stack.planner.tensors import with_groups
-    from tpu_stack.serving.bundle import Bundle
-    from tpu_stack.serving.engine import Engine
-    from tpu_stack.serving.generate import GenerationStats, Request, stream_text
+    from tpu_stack.serving.generate import GenerationStats, stream_text
 
-    request = Request(
-        options.max_tokens, options.temperature, options.top_k, options.top_p, options.seed
-    )
+    sampling = _sampling(options)
+    if options.max_tokens < 1:
+        raise UserError(f"--max-tokens is {options.max_tokens}; it must be at least 1")
     if not options.prompt:
         raise UserError("--prompt is empty; give at least one prompt")
-    bundle = Bundle.open(options.bundle)
-    tokenizer, config, chat = bundle.tokenizer, bundle.config, bundle.chat
-    begin = len(chat.begin(tokenizer))
-    longest = begin + max(len(tokenizer.encode(prompt)) for prompt in options.prompt)
-    length = longest + options.max_tokens
-    if length > config.max_seq_len:
-        raise UserError(
-            f"{longest} prompt tokens and --max-tokens {options.max_tokens} exceed the model's"
-            f" {config.max_seq_len}"
-        )
-    profile, mesh = place(
-        options.profile, "serve", options.place, with_groups(config, bundle.manifest.format)
-    )
-    multiple = lcm(profile.mesh["data"], CPU_ROWS if profile.emulated else 1)
-    batch = -(-len(options.prompt) // multiple) * multiple
-    engine = Engine(
-        config, bundle.load(profile, mesh), profile, mesh, batch=batch, length=-(-length // 64) * 64
-    )
-    stats = GenerationStats()
-    texts = [""] * len(options.prompt)
+    bundle, served = _started(options)
+    stats, texts = GenerationStats(), [""] * len(options.prompt)
     if stream:
         print(options.prompt[0], end="", flush=True)
-    for row, piece in stream_text(engine, tokenizer, options.prompt, request, stats, chat):
-        texts[row] += piece
-        if stream:
-            print(piece, end="", flush=True)
+    try:
+        for row, piece in stream_text(
+            served.service,
+            bundle.tokenizer,
+            options.prompt,
+            sampling,
+            max_tokens=options.max_tokens,
+            chat=bundle.chat,
+            stats=stats,
+        ):
+            texts[row] += piece
+            if stream:
+                print(piece, end="", flush=True)
+    finally:
+        served.service.close()
     if stream:
         print()
+    facts = served.service.describe()
     return {
         "bundle": str(options.bundle),
-        "format": bundle.manifest.format,
-        "profile": profile.name,
-        "mesh": dict(profile.mesh),
-        "emulated": profile.emulated,
+        **{name: facts[name] for name in ("format", "profile", "mesh", "emulated")},
         "rows": [
             {"prompt": prompt, "text": text, "finish": finish}
             for prompt, text, finish in zip(options.prompt, texts, stats.finished, strict=True)
@@ -114,3 +107,37 @@ def generate(options: Options, stream: bool) -> dict[str, Any]:
         "decode_s": stats.decode_s,
         "tokens_per_s": stats.tokens_per_s,
     }
+
+
+def _sampling(options: Options) -> "SamplingParams":
+    from tpu_stack.serving.requests import SamplingParams
+
+    names = ("temperature", "top_k", "top_p", "seed")
+    try:
+        return SamplingParams(**{name: getattr(options, name) for name in names})
+    except UserError as error:  # begins with the field's name, which is the flag's
+        name, said = str(error).split(" ", 1)
+        raise UserError(f"--{name.replace('_', '-')} {said}") from None
+
+
+def _started(options: Options) -> "tuple[Bundle, Served]":
+    """An engine that is just long enough for these prompts; it compiles what they need."""
+    from tpu_stack.cli.serve.building import ServingOptions, Weights, build
+    from tpu_stack.serving.engine_options import EngineOptions
+
+    weights = Weights.of(options.bundle)
+    bundle = weights.bundle
+    assert bundle is not None
+    tokenizer, window = bundle.tokenizer, bundle.config.max_seq_len
+    begin = len(bundle.chat.begin(tokenizer))
+    longest = begin + max(len(tokenizer.encode(prompt)) for prompt in options.prompt)
+    length = longest + options.max_tokens
+    if length > window:
+        raise UserError(
+            f"{longest} prompt tokens and --max-tokens {options.max_tokens} exceed the model's"
+            f" {window}"
+        )
+    count = len(options.prompt)
+    engine = EngineOptions(slots=min(count, SLOTS), queue=count, max_length=length)
+    where = ServingOptions(profile=options.profile, place=options.place)
+    return bundle, build(weights, where, engine, warm_up=False)

@@ -24,17 +24,17 @@ from tpu_stack.models.paged_cache import PagedCache, init_paged_cache
 from tpu_stack.models.per_layer import per_layer
 from tpu_stack.planner.programs import MAX_EMULATED_DEVICES, Traced, shrink, traced_on
 from tpu_stack.planner.workload import PrefillStep
-from tpu_stack.serving.layout import PackedLayout
-from tpu_stack.serving.paged.build import CHUNKS, PAGE, PROMPTS
-from tpu_stack.serving.paged.shapes import Shapes
-from tpu_stack.serving.paged.state import empty_state
-from tpu_stack.serving.paged.steps import (
+from tpu_stack.serving.engine.build import CHUNKS, PAGE, PROMPTS
+from tpu_stack.serving.engine.shapes import Shapes
+from tpu_stack.serving.engine.state import empty_state
+from tpu_stack.serving.engine.steps import (
     cache_dtype,
     jit_decode,
     jit_prefill,
     page_sharding,
     whole_sharding,
 )
+from tpu_stack.serving.layout import PackedLayout
 from tpu_stack.serving.replicas import AXIS, one_replica, split_mesh
 from tpu_stack.sharding.mesh import make_mesh
 from tpu_stack.sharding.profiles import Profile

@@ -10,7 +10,7 @@ from fractions import Fraction
 from tpu_stack.errors import UserError
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.planner.tensors import ways
-from tpu_stack.serving.paged.build import CHUNKS, PROMPTS
+from tpu_stack.serving.engine.build import CHUNKS, PROMPTS
 from tpu_stack.sharding.axes import BATCH
 from tpu_stack.sharding.profiles import Profile, require_batch_divides
 

@@ -1,4 +1,4 @@
-"""How an engine is built: what the command line offers and `paged.build` reads.
+"""How an engine is built: what the command line offers and `engine.build` reads.
 
 >>> start_service(config, params, profile, mesh, EngineOptions(slots=16, cache_dtype="int8"))
 """

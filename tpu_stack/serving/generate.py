@@ -1,115 +1,133 @@
-"""Text from prompts, one batch at a time, streamed as it is decoded.
+"""Text from prompts, streamed as an engine decodes it.
 
->>> for row, piece in stream_text(engine, tokenizer, ["def "], Request(max_tokens=32)): ...
+>>> for row, piece in stream_text(service, tokenizer, ["def "], max_tokens=32): ...
 """
 
-import math
+import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-
-import numpy as np
+from queue import SimpleQueue
 
 from tpu_stack.data.chat_format import ChatFormat
-from tpu_stack.data.stream_decoder import StreamDecoder
 from tpu_stack.data.tokenizer import Tokenizer
 from tpu_stack.errors import UserError
-from tpu_stack.serving.engine import Engine
-from tpu_stack.serving.sampler import Sampling
+from tpu_stack.serving.requests import Event, Finished, GenerationRequest, SamplingParams, Token
+from tpu_stack.serving.service import Service, Ticket
+from tpu_stack.serving.text_stream import TextStream
 
-
-@dataclass(frozen=True)
-class Request:
-    """How to continue prompts. `temperature` 0 is greedy; row b is seeded with `seed + b`."""
-
-    max_tokens: int = 64
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise UserError(f"--max-tokens is {self.max_tokens}; it must be at least 1")
-        if not 0 <= self.temperature < math.inf:
-            raise UserError(
-                f"--temperature is {self.temperature}; it must be at least 0 and finite"
-            )
-        if not 0 <= self.top_k < 2**31:
-            raise UserError(
-                f"--top-k is {self.top_k}; it must lie in 0 to 2147483647 (0 keeps all)"
-            )
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"--top-p is {self.top_p}; it must lie in (0, 1]")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"--seed is {self.seed}; it must lie in 0 to 4294967295")
+GREEDY = SamplingParams()
 
 
 @dataclass
 class GenerationStats:
-    """Filled in while streaming. Times are wall clock and include compilation on first use."""
+    """Filled in while streaming. Times are wall clock.
+
+    Attributes:
+      prefill_s: until every row has its first token. decode_s: from there to the last token. Both
+        include compilation where the engine has not run the program before.
+      finished: why each row ended.
+      tokens_per_s: of all rows, once each has had a decode step, so that no compilation is in it;
+        None where nothing came after that.
+    """
 
     prompt_tokens: int = 0
     new_tokens: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
-    decode_steps: int = 0
     finished: list[str] = field(default_factory=list)
+    tokens_per_s: float | None = None
 
-    @property
-    def tokens_per_s(self) -> float | None:
-        """Decoded tokens of the prompts' rows per second, the first of each row left out."""
-        rows = len(self.finished)
-        return (self.new_tokens - rows) / self.decode_s if self.decode_s else None
+
+class _Clock:
+    """Times of tokens by row, as `GenerationStats` sums them up."""
+
+    def __init__(self, rows: int):
+        self.started = time.perf_counter()
+        self._times: list[list[float]] = [[] for _ in range(rows)]
+
+    def tell(self, row: int) -> None:
+        self._times[row].append(time.perf_counter())
+
+    def write(self, stats: GenerationStats) -> None:
+        every = sorted(at for row in self._times for at in row)
+        if not every:
+            return
+        first = max(row[0] for row in self._times if row)
+        stats.prefill_s, stats.decode_s = first - self.started, every[-1] - first
+        second = max((row[1] for row in self._times if len(row) > 1), default=every[-1])
+        after = sum(at > second for at in every)
+        stats.tokens_per_s = after / (every[-1] - second) if after else None
 
 
 def stream_text(
-    engine: Engine,
+    service: Service,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
-    request: Request,
-    stats: GenerationStats | None = None,
+    sampling: SamplingParams = GREEDY,
+    *,
+    max_tokens: int = 64,
     chat: ChatFormat | None = None,
+    stats: GenerationStats | None = None,
 ) -> Iterator[tuple[int, str]]:
-    """Yields (row, text) as rows grow; a row ends at the end of a document, at one of `chat`'s stop
-    tokens, or at max_tokens. Prompts begin as `chat` says.
+    """Yields (row, text) as rows grow; row b is seeded with `sampling.seed + b`. A row ends at the
+    end of a document, at one of `chat`'s stop tokens, at `max_tokens` or at the window's end.
+    Prompts begin as `chat` says.
 
-    Raises UserError when a prompt is empty or too long for the engine.
+    Raises UserError when a prompt is empty or the engine cannot serve it, and RuntimeError when the
+    engine fails. Rows are cancelled when the iterator is closed.
     """
     stats = stats if stats is not None else GenerationStats()
-    chat = chat or ChatFormat()
-    begin, ends = chat.begin(tokenizer), chat.ends(tokenizer)
-    ids = [[*begin, *tokenizer.encode(prompt)] for prompt in prompts]
-    stats.prompt_tokens = sum(map(len, ids))
-    stats.finished = [""] * len(ids)
-    decoders = [StreamDecoder(tokenizer) for _ in ids]
-    counts = [0] * len(ids)
-    started = time.perf_counter()
-    sampling = Sampling.of(
-        engine.batch, request.temperature, request.top_k, request.top_p, request.seed
-    )
-    state = engine.prefill(ids, sampling)
-    tokens = np.asarray(state.tokens)
-    stats.prefill_s = time.perf_counter() - started
-    while True:
-        for row, decoder in enumerate(decoders):
-            if stats.finished[row]:
-                continue
-            token = int(tokens[row])
-            counts[row] += 1
-            stats.new_tokens += 1
-            if token in ends:
-                stats.finished[row] = "stop"
-            elif counts[row] == request.max_tokens or len(ids[row]) + counts[row] >= engine.length:
-                stats.finished[row] = "length"
-            piece = "" if stats.finished[row] == "stop" else decoder.feed(token)
-            piece += decoder.flush() if stats.finished[row] else ""
-            if piece:
-                yield row, piece
-        if all(stats.finished):
-            return
-        started = time.perf_counter()
-        state = engine.decode(state)
-        tokens = np.asarray(state.tokens)
-        stats.decode_s += time.perf_counter() - started
-        stats.decode_steps += 1
+    requests = _requests(tokenizer, prompts, sampling, max_tokens, chat or ChatFormat())
+    stats.prompt_tokens = sum(len(request.prompt) for request in requests)
+    stats.finished = [""] * len(requests)
+    streams = [TextStream(tokenizer) for _ in requests]
+    events: SimpleQueue[tuple[int, Event]] = SimpleQueue()
+    clock, tickets = _Clock(len(requests)), list[Ticket]()
+
+    def listener(row: int):
+        def listen(event: Event) -> None:
+            if isinstance(event, Token):
+                clock.tell(row)
+            events.put((row, event))
+
+        return listen
+
+    try:
+        for row, request in enumerate(requests):
+            tickets.append(service.submit(request, listener(row)))
+        while not all(stats.finished):
+            row, event = events.get()
+            if isinstance(event, Token):
+                stats.new_tokens += 1
+                text = streams[row].feed(event).text
+            else:
+                assert isinstance(event, Finished), "nobody replaces this engine's weights"
+                if event.reason == "error":
+                    raise RuntimeError(f"the engine failed: {event.detail}")
+                stats.finished[row] = event.reason
+                text = streams[row].flush().text
+            if text:
+                yield row, text
+    finally:
+        clock.write(stats)
+        for ticket in tickets:
+            service.cancel(ticket)
+
+
+def _requests(
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    sampling: SamplingParams,
+    max_tokens: int,
+    chat: ChatFormat,
+) -> list[GenerationRequest]:
+    begin, ends = chat.begin(tokenizer), frozenset(chat.ends(tokenizer))
+    requests = []
+    for row, prompt in enumerate(prompts):
+        ids = (*begin, *tokenizer.encode(prompt))
+        if not ids:
+            raise UserError(f"prompt number {row + 1} is empty; it needs at least one token")
+        seeded = dataclasses.replace(sampling, seed=(sampling.seed + row) % 2**32)
+        requests.append(GenerationRequest(ids, max_tokens, seeded, ends))
+    return requests

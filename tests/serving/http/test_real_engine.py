@@ -11,8 +11,8 @@ from serving_model import serving as placed
 
 from tpu_stack.errors import UserError
 from tpu_stack.models.decoder import init_params
+from tpu_stack.serving.engine.build import Side, start_service
 from tpu_stack.serving.engine_options import EngineOptions
-from tpu_stack.serving.paged.build import Side, start_service
 from tpu_stack.serving.requests import Finished, GenerationRequest, QueueFull, Token
 from tpu_stack.serving.service import Service
 

@@ -1,4 +1,4 @@
-"""From what `serve` and `serve bench` are told to an engine: the bundles, the meshes, the thread.
+"""From what `serve`, `serve bench` and `generate` are told to a running engine: bundles, meshes.
 
 >>> served = build(Weights.of(Path("bundle")), ServingOptions(), EngineOptions())
 """
@@ -121,9 +121,11 @@ def _opened_again(weights: Weights) -> Weights:
     return again
 
 
-def build(weights: Weights, options: ServingOptions, engine: EngineOptions) -> Served:
-    """The engine, compiled and running."""
-    from tpu_stack.serving.paged.build import Side, start_service
+def build(
+    weights: Weights, options: ServingOptions, engine: EngineOptions, *, warm_up: bool = True
+) -> Served:
+    """The engine, running, and with `warm_up` compiled; see `start_service`."""
+    from tpu_stack.serving.engine.build import Side, start_service
 
     draft = None if options.draft is None else _draft(options.draft, weights)
     if draft is not None and not engine.guesses:
@@ -141,6 +143,7 @@ def build(weights: Weights, options: ServingOptions, engine: EngineOptions) -> S
         {"format": weights.format},
         draft=None if draft is None else draft.config,
         prefill=sides[0] if len(sides) == 2 else None,
+        warm_up=warm_up,
     )
     return Served(service, engine.applied(decode.profile), weights, draft, places)
 

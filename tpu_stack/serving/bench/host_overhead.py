@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tpu_stack.errors import UserError
-from tpu_stack.serving.paged.engine import PagedEngine
-from tpu_stack.serving.paged.thread import EngineThread
+from tpu_stack.serving.engine.engine import Engine
+from tpu_stack.serving.engine.thread import EngineThread
 from tpu_stack.serving.requests import Event, Finished, GenerationRequest, Token
 from tpu_stack.serving.service import Service
 
@@ -71,7 +71,7 @@ class _Round:
         return pairs
 
 
-def program_alone(engine: PagedEngine) -> float:
+def program_alone(engine: Engine) -> float:
     """Seconds per decode step of the program by itself, for those that decode now.
 
     Nobody's tokens change. Raises RuntimeError where pages for PROBE more of each are missing.

@@ -7,17 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from paged_model import CONFIG, LENGTH, PAGE, ask, finish, prompt_of, tokens_of
+from engine_model import CONFIG, LENGTH, PAGE, ask, finish, prompt_of, tokens_of
 from serving_model import serving
 
 from tpu_stack.models.abstract import map_specs, tensor_of
 from tpu_stack.models.decoder import forward, init_params
 from tpu_stack.quant.policy import stored_format
 from tpu_stack.quant.quantize import quantize
+from tpu_stack.serving.engine.engine import Engine
+from tpu_stack.serving.engine.programs import Programs
+from tpu_stack.serving.engine.shapes import Shapes
 from tpu_stack.serving.layout import PackedLayout
-from tpu_stack.serving.paged.engine import PagedEngine
-from tpu_stack.serving.paged.programs import Programs
-from tpu_stack.serving.paged.shapes import Shapes
 from tpu_stack.serving.requests import GenerationRequest
 
 MIXTURE = dataclasses.replace(CONFIG, n_experts=4, experts_per_token=2, d_ff=128)
@@ -82,7 +82,7 @@ def test_tokens_are_those_of_a_full_pass(format, mesh):
 
     params = programs.prepared(map_specs(MIXTURE, placed))
     programs.warm_up(params)
-    target = PagedEngine(programs, params)
+    target = Engine(programs, params)
     asked = [ask(target, request)[1] for request in REQUESTS]
     finish(target)
     assert [tokens_of(events) for events in asked] == expected(format)

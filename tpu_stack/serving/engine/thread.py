@@ -1,6 +1,6 @@
 """The thread that drives an engine, and the door to it for every other thread.
 
->>> service = EngineThread(PagedEngine(programs, params), queue_limit=256, facts={})
+>>> service = EngineThread(Engine(programs, params), queue_limit=256, facts={})
 """
 
 import itertools
@@ -16,8 +16,8 @@ from typing import Any
 import jax
 
 from tpu_stack.errors import UserError
-from tpu_stack.serving.paged.engine import PagedEngine
-from tpu_stack.serving.paged.sequence import Sequence
+from tpu_stack.serving.engine.engine import Engine
+from tpu_stack.serving.engine.sequence import Sequence
 from tpu_stack.serving.requests import Finished, GenerationRequest, QueueFull
 from tpu_stack.serving.service import InFlight, Listener, Stats, Ticket
 
@@ -25,7 +25,7 @@ from tpu_stack.serving.service import InFlight, Listener, Stats, Ticket
 class EngineThread:
     """`Service`: a thread that steps an engine while it has work."""
 
-    def __init__(self, engine: PagedEngine, queue_limit: int, facts: dict[str, Any]):
+    def __init__(self, engine: Engine, queue_limit: int, facts: dict[str, Any]):
         self._engine, self._limit, self._facts = engine, queue_limit, facts
         self._numbers = itertools.count(1)
         self._commands: deque[Callable[[], None]] = deque()
@@ -96,7 +96,7 @@ class EngineThread:
         check_same_shapes(self._engine.params, params)
         self._command(lambda: self._engine.load(params, in_flight))
 
-    def between_steps[T](self, call: Callable[[PagedEngine], T]) -> Future[T]:
+    def between_steps[T](self, call: Callable[[Engine], T]) -> Future[T]:
         """Calls on the engine's thread, between two steps: to measure, not to change the engine."""
         future: Future[T] = Future()
 

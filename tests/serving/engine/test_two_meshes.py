@@ -5,7 +5,7 @@ from functools import cache
 
 import jax
 import pytest
-from paged_model import (
+from engine_model import (
     CONFIG,
     LENGTH,
     PAGE,
@@ -20,10 +20,10 @@ from paged_model import (
 )
 
 from tpu_stack.models.abstract import map_specs, tensor_of
-from tpu_stack.serving.paged.engine import PagedEngine
-from tpu_stack.serving.paged.programs import Programs
-from tpu_stack.serving.paged.shapes import Shapes
-from tpu_stack.serving.paged.two_meshes import TwoMeshes
+from tpu_stack.serving.engine.engine import Engine
+from tpu_stack.serving.engine.programs import Programs
+from tpu_stack.serving.engine.shapes import Shapes
+from tpu_stack.serving.engine.two_meshes import TwoMeshes
 from tpu_stack.serving.requests import GenerationRequest, SamplingParams
 from tpu_stack.sharding.mesh import make_mesh
 from tpu_stack.sharding.profiles import Precision, Profile, get_profile
@@ -68,7 +68,7 @@ def test_each_mesh_has_its_own_devices():
 def test_tokens_are_those_of_one_mesh(pages, prefill):
     """All at once, on pages for all or for few; the meshes may differ in size."""
     programs, params = built(pages, "float32", prefill)
-    target, before = PagedEngine(programs, params), programs.handed_over
+    target, before = Engine(programs, params), programs.handed_over
     asked = [ask(target, request)[1] for request in REQUESTS]
     finish(target)
     for number, events in enumerate(asked):
@@ -87,7 +87,7 @@ def test_small_caches_are_handed_over_with_their_scales(cache_dtype):
     programs, params = built(128, cache_dtype)
     requests = [GenerationRequest(prompt_of(40 * n + 9, n), 30, SAMPLED) for n in range(4)]
     answers = []
-    for target in (PagedEngine(programs, params), PagedEngine(programs._to, params[1])):
+    for target in (Engine(programs, params), Engine(programs._to, params[1])):
         if target.programs is programs._to:
             programs._to.warm_prefill(params[1])
             programs._to.settle()
@@ -99,7 +99,7 @@ def test_small_caches_are_handed_over_with_their_scales(cache_dtype):
 
 def test_a_prefix_is_shared_and_a_cancelled_owners_pages_arrive():
     """The second request finds the first one's pages on both meshes, though the first is gone."""
-    target = PagedEngine(*built())
+    target = Engine(*built())
     prefix = prompt_of(200, seed=1)
     first, _ = ask(target, GenerationRequest(prefix, 50))
     target.step()
@@ -108,7 +108,7 @@ def test_a_prefix_is_shared_and_a_cancelled_owners_pages_arrive():
     later, events = ask(target, GenerationRequest((*prefix, 7, 8), 20))
     finish(target)
     assert later.cached >= 128
-    fresh = PagedEngine(*built())
+    fresh = Engine(*built())
     _, want = ask(fresh, GenerationRequest((*prefix, 7, 8), 20))
     finish(fresh)
     assert tokens_of(events) == tokens_of(want)
@@ -116,7 +116,7 @@ def test_a_prefix_is_shared_and_a_cancelled_owners_pages_arrive():
 
 def test_new_weights_take_over_on_both_meshes():
     programs, params = built()
-    target = PagedEngine(programs, params)
+    target = Engine(programs, params)
     _, before = ask(target, REQUESTS[2])
     target.step()
     other = tuple(placed(each.profile, each.mesh, 1) for each in (programs._from, programs._to))

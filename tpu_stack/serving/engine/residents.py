@@ -7,9 +7,9 @@
 
 import numpy as np
 
-from tpu_stack.serving.paged.pool import PagePool
-from tpu_stack.serving.paged.sequence import Sequence
-from tpu_stack.serving.paged.shapes import Shapes
+from tpu_stack.serving.engine.pool import PagePool
+from tpu_stack.serving.engine.sequence import Sequence
+from tpu_stack.serving.engine.shapes import Shapes
 
 
 class Residents:

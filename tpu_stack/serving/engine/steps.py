@@ -15,9 +15,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.models.paged_cache import PAGES_AXES, PagedCache
-from tpu_stack.serving.paged.draft import draft_tokens
-from tpu_stack.serving.paged.guess import guess
-from tpu_stack.serving.paged.state import decode_step, prefill_step
+from tpu_stack.serving.engine.draft import draft_tokens
+from tpu_stack.serving.engine.guess import guess
+from tpu_stack.serving.engine.state import decode_step, prefill_step
 from tpu_stack.sharding.profiles import Profile
 
 Caches = tuple[PagedCache, ...]

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from tpu_stack.serving.paged.sequence import Sequence
-from tpu_stack.serving.paged.shapes import Shapes
-from tpu_stack.serving.paged.state import StepOutput
+from tpu_stack.serving.engine.sequence import Sequence
+from tpu_stack.serving.engine.shapes import Shapes
+from tpu_stack.serving.engine.state import StepOutput
 from tpu_stack.serving.requests import FinishReason, Token
 
 Rows = list[tuple[int, Sequence]]

@@ -5,7 +5,7 @@ out, the sequence that ranks last leaves with its pages saved on the host, and c
 as it was. A sequence's tokens do not depend on the others: every program has a fixed shape, and a
 row reads its own pages only.
 
->>> engine = PagedEngine(programs, params)
+>>> engine = Engine(programs, params)
 >>> engine.submit(ticket, listener)
 >>> while engine.step(): ...
 """
@@ -16,23 +16,23 @@ from typing import Any
 
 import numpy as np
 
-from tpu_stack.serving.paged.batches import arrivals, next_chunk
-from tpu_stack.serving.paged.pool import PagePool
-from tpu_stack.serving.paged.programs import Prefilled, Programs
-from tpu_stack.serving.paged.residents import Residents
-from tpu_stack.serving.paged.results import Results
-from tpu_stack.serving.paged.sequence import (
+from tpu_stack.serving.engine.batches import arrivals, next_chunk
+from tpu_stack.serving.engine.pool import PagePool
+from tpu_stack.serving.engine.programs import Prefilled, Programs
+from tpu_stack.serving.engine.residents import Residents
+from tpu_stack.serving.engine.results import Results
+from tpu_stack.serving.engine.sequence import (
     OUTPUT_WEIGHT,
     PROMPT_WEIGHT,
     Sequence,
     WaitingQueue,
 )
-from tpu_stack.serving.paged.two_meshes import TwoMeshes
+from tpu_stack.serving.engine.two_meshes import TwoMeshes
 from tpu_stack.serving.requests import Finished, FinishReason, Restarted
 from tpu_stack.serving.service import InFlight, Listener, Stats, Ticket
 
 
-class PagedEngine:
+class Engine:
     """Sequences, pages and slots of one set of programs. Not thread-safe: one thread steps it."""
 
     def __init__(self, programs: Programs | TwoMeshes, params: Any):

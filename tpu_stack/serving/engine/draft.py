@@ -17,8 +17,8 @@ from jaxtyping import Array, Bool, Int
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.models.decoder import Params, bind
 from tpu_stack.models.paged_cache import PagedCache
-from tpu_stack.serving.paged.sampling import choose
-from tpu_stack.serving.paged.state import DecodeState
+from tpu_stack.serving.engine.sampling import choose
+from tpu_stack.serving.engine.state import DecodeState
 from tpu_stack.sharding.axes import BATCH
 from tpu_stack.sharding.constrain import constrain
 

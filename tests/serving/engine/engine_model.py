@@ -1,4 +1,4 @@
-"""What the tests of the paged engine share: a model, its programs, ways to ask and to finish."""
+"""What the tests of the engine share: a model, its programs, ways to ask and to finish."""
 
 import dataclasses
 from functools import cache
@@ -9,9 +9,9 @@ from serving_model import MODEL, serving
 
 from tpu_stack.models.decoder import init_params
 from tpu_stack.models.per_layer import per_layer
-from tpu_stack.serving.paged.engine import PagedEngine
-from tpu_stack.serving.paged.programs import Programs
-from tpu_stack.serving.paged.shapes import Shapes
+from tpu_stack.serving.engine.engine import Engine
+from tpu_stack.serving.engine.programs import Programs
+from tpu_stack.serving.engine.shapes import Shapes
 from tpu_stack.serving.requests import (
     Finished,
     GenerationRequest,
@@ -53,11 +53,11 @@ def _programs(pages: int, cache_dtype: str, guesses: int) -> Programs:
     return built
 
 
-def engine(pages: int = 128, cache_dtype: str = "float32") -> PagedEngine:
-    return PagedEngine(programs(pages, cache_dtype), parameters())
+def engine(pages: int = 128, cache_dtype: str = "float32") -> Engine:
+    return Engine(programs(pages, cache_dtype), parameters())
 
 
-def ask(target: PagedEngine, request: GenerationRequest):
+def ask(target: Engine, request: GenerationRequest):
     """Submits; the list fills with events."""
     events: list = []
     sequence = target.submit(Ticket(next(_numbers), request), events.append)
@@ -67,7 +67,7 @@ def ask(target: PagedEngine, request: GenerationRequest):
 _numbers = iter(range(1, 10**6))
 
 
-def finish(target: PagedEngine) -> None:
+def finish(target: Engine) -> None:
     """Runs until nothing is left, then sees that nothing leaked and nothing was compiled."""
     for _ in range(200_000):
         if not target.step():

@@ -5,15 +5,15 @@ from functools import cache
 
 import jax
 import pytest
-from paged_model import CONFIG, LENGTH, PAGE, REQUESTS, alone, ask, finish, parameters, tokens_of
+from engine_model import CONFIG, LENGTH, PAGE, REQUESTS, alone, ask, finish, parameters, tokens_of
 from serving_model import serving
 
 from tpu_stack.errors import UserError
 from tpu_stack.models.decoder import init_params
 from tpu_stack.models.per_layer import per_layer
-from tpu_stack.serving.paged.engine import PagedEngine
-from tpu_stack.serving.paged.programs import Programs
-from tpu_stack.serving.paged.shapes import Shapes
+from tpu_stack.serving.engine.engine import Engine
+from tpu_stack.serving.engine.programs import Programs
+from tpu_stack.serving.engine.shapes import Shapes
 
 SMALL = dataclasses.replace(CONFIG, n_layers=1, d_ff=64)
 SHAPES = Shapes(8, LENGTH, PAGE, 128, (64, 128), (1, 4), guesses=3)
@@ -37,7 +37,7 @@ def draft_parameters(draft):
 @pytest.mark.parametrize("pages", [24, pytest.param(128, marks=pytest.mark.slow)])
 def test_a_draft_changes_no_token_of_any_request(pages):
     """Alone, in a mix, and preempted and resumed: on 24 pages not all fit."""
-    target = PagedEngine(drafted(SMALL, pages), (parameters(), draft_parameters(SMALL)))
+    target = Engine(drafted(SMALL, pages), (parameters(), draft_parameters(SMALL)))
     asked = [ask(target, request)[1] for request in REQUESTS]
     finish(target)
     for number, events in enumerate(asked):
@@ -49,7 +49,7 @@ def test_a_draft_changes_no_token_of_any_request(pages):
 @pytest.mark.slow
 def test_a_draft_that_is_the_target_is_always_right():
     """So its cache is right at every position, also after steps that kept everything."""
-    target = PagedEngine(drafted(CONFIG), (parameters(), parameters()))
+    target = Engine(drafted(CONFIG), (parameters(), parameters()))
     asked = [ask(target, request)[1] for request in REQUESTS]
     finish(target)
     for number, events in enumerate(asked):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from tpu_stack.serving.paged.pool import Page
+from tpu_stack.serving.engine.pool import Page
 from tpu_stack.serving.requests import GenerationRequest
 from tpu_stack.serving.service import Listener, Ticket
 

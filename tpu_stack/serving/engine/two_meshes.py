@@ -6,7 +6,7 @@ decode steps go on meanwhile. Prompts prefilled earlier are read where they were
 Splitwise (Patel et al. 2023, arXiv:2311.18677), DistServe (Zhong et al. 2024, arXiv:2401.09670).
 
 >>> programs = TwoMeshes(Programs(config, p, mesh_p, shapes), Programs(config, d, mesh_d, shapes))
->>> engine = PagedEngine(programs, (params_on_p, params_on_d))
+>>> engine = Engine(programs, (params_on_p, params_on_d))
 """
 
 from typing import Any
@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from tpu_stack.serving.paged.page_io import Contents
-from tpu_stack.serving.paged.programs import Prefilled, Programs, padded_ids
-from tpu_stack.serving.paged.state import Arrivals, StepOutput
+from tpu_stack.serving.engine.page_io import Contents
+from tpu_stack.serving.engine.programs import Prefilled, Programs, padded_ids
+from tpu_stack.serving.engine.state import Arrivals, StepOutput
 
 
 class TwoMeshes:

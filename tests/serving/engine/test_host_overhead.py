@@ -1,11 +1,11 @@
 """The engine's steps beside its program's: measuring changes nobody's tokens, and counts right."""
 
 import pytest
-from paged_model import REQUESTS, alone, ask, engine, finish, tokens_of
+from engine_model import REQUESTS, alone, ask, engine, finish, tokens_of
 
 from tpu_stack.serving.bench import host_overhead
 from tpu_stack.serving.bench.host_overhead import PROBE, WINDOW, program_alone
-from tpu_stack.serving.paged.thread import EngineThread
+from tpu_stack.serving.engine.thread import EngineThread
 
 
 def test_the_program_alone_changes_no_token():

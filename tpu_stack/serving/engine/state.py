@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.models.decoder import Params, bind
 from tpu_stack.models.paged_cache import PagedCache
-from tpu_stack.serving.paged.sampling import SamplingRows, choose, log_probabilities
+from tpu_stack.serving.engine.sampling import SamplingRows, choose, log_probabilities
 from tpu_stack.serving.requests import MAX_LOGPROBS
 from tpu_stack.sharding.axes import BATCH
 from tpu_stack.sharding.constrain import constrain

@@ -1,7 +1,8 @@
 """The compiled programs of an engine, and the state that they change: caches and decoding rows.
 
-Everything is compiled before the first request. With a draft model, each program runs both: they
-have a cache each, and one page table serves the two.
+A server compiles everything before the first request (`warm_up`); without that, each program is
+compiled when it is first run. With a draft model, each program runs both: they have a cache each,
+and one page table serves the two.
 
 >>> programs = Programs(config, profile, mesh, Shapes(...))
 >>> prefilled = programs.prefill(params, tokens, starts, lengths, tables)
@@ -22,16 +23,16 @@ from tpu_stack.models.config import ModelConfig
 from tpu_stack.models.paged_cache import PagedCache, init_paged_cache
 from tpu_stack.models.per_layer import per_layer
 from tpu_stack.models.transposed import transpose_weights
-from tpu_stack.serving.paged.page_io import Contents, read_pages, write_pages
-from tpu_stack.serving.paged.shapes import Shapes
-from tpu_stack.serving.paged.state import (
+from tpu_stack.serving.engine.page_io import Contents, read_pages, write_pages
+from tpu_stack.serving.engine.shapes import Shapes
+from tpu_stack.serving.engine.state import (
     Arrivals,
     StepOutput,
     arrivals_of,
     empty_state,
     insert,
 )
-from tpu_stack.serving.paged.steps import (
+from tpu_stack.serving.engine.steps import (
     Caches,
     cache_dtype,
     jit_decode,
@@ -91,7 +92,7 @@ class Programs:
         self._read = jax.jit(partial(_read))
         self._write = jax.jit(partial(_write), donate_argnums=0, out_shardings=self.page_sharding)
         self._warm: int | None = None
-        self._blank: jax.Array | None = None
+        self._blank = jax.device_put(jnp.zeros((1, vocab)), self.whole)
 
     def _empty_cache(self, config: ModelConfig) -> PagedCache:
         shapes = self.shapes
@@ -221,9 +222,9 @@ class Programs:
     def warm_decode(self, params: Any) -> None:
         """The others."""
         shapes, vocab = self.shapes, self.config.vocab_size
-        for rows in sorted(shapes.rows, reverse=True):  # one row last: its logits are kept
-            self._blank = jax.device_put(jnp.zeros((rows, vocab)), self.whole)
-            self.insert(None, arrivals_of(shapes.slots, shapes.length, vocab, rows, []))
+        for rows in shapes.rows:
+            logits = jax.device_put(jnp.zeros((rows, vocab)), self.whole)
+            self.insert(logits, arrivals_of(shapes.slots, shapes.length, vocab, rows, []))
         tables = np.zeros((shapes.slots, shapes.entries), np.int32)
         self.decode(params, tables, np.zeros(shapes.slots, bool))
         self.restore([], self.save([]))

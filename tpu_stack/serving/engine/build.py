@@ -10,12 +10,12 @@ from jax.sharding import Mesh
 
 from tpu_stack.errors import UserError
 from tpu_stack.models.config import ModelConfig
+from tpu_stack.serving.engine.engine import Engine
+from tpu_stack.serving.engine.programs import Programs
+from tpu_stack.serving.engine.shapes import Shapes
+from tpu_stack.serving.engine.thread import EngineThread
+from tpu_stack.serving.engine.two_meshes import TwoMeshes
 from tpu_stack.serving.engine_options import EngineOptions
-from tpu_stack.serving.paged.engine import PagedEngine
-from tpu_stack.serving.paged.programs import Programs
-from tpu_stack.serving.paged.shapes import Shapes
-from tpu_stack.serving.paged.thread import EngineThread
-from tpu_stack.serving.paged.two_meshes import TwoMeshes
 from tpu_stack.serving.replicas import AXIS, Replicas, on_slice, one_replica, split_mesh
 from tpu_stack.serving.service import Service
 from tpu_stack.sharding.profiles import Profile
@@ -49,6 +49,7 @@ def start_service(
     *,
     draft: ModelConfig | None = None,
     prefill: Side | None = None,
+    warm_up: bool = True,
 ) -> Service:
     """The engine, compiled and running; `facts` are added to what it says of itself. A mesh with a
     data axis runs an engine on each of its slices, which share `options`' sizes.
@@ -56,14 +57,16 @@ def start_service(
     Args:
       params: laid out on `mesh`; with a draft, the pair (the model's, the draft's).
       prefill: another mesh, to prefill on; `mesh` then decodes only.
+      warm_up: compile every program now, as a server does; else each one when it is first needed,
+        so that a batch compiles nothing that it does not run.
 
     Raises UserError when one of two meshes has a data axis, or sizes do not fit.
     """
     if mesh.shape.get(AXIS, 1) > 1 and prefill is None:
-        return _start_replicas(config, params, profile, mesh, options, facts, draft)
+        return _start_replicas(config, params, profile, mesh, options, facts, draft, warm_up)
     side = Side(params, options.applied(profile), mesh)
     shapes = engine_shapes(config, side.profile, options)
-    engine = _engine(config, side, shapes, draft, prefill, options)
+    engine = _engine(config, side, shapes, draft, prefill, options, warm_up)
     precision = side.profile.precision
     described = {
         "profile": profile.name,
@@ -89,6 +92,7 @@ def _start_replicas(
     options: EngineOptions,
     facts: dict[str, Any] | None,
     draft: ModelConfig | None,
+    warm_up: bool,
 ) -> Replicas:
     count, slices = mesh.shape[AXIS], split_mesh(mesh)
     each = options.divided(count)
@@ -97,7 +101,11 @@ def _start_replicas(
     try:
         for slice in slices:
             weights = on_slice(params, slice)
-            services.append(start_service(config, weights, one, slice, each, facts, draft=draft))
+            services.append(
+                start_service(
+                    config, weights, one, slice, each, facts, draft=draft, warm_up=warm_up
+                )
+            )
     except BaseException:
         for service in services:
             service.close()
@@ -114,7 +122,8 @@ def _engine(
     draft: ModelConfig | None,
     prefill: Side | None,
     options: EngineOptions,
-) -> PagedEngine:
+    warm_up: bool,
+) -> Engine:
     decode = _programs(config, side, shapes, draft)
     programs: Programs | TwoMeshes = decode
     params = side.params
@@ -123,8 +132,9 @@ def _engine(
         programs = TwoMeshes(_programs(config, first, shapes, draft), decode)
         params = (first.params, side.params)
     params = programs.prepared(params)
-    programs.warm_up(params)
-    return PagedEngine(programs, params)
+    if warm_up:
+        programs.warm_up(params)
+    return Engine(programs, params)
 
 
 def _programs(

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tpu_stack.serving.paged.sequence import Sequence
-from tpu_stack.serving.paged.shapes import Shapes
-from tpu_stack.serving.paged.state import Arrivals, arrivals_of
+from tpu_stack.serving.engine.sequence import Sequence
+from tpu_stack.serving.engine.shapes import Shapes
+from tpu_stack.serving.engine.state import Arrivals, arrivals_of
 
 
 class Chunk(NamedTuple):

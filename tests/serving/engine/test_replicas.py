@@ -5,13 +5,13 @@ import time
 import jax
 import numpy as np
 import pytest
-from paged_model import CONFIG, REQUESTS, alone, prompt_of, stacked_parameters, tokens_of
+from engine_model import CONFIG, REQUESTS, alone, prompt_of, stacked_parameters, tokens_of
 from serving_model import serving
 
 from tpu_stack.errors import UserError
+from tpu_stack.serving.engine.build import start_service
 from tpu_stack.serving.engine_options import EngineOptions
 from tpu_stack.serving.layout import PackedLayout
-from tpu_stack.serving.paged.build import start_service
 from tpu_stack.serving.replicas import Replicas, on_slice, split_mesh
 from tpu_stack.serving.requests import Finished, GenerationRequest, QueueFull
 from tpu_stack.serving.service import Service

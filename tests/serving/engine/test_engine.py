@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from paged_model import (
+from engine_model import (
     CONFIG,
     LENGTH,
     PAGE,
@@ -24,8 +24,8 @@ from paged_model import (
 )
 
 from tpu_stack.models.decoder import forward
-from tpu_stack.serving.paged.engine import PagedEngine
-from tpu_stack.serving.paged.guess import guess
+from tpu_stack.serving.engine.engine import Engine
+from tpu_stack.serving.engine.guess import guess
 from tpu_stack.serving.requests import (
     Finished,
     GenerationRequest,
@@ -212,7 +212,7 @@ def test_new_weights_take_over_between_two_steps(in_flight):
     target.load(new, in_flight)
     _, after = ask(target, REQUESTS[2])
     finish(target)
-    fresh = PagedEngine(programs(), new)
+    fresh = Engine(programs(), new)
     _, want = ask(fresh, REQUESTS[2])
     finish(fresh)
     assert tokens_of(after) == tokens_of(want)
@@ -228,7 +228,7 @@ def test_new_weights_take_over_between_two_steps(in_flight):
 @pytest.mark.parametrize("pages", [24, pytest.param(128, marks=pytest.mark.slow)])
 def test_guessing_changes_no_token_of_any_request(pages):
     """Greedy or sampled, with penalties or biases: seed for seed the same, in fewer steps."""
-    target = PagedEngine(programs(pages, "float32", 3), parameters())
+    target = Engine(programs(pages, "float32", 3), parameters())
     asked = [ask(target, request)[1] for request in REQUESTS]
     finish(target)
     for number, events in enumerate(asked):
