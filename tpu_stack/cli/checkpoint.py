@@ -7,7 +7,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from tpu_stack.cli.console import print_table, save_json
-from tpu_stack.cli.placement import start_devices
+from tpu_stack.sharding.placement import start_devices
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from tpu_stack.cli import generate as generate_verb
 from tpu_stack.cli import pack as pack_verb
 from tpu_stack.cli import train as train_verb
 from tpu_stack.cli.console import print_table, save_json
-from tpu_stack.cli.placement import PlacementOptions, start_devices
 from tpu_stack.cli.text import TextOptions
 from tpu_stack.files import replacing_folder, write_text
 from tpu_stack.sharding.mesh import mesh_text
+from tpu_stack.sharding.placement import PlacementOptions, start_devices
 from tpu_stack.training.config import TrainConfig
 from tpu_stack.units import bytes_text
 

@@ -7,15 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import Positional
 
 from tpu_stack.cli.console import print_table, save_json
-from tpu_stack.cli.placement import (
-    PlacementOptions,
-    Unprefixed,
-    place,
-    start_devices,
-    wanted_devices,
-)
+from tpu_stack.cli.placement import Unprefixed
 from tpu_stack.cli.text import TextOptions, data_config
 from tpu_stack.errors import UserError
+from tpu_stack.sharding.placement import PlacementOptions, devices_for, place
 
 if TYPE_CHECKING:
     from tpu_stack.data.tokenizer import Tokenizer
@@ -76,7 +71,7 @@ def evaluate(options: Options) -> dict[str, Any]:
         raise UserError(
             f"--compute-dtype is {options.compute_dtype!r}; bfloat16 or float32 would do"
         )
-    start_devices(wanted_devices("serve", options.place))
+    devices_for(options.profile, "serve", options.place)
     source = open_target(options.target)
     data = data_config(
         options.data, options.text, seq_len=options.seq_len, batch_size=options.batch_size

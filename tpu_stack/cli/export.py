@@ -7,13 +7,8 @@ from typing import Annotated, Literal
 from tyro.conf import Positional
 
 from tpu_stack.cli.console import print_table, progress, save_json
-from tpu_stack.cli.placement import (
-    PlacementOptions,
-    Unprefixed,
-    place,
-    start_devices,
-    wanted_devices,
-)
+from tpu_stack.cli.placement import Unprefixed
+from tpu_stack.sharding.placement import PlacementOptions, devices_for, place
 from tpu_stack.units import bytes_text
 
 _NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -45,7 +40,7 @@ class Options:
 
 def run(options: Options) -> None:
     """Exports behind a progress bar and prints what was written."""
-    start_devices(wanted_devices("serve", options.place))
+    devices_for(options.profile, "serve", options.place)
     from tpu_stack.checkpoint.store import CheckpointStore
     from tpu_stack.models.abstract import tensor_specs
     from tpu_stack.models.config import ModelConfig

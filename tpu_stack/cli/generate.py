@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import Positional
 
 from tpu_stack.cli.console import print_table, save_json
-from tpu_stack.cli.placement import PlacementOptions, Unprefixed
+from tpu_stack.cli.placement import Unprefixed
 from tpu_stack.errors import UserError
+from tpu_stack.sharding.placement import PlacementOptions
 
 if TYPE_CHECKING:
     from tpu_stack.cli.serve.building import Served

@@ -7,14 +7,8 @@ from typing import Annotated
 from tyro.conf import Positional
 
 from tpu_stack.cli.console import print_table, progress, save_json
-from tpu_stack.cli.placement import (
-    PlacementOptions,
-    Unprefixed,
-    one_unless_asked,
-    place,
-    start_devices,
-    wanted_devices,
-)
+from tpu_stack.cli.placement import Unprefixed
+from tpu_stack.sharding.placement import PlacementOptions, devices_for, place
 
 
 @dataclass(frozen=True)
@@ -39,14 +33,14 @@ class Options:
 
 def run(options: Options) -> None:
     """Imports behind a progress bar and prints what was found."""
-    placement = one_unless_asked(options.profile, options.place)
-    start_devices(wanted_devices("train", placement))
+    devices_for(options.profile, "train", options.place, emulate=False)
     from tpu_stack.models.abstract import parameter_count, tensor_specs
     from tpu_stack.models.hf.folder import HuggingFaceFolder
     from tpu_stack.serving.huggingface import import_folder
 
     folder = HuggingFaceFolder.open(options.folder)
-    profile, mesh = place(options.profile, "train", placement, tensor_specs(folder.config))
+    specs = tensor_specs(folder.config)
+    profile, mesh = place(options.profile, "train", options.place, specs, emulate=False)
     with progress() as bar:
         task = bar.add_task("import", total=len(folder.tensors), note="")
 

@@ -8,14 +8,9 @@ from tyro.conf import Positional
 
 from tpu_stack.cli.console import print_table, progress, save_json
 from tpu_stack.cli.eval import open_target
-from tpu_stack.cli.placement import (
-    PlacementOptions,
-    Unprefixed,
-    place,
-    start_devices,
-    wanted_devices,
-)
+from tpu_stack.cli.placement import Unprefixed
 from tpu_stack.errors import UserError
+from tpu_stack.sharding.placement import PlacementOptions, devices_for, place
 
 
 @dataclass(frozen=True)
@@ -63,7 +58,7 @@ def write_logits(options: Options) -> dict[str, Any]:
 
     if options.batch_size < 1:
         raise UserError(f"--batch-size is {options.batch_size}; it must be at least 1")
-    start_devices(wanted_devices("serve", options.place))
+    devices_for(options.profile, "serve", options.place)
     source = open_target(options.target)
     tokens = read_tokens(options.tokens, source.config.vocab_size)
     specs = with_groups(source.config, source.format)

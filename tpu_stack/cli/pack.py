@@ -7,13 +7,8 @@ from typing import Annotated, Any
 from tyro.conf import Positional
 
 from tpu_stack.cli.console import print_table, progress, save_json
-from tpu_stack.cli.placement import (
-    PlacementOptions,
-    Unprefixed,
-    place,
-    start_devices,
-    wanted_devices,
-)
+from tpu_stack.cli.placement import Unprefixed
+from tpu_stack.sharding.placement import PlacementOptions, devices_for, place
 from tpu_stack.units import bytes_text
 
 
@@ -61,7 +56,7 @@ def pack_run(options: Options) -> dict[str, Any]:
     from tpu_stack.serving.pack import pack
 
     get_format(options.format)
-    start_devices(wanted_devices("serve", options.place))
+    devices_for(options.profile, "serve", options.place)
     with CheckpointStore(options.run, read_only=True) as store:
         step = store.latest() if options.step is None else options.step
         config = ModelConfig.from_dict(store.meta(step)["model"])

@@ -6,15 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from tpu_stack.cli.console import print_table, progress, save_json
-from tpu_stack.cli.placement import (
-    PlacementOptions,
-    Unprefixed,
-    place,
-    start_devices,
-    wanted_devices,
-)
+from tpu_stack.cli.placement import Unprefixed
 from tpu_stack.cli.text import TextOptions, data_config
 from tpu_stack.errors import UserError
+from tpu_stack.sharding.placement import PlacementOptions, devices_for, place
 from tpu_stack.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -91,7 +86,7 @@ def _continued(options: Options, init: Path) -> "Job":
     ):
         if given != usual:
             raise UserError(f"{flag} {given}: --init {init} brings its own; leave {flag} out")
-    start_devices(wanted_devices("train", options.place))  # opening a checkpoint starts JAX
+    devices_for(options.profile, "train", options.place)  # opening a checkpoint starts JAX
     from tpu_stack.checkpoint.store import CheckpointStore
     from tpu_stack.data.pipeline import load_corpus
     from tpu_stack.data.tokenizer import Tokenizer

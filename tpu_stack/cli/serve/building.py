@@ -8,15 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from tpu_stack.cli.placement import (
-    PlacementOptions,
-    Unprefixed,
-    one_unless_asked,
-    place,
-    place_two,
-)
+from tpu_stack.cli.placement import Unprefixed
 from tpu_stack.errors import UserError
 from tpu_stack.serving.engine_options import EngineOptions
+from tpu_stack.sharding.placement import PlacementOptions, place, place_two
 
 if TYPE_CHECKING:
     from tpu_stack.serving.bundle import Bundle
@@ -158,8 +153,7 @@ def _places(options: ServingOptions, specs: Any) -> "list[tuple[Profile, Any]]":
     if (options.prefill is None) != (options.decode is None):
         raise UserError("--prefill and --decode go together: two groups of devices")
     if options.prefill is None or options.decode is None:
-        placement = one_unless_asked(options.profile, options.place)
-        return [place(options.profile, "serve", placement, specs)]
+        return [place(options.profile, "serve", options.place, specs)]
     if options.place != PlacementOptions() or options.profile != ServingOptions.profile:
         raise UserError("--prefill and --decode take the place of --profile, --mesh and --devices")
     return list(place_two(options.prefill, options.decode, specs))
