@@ -9,7 +9,7 @@ from tpu_stack.cli import main as cli
 from tpu_stack.cli.plan import compile as verb
 from tpu_stack.errors import UserError
 from tpu_stack.hardware.chips import get_chip
-from tpu_stack.planner.aot import asked as asking
+from tpu_stack.planner.aot import answer as answering
 from tpu_stack.planner.aot.exposure import exposures, links_of
 from tpu_stack.planner.aot.result import (
     Aborted,
@@ -47,7 +47,7 @@ def answer(monkeypatch):
     """Sets what the compiler answers."""
 
     def is_now(result) -> None:
-        monkeypatch.setattr(asking, "compile_asked", lambda *_, **__: result)
+        monkeypatch.setattr(answering, "compile_asked", lambda *_, **__: result)
 
     return is_now
 

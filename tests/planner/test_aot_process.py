@@ -15,9 +15,10 @@ import pytest
 
 from tpu_stack.errors import UserError
 from tpu_stack.models.config import ModelConfig
-from tpu_stack.planner.aot import asked as asking
+from tpu_stack.planner.aot import answer
 from tpu_stack.planner.aot import compile as compiling
-from tpu_stack.planner.aot.asked import Asked, compile_asked
+from tpu_stack.planner.aot.answer import compile_asked
+from tpu_stack.planner.aot.asked import Asked
 from tpu_stack.planner.aot.compile import compile_program, key_of
 from tpu_stack.planner.aot.recompilation import changed, digest_of, source_digests
 from tpu_stack.planner.aot.request import make_request
@@ -215,7 +216,7 @@ def test_the_words_alone_find_a_kept_answer(child, tmp_path, monkeypatch):
     again = compile_asked(asked, cache=tmp_path / "cache")
     assert isinstance(first, Compiled)
     assert again == dataclasses.replace(first, cached=True)
-    monkeypatch.setattr(asking, "versions", lambda: {"jax": "another"})
+    monkeypatch.setattr(answer, "versions", lambda: {"jax": "another"})
     with pytest.raises(AssertionError, match="asked for again"):
         compile_asked(asked, cache=tmp_path / "cache")
 
@@ -226,7 +227,8 @@ def test_a_kept_answer_imports_no_jax(child, tmp_path):
     compile_asked(asked, cache=tmp_path / "cache")
     script = (
         "import sys; from pathlib import Path\n"
-        "from tpu_stack.planner.aot.asked import Asked, compile_asked\n"
+        "from tpu_stack.planner.aot.answer import compile_asked\n"
+        "from tpu_stack.planner.aot.asked import Asked\n"
         f"found = compile_asked({asked!r}, cache=Path({str(tmp_path / 'cache')!r}))\n"
         "print(found.cached, 'jax' in sys.modules)"
     )

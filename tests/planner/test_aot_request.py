@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from tpu_stack.errors import UserError
-from tpu_stack.planner.aot.asked import Asked, compile_asked
+from tpu_stack.planner.aot.answer import compile_asked
+from tpu_stack.planner.aot.asked import Asked
 from tpu_stack.planner.aot.compile import key_of, target_of
 from tpu_stack.planner.aot.oom import read_oom
 from tpu_stack.planner.aot.request import make_request

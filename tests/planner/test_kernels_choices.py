@@ -12,7 +12,7 @@ from tpu_stack.planner.kernels import (
     tune,
 )
 from tpu_stack.planner.kernels.bundles import Region, Schedule
-from tpu_stack.planner.kernels.cases import get_case
+from tpu_stack.planner.kernels.case_registry import get_case
 from tpu_stack.planner.kernels.compile import Compiled
 from tpu_stack.planner.kernels.explain import explain
 from tpu_stack.planner.kernels.settings import distinct_settings

@@ -9,7 +9,7 @@ import pytest
 from tpu_stack.errors import UserError
 from tpu_stack.planner.kernels import compile as compiling
 from tpu_stack.planner.kernels import compiler_process
-from tpu_stack.planner.kernels.cases import get_case
+from tpu_stack.planner.kernels.case_registry import get_case
 from tpu_stack.planner.kernels.compile import Compiled, Job, compile_case, compile_jobs, lower_case
 from tpu_stack.planner.kernels.verify import on_chip
 

@@ -4,7 +4,7 @@ import pytest
 
 from tpu_stack.errors import UserError
 from tpu_stack.planner.kernels import table
-from tpu_stack.planner.kernels.cases import get_case, registry
+from tpu_stack.planner.kernels.case_registry import get_case, registry
 
 CASES = [
     get_case("quantized_matmul", "int4", "bf16"),

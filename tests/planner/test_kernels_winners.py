@@ -12,7 +12,7 @@ from tpu_stack.kernels.kv_attention import plan
 from tpu_stack.kernels.quantize_rows import pallas_tpu
 from tpu_stack.kernels.quantized_matmul import tiles as kernel_tiles
 from tpu_stack.planner.kernels import grouped_settings, matmul_settings, tune, winners
-from tpu_stack.planner.kernels.cases import get_case
+from tpu_stack.planner.kernels.case_registry import get_case
 from tpu_stack.planner.kernels.settings import distinct_settings
 from tpu_stack.planner.kernels.targets import compile_target
 

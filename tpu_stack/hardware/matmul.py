@@ -11,15 +11,12 @@ speed and never accuracy.
 
 import difflib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from tpu_stack.errors import UserError
 from tpu_stack.hardware import jax_table
-
-if TYPE_CHECKING:
-    from tpu_stack.hardware.chips import Chip
 
 # Each operand type -> the types it casts to exactly, narrowest first.
 EXACT_CASTS: dict[str, tuple[str, ...]] = {
@@ -58,6 +55,15 @@ _RATE_FACT = {
     "int4": "int4_ops_per_s",
     "uint4": "int4_ops_per_s",
 }
+
+
+class RatedChip(Protocol):
+    """What rates are read from: a `chips.Chip`, whose module reads rates through this one."""
+
+    @property
+    def name(self) -> str: ...
+
+    def require(self, name: str) -> int | float: ...
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,7 @@ def known_dtypes() -> str:
     return ", ".join(EXACT_CASTS)
 
 
-def _native_rate(chip: "Chip", pair: tuple[str, str]) -> tuple[float, str]:
+def _native_rate(chip: RatedChip, pair: tuple[str, str]) -> tuple[float, str]:
     """(rate, fact used) of a native pair: the slower of its operands' own rates.
 
     An operand type without a rate of its own (int4 on 8i, fp8 on v5e) runs at the other's.
@@ -118,7 +124,7 @@ def _native_rate(chip: "Chip", pair: tuple[str, str]) -> tuple[float, str]:
     return min(rates)
 
 
-def rate_of_matmul(chip: "Chip", lhs_dtype: Any, rhs_dtype: Any) -> MatmulRate:
+def rate_of_matmul(chip: RatedChip, lhs_dtype: Any, rhs_dtype: Any) -> MatmulRate:
     """The peak of lhs x rhs on `chip`, native or through the fastest pair of exact casts.
 
     Equal rates go to the fewest casts, then to the narrowest types. A mixed native pair runs at the
@@ -140,7 +146,7 @@ def rate_of_matmul(chip: "Chip", lhs_dtype: Any, rhs_dtype: Any) -> MatmulRate:
     return MatmulRate(rate, support, pair, fact, "; ".join(notes))
 
 
-def _fastest_cast(chip: "Chip", lhs: str, rhs: str) -> tuple[str, str]:
+def _fastest_cast(chip: RatedChip, lhs: str, rhs: str) -> tuple[str, str]:
     pairs = [
         (lhs_cast, rhs_cast)
         for lhs_cast in (lhs, *EXACT_CASTS[lhs])

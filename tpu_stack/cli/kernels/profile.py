@@ -35,7 +35,8 @@ class Options:
 def run(options: Options) -> int:
     """Prints a table per kernel; returns 1 when the compiler refused it."""
     from tpu_stack.errors import UserError
-    from tpu_stack.planner.kernels.cases import find_cases, parse_shape
+    from tpu_stack.planner.kernels.case_registry import find_cases
+    from tpu_stack.planner.kernels.cases import parse_shape
     from tpu_stack.planner.kernels.compile import Job, compile_case
     from tpu_stack.planner.kernels.profile import profile_schedule
     from tpu_stack.planner.kernels.targets import libtpu_version

@@ -45,7 +45,8 @@ def run(options: Options) -> None:
     """Prints the candidates of each format, cheapest first."""
     from tpu_stack.errors import UserError
     from tpu_stack.planner.kernels import settings, tune, winners
-    from tpu_stack.planner.kernels.cases import find_cases, parse_shape
+    from tpu_stack.planner.kernels.case_registry import find_cases
+    from tpu_stack.planner.kernels.cases import parse_shape
     from tpu_stack.planner.kernels.targets import compile_target, has_compiler, libtpu_version
 
     target = compile_target(options.chip)

@@ -37,7 +37,8 @@ class Options:
 def run(options: Options) -> int:
     """Prints the ladder; returns 1 when a rung that was run did not hold."""
     from tpu_stack.errors import UserError
-    from tpu_stack.planner.kernels.cases import find_cases, parse_shape
+    from tpu_stack.planner.kernels.case_registry import find_cases
+    from tpu_stack.planner.kernels.cases import parse_shape
     from tpu_stack.planner.kernels.table import write_readme
     from tpu_stack.planner.kernels.targets import CHIPS, has_compiler, known_chip
     from tpu_stack.planner.kernels.verify import report, rungs, verify_cases

@@ -34,7 +34,7 @@ class Options(ProgramOptions):
 
 def run(options: Options) -> int:
     """Prints what came of it; returns 0 when there is a program, else 1."""
-    from tpu_stack.planner.aot.asked import compile_asked
+    from tpu_stack.planner.aot.answer import compile_asked
     from tpu_stack.planner.aot.result import Compiled, CompilerMissing, as_json
 
     asked = options.asked()

@@ -5,7 +5,8 @@
 []
 """
 
-from tpu_stack.planner.kernels.cases import Case, find_cases, parse_shape, registry
+from tpu_stack.planner.kernels.case_registry import find_cases, registry
+from tpu_stack.planner.kernels.cases import Case, parse_shape
 from tpu_stack.planner.kernels.compile import Compiled, Job, compile_case, compile_jobs
 from tpu_stack.planner.kernels.verify import verify_cases
 

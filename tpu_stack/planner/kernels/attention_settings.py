@@ -20,7 +20,7 @@ from tpu_stack.kernels.kv_attention import make_plan
 from tpu_stack.kernels.kv_attention.plan import Plan, read_tiles, rule_for
 from tpu_stack.planner.kernels.attention_cases import PAGES
 from tpu_stack.planner.kernels.cases import Case, array_bytes
-from tpu_stack.planner.kernels.settings import Setting
+from tpu_stack.planner.kernels.setting import Setting
 from tpu_stack.planner.kernels.targets import CompileTarget
 
 TILES_FILE = Path(package.__file__).parent / "tiles.json"

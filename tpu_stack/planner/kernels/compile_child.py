@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tpu_stack.kernels.compiled import estimated_cycles
 from tpu_stack.kernels.compiled.layouts import with_layout
-from tpu_stack.planner.kernels.cases import get_case
+from tpu_stack.planner.kernels.case_registry import get_case
 from tpu_stack.planner.kernels.targets import compile_target
 
 

@@ -22,7 +22,7 @@ from tpu_stack.kernels.quantized_matmul.tiles import regime_of, tuned
 from tpu_stack.planner.kernels import grouped_cases, matmul_settings
 from tpu_stack.planner.kernels.cases import Case, array_bytes
 from tpu_stack.planner.kernels.grouped_cases import EXPERTS
-from tpu_stack.planner.kernels.settings import Setting
+from tpu_stack.planner.kernels.setting import Setting
 from tpu_stack.planner.kernels.targets import CompileTarget
 
 TILES_FILE = Path(package.__file__).parent / "tiles.json"

@@ -19,7 +19,7 @@ from tpu_stack.kernels.quantized_matmul.blocks import columns_per_core
 from tpu_stack.kernels.quantized_matmul.operands import cores_of
 from tpu_stack.kernels.quantized_matmul.tiles import read_tiles, regime_of, tuned
 from tpu_stack.planner.kernels.cases import Case, array_bytes
-from tpu_stack.planner.kernels.settings import Setting
+from tpu_stack.planner.kernels.setting import Setting
 from tpu_stack.planner.kernels.targets import CompileTarget
 from tpu_stack.quant import get_format
 

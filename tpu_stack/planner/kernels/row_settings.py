@@ -12,7 +12,7 @@ from tpu_stack.kernels import quantize_rows as package
 from tpu_stack.kernels.quantize_rows.pallas_tpu import CHUNK, ROWS, block_rows, read_tiles
 from tpu_stack.planner.kernels.cases import Case
 from tpu_stack.planner.kernels.row_cases import TYPES
-from tpu_stack.planner.kernels.settings import Setting
+from tpu_stack.planner.kernels.setting import Setting
 from tpu_stack.planner.kernels.targets import CompileTarget
 
 TILES_FILE = Path(package.__file__).parent / "tiles.json"

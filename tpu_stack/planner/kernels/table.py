@@ -15,7 +15,7 @@ import jax
 from tpu_stack.errors import UserError
 from tpu_stack.files import write_text
 from tpu_stack.kernels import quantized_matmul as package
-from tpu_stack.planner.kernels.cases import registry
+from tpu_stack.planner.kernels.case_registry import registry
 from tpu_stack.planner.kernels.targets import COMPILE_TARGETS, LOWER_TARGETS, libtpu_version
 
 README = Path(package.__file__).parent.parent / "README.md"

@@ -18,7 +18,8 @@ from tpu_stack.errors import UserError
 from tpu_stack.planner.kernels import measure as measuring
 from tpu_stack.planner.kernels.cases import Case
 from tpu_stack.planner.kernels.compile import Compiled, Job, compile_jobs
-from tpu_stack.planner.kernels.settings import Setting, distinct_settings
+from tpu_stack.planner.kernels.setting import Setting
+from tpu_stack.planner.kernels.settings import distinct_settings
 from tpu_stack.planner.kernels.targets import CompileTarget, compile_target
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tpu_stack.errors import UserError
-from tpu_stack.planner.aot.asked import TIMEOUT_S, compile_asked
+from tpu_stack.planner.aot.answer import compile_asked
+from tpu_stack.planner.aot.asked import TIMEOUT_S
 from tpu_stack.planner.aot.result import (
     OUTCOMES,
     Compiled,

@@ -5,15 +5,18 @@
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from tpu_stack.serving.http.errors import draining
+from tpu_stack.serving.http.errors import ApiError, draining
 from tpu_stack.serving.http.limits import Limits
 from tpu_stack.serving.http.metrics import Metrics
 from tpu_stack.serving.http.model import Model
 
-if TYPE_CHECKING:
-    from tpu_stack.serving.http.call import Call
+
+class Abortable(Protocol):
+    """A request in flight, as its host knows it: a `call.Call`."""
+
+    def abort(self, error: ApiError) -> None: ...
 
 
 @dataclass
@@ -31,7 +34,7 @@ class Host:
     keys: frozenset[str] = frozenset()
     names: frozenset[str] | None = None
     draining: bool = False
-    calls: "set[Call]" = field(default_factory=set)
+    calls: set[Abortable] = field(default_factory=set)
     metrics: Metrics = field(init=False)
 
     def __post_init__(self) -> None:

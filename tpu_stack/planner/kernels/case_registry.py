@@ -1,0 +1,64 @@
+"""The kernels under proof: one `Case` per op, weight format and activation type.
+
+The ladder, the profiler, the tuner and the published matrix all walk this registry, so a kernel
+that is registered here is proven everywhere or shown not to be.
+
+>>> [case.name for case in find_cases(format="int4", activation="bf16")]
+['quantized_matmul int4 bf16']
+"""
+
+import functools
+from types import ModuleType
+
+from tpu_stack.errors import UserError
+from tpu_stack.planner.kernels import attention_cases, grouped_cases, matmul_cases, row_cases
+from tpu_stack.planner.kernels.cases import Case
+from tpu_stack.planner.kernels.targets import nearest
+
+FAMILIES: dict[str, ModuleType] = {
+    "quantized_matmul": matmul_cases,
+    "grouped_matmul": grouped_cases,
+    "kv_attention": attention_cases,
+    "quantize_rows": row_cases,
+}
+"""Op -> the module with its `cases()` and `make_case(format, activation)`."""
+
+
+@functools.cache
+def candidates() -> tuple[Case, ...]:
+    """Every pair of every op, those that its kernel refuses among them; nothing is traced."""
+    return tuple(case for family in FAMILIES.values() for case in family.cases())
+
+
+@functools.cache
+def registry() -> tuple[Case, ...]:
+    """Every case that its kernel takes, in the order of the published matrix."""
+    return tuple(case for case in candidates() if case.refusal() is None)
+
+
+def get_case(op: str, format: str, activation: str) -> Case:
+    """One case by its names in the registry, without making the others."""
+    return FAMILIES[op].make_case(format, activation)
+
+
+def find_cases(
+    op: str | None = None, format: str | None = None, activation: str | None = None
+) -> list[Case]:
+    """The cases that fit and that their kernels take; None fits all.
+
+    Raises: UserError with the nearest name for an unknown one, with the reason when none is left.
+    """
+    found = list(candidates())
+    for field, asked in (("op", op), ("format", format), ("activation", activation)):
+        if asked is None:
+            continue
+        known = list(dict.fromkeys(getattr(case, field) for case in candidates()))
+        if asked not in known:
+            raise nearest(field, asked, known)
+        found = [case for case in found if getattr(case, field) == asked]
+    able = [case for case in found if case.refusal() is None]
+    if not able:
+        asked = ", ".join(word or "any" for word in (op, format, activation))
+        why = found[0].refusal() if found else "no such pair is registered"
+        raise UserError(f"no kernel takes op, format, activation {asked}: {why}")
+    return able
