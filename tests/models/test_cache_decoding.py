@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tpu_stack.models.cache import Cache, cache_shape, init_cache
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.models.decoder import bind, forward
+from tpu_stack.models.paged_cache import PagedCache, init_paged_cache
 
-LENGTH = 14
+LENGTH, PAGE = 14, 4
 PROMPTS = np.array([6, 1, 4])
 
 GLOBAL = ModelConfig(
@@ -36,6 +36,13 @@ LOCAL = GLOBAL.replace(
 )
 
 
+def empty_cache(config: ModelConfig, rows: int, dtype: str = "bfloat16") -> PagedCache:
+    """Room for LENGTH tokens in each row, in pages that alternate between rows."""
+    entries = -(-LENGTH // PAGE)
+    tables = jnp.arange(rows * entries, dtype=jnp.int32).reshape(entries, rows).T
+    return init_paged_cache(config, rows * entries, PAGE, tables, dtype)
+
+
 def step_logits(config, params, tokens, positions, cache):
     model = bind(config, params)
     outputs = model.hidden(tokens, positions, cache=cache)
@@ -54,7 +61,7 @@ def test_prefill_and_steps_equal_the_full_pass(random_params, config):
     step = jax.jit(step_logits, static_argnums=0)
     prompts = np.where(np.arange(6) < PROMPTS[:, None], tokens[:, :6], 7)
     positions = np.broadcast_to(np.arange(6), (3, 6))
-    cache = init_cache(config, 3, LENGTH, "float32")
+    cache = empty_cache(config, 3, "float32")
     logits, cache = step(config, params, prompts, positions, cache)
     found = [np.asarray(logits[row, :size]) for row, size in enumerate(PROMPTS)]
     at = PROMPTS.copy()
@@ -70,31 +77,12 @@ def test_prefill_and_steps_equal_the_full_pass(random_params, config):
     np.testing.assert_allclose(np.stack(found), full, atol=1e-5 * float(np.abs(full).max()))
 
 
-def test_shape_and_overflow():
-    """Positions at or beyond S are dropped rather than wrapped or clamped onto the last slot."""
-    shape = cache_shape(GLOBAL, 2, 5)
-    assert shape == (2, 2, 5, 2, 8)
-    cache = init_cache(GLOBAL, 2, 5)
-    assert cache.length == 5
-    assert cache.k.shape == cache.v.shape == shape
-    assert cache.k.dtype == jnp.bfloat16
-    ones = jnp.ones((2, 2, 2, 8))
-    positions = jnp.array([[4, 5], [0, 9]])
-    written = Cache(cache.k, cache.v).write(jnp.int32(1), positions, ones, 2 * ones)
-    keys, values = written.read(jnp.int32(1), jnp.float32)
-    touched = np.zeros((2, 5), bool)
-    touched[0, 4] = touched[1, 0] = True
-    np.testing.assert_array_equal(keys, np.broadcast_to(touched[..., None, None], keys.shape))
-    np.testing.assert_array_equal(values, 2 * np.asarray(keys))
-    assert not written.k[0].any()
-
-
 def test_bfloat16_cache_costs_no_more_than_its_rounding(random_params):
     """Keys and values rounded once, 2**-9 each: logits move by a per cent or two, not more."""
     params = random_params(GLOBAL)
     tokens = np.random.default_rng(2).integers(0, 53, (2, 10), dtype=np.int32)
     positions = np.broadcast_to(np.arange(10), (2, 10))
     full = forward(GLOBAL, params, jnp.asarray(tokens))
-    rounded, _ = step_logits(GLOBAL, params, tokens, positions, init_cache(GLOBAL, 2, 10))
+    rounded, _ = step_logits(GLOBAL, params, tokens, positions, empty_cache(GLOBAL, 2))
     error = np.linalg.norm(rounded - full) / np.linalg.norm(full)
     assert 0 < error < 0.02

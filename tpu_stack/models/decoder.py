@@ -19,7 +19,8 @@ from jaxtyping import Array, Float, Int
 
 from tpu_stack.models.attention import Mask
 from tpu_stack.models.config import ModelConfig
-from tpu_stack.models.layers import AnyCache, Block, LayerContext, Outputs, RMSNorm
+from tpu_stack.models.layers import Block, LayerContext, Outputs, RMSNorm
+from tpu_stack.models.paged_cache import PagedCache
 from tpu_stack.models.per_layer import is_split, layer_of
 from tpu_stack.models.rope import inverse_frequencies, rope_tables
 from tpu_stack.models.weights import weight
@@ -55,18 +56,18 @@ class Decoder(nnx.Module):
             x_BTD = x_BTD * jnp.asarray(self.config.d_model**0.5, dtype)
         return x_BTD
 
-    def hidden[C: AnyCache](
+    def hidden(
         self,
         inputs: Int[Array, "B T"] | Float[Array, "B T D"],
         positions_BT: Int[Array, "B T"],
         segments_BT: Int[Array, "B T"] | None = None,
-        cache: C | None = None,
+        cache: PagedCache | None = None,
         *,
         spans_BT: Int[Array, "B T"] | None = None,
         dtype: Any = jnp.float32,
         remat: Remat = "none",
         unroll: int = 1,
-    ) -> Outputs[C]:
+    ) -> Outputs:
         """The final norm's hidden states of token ids, or of embeddings.
 
         Args:
@@ -132,7 +133,7 @@ def _layer_contexts(
     positions_BT: Int[Array, "B T"],
     segments_BT: Int[Array, "B T"] | None,
     spans_BT: Int[Array, "B T"] | None,
-    cache: AnyCache | None,
+    cache: PagedCache | None,
 ):
     """A function (layer, is_local) -> LayerContext that shares what layers have in common."""
     present = set(config.layer_kinds)

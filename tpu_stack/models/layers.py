@@ -16,7 +16,6 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from tpu_stack.models.attention import Mask, attend
-from tpu_stack.models.cache import Cache
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.models.mlp import MLP
 from tpu_stack.models.moe import MoE
@@ -27,12 +26,10 @@ from tpu_stack.quant.project import project
 from tpu_stack.sharding.axes import BATCH, EMBED, HEADS, KV_HEADS, LAYERS
 from tpu_stack.sharding.constrain import constrain
 
-AnyCache = Cache | PagedCache
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Outputs[C: AnyCache]:
+class Outputs:
     """What a block, or the whole decoder, returns.
 
     Attributes:
@@ -43,7 +40,7 @@ class Outputs[C: AnyCache]:
     """
 
     hidden: Float[Array, "B T D"]
-    cache: C | None
+    cache: PagedCache | None
     aux: dict[str, Float[Array, ""]]
 
 
@@ -101,9 +98,9 @@ class Attention(nnx.Module):
             self.q_norm = RMSNorm((L, H), config)
             self.k_norm = RMSNorm((L, H), config)
 
-    def __call__[C: AnyCache](
-        self, x_BTD: Float[Array, "B T D"], context: LayerContext, cache: C | None
-    ) -> tuple[Float[Array, "B T D"], C | None]:
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], context: LayerContext, cache: PagedCache | None
+    ) -> tuple[Float[Array, "B T D"], PagedCache | None]:
         config = self.config
         B, T, _ = x_BTD.shape
         kv_axes, kv_shape = (EMBED, KV_HEADS), (B, T, config.n_kv_heads, config.head_dim)
@@ -143,9 +140,9 @@ class Block(nnx.Module):
             self.attention_post_norm = RMSNorm(shape, config)
             self.mlp_post_norm = RMSNorm(shape, config)
 
-    def __call__[C: AnyCache](
-        self, x_BTD: Float[Array, "B T D"], context: LayerContext, cache: C | None
-    ) -> Outputs[C]:
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], context: LayerContext, cache: PagedCache | None
+    ) -> Outputs:
         mixed, cache = self.attention(self.attention_norm(x_BTD), context, cache)
         if self.config.post_norms:
             mixed = self.attention_post_norm(mixed)
