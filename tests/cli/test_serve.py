@@ -104,9 +104,9 @@ PROGRAM = textwrap.dedent(
     import sys
     sys.path.insert(0, sys.argv[1])
     from fake_service import FakeService
-    from tpu_stack.cli.serve import building
+    from tpu_stack.serving import launch
     from tpu_stack.sharding.profiles import get_profile
-    building.build = lambda weights, where, engine: building.Served(
+    launch.start_engine = lambda weights, where, engine: launch.Served(
         FakeService(vocab_size=64, slots=engine.slots, step_s=0.05),
         get_profile(where.profile, "serve").emulate(1),
         weights,

@@ -10,8 +10,6 @@ import jax
 import numpy as np
 import pytest
 
-from tpu_stack.cli.serve import building
-from tpu_stack.cli.serve.building import Served, ServingOptions, Weights
 from tpu_stack.cli.serve.reload import catch_reloads, reload_when
 from tpu_stack.data.chat_format import ChatFormat
 from tpu_stack.data.sources import Document
@@ -22,6 +20,7 @@ from tpu_stack.models.config import ModelConfig
 from tpu_stack.models.decoder import init_params
 from tpu_stack.serving.bundle import write_bundle
 from tpu_stack.serving.engine_options import EngineOptions
+from tpu_stack.serving.launch import Served, Weights, Where, start_engine
 from tpu_stack.serving.requests import Finished, GenerationRequest, Token
 
 MODEL = ModelConfig(
@@ -77,7 +76,7 @@ def answer(served: Served) -> list[int]:
 def test_a_link_that_turned_is_read_and_what_does_not_fit_is_not(link, where, monkeypatch):
     monkeypatch.setattr("tpu_stack.serving.engine.build.CHUNKS", (64,))
     monkeypatch.setattr("tpu_stack.serving.engine.build.PROMPTS", (1,))
-    served = building.build(Weights.of(link), ServingOptions(**where), EngineOptions())
+    served = start_engine(Weights.of(link), Where(**where), EngineOptions())
     try:
         first = answer(served)
         turn(link, "two")
@@ -110,7 +109,7 @@ def test_a_draft_is_read_again_with_its_model(link, monkeypatch):
     monkeypatch.setattr("tpu_stack.serving.engine.build.PROMPTS", (1,))
     draft = link.parent / "draft"
     draft.symlink_to("one")
-    served = building.build(Weights.of(link), ServingOptions(draft=draft), EngineOptions())
+    served = start_engine(Weights.of(link), Where(draft=draft), EngineOptions())
 
     def share() -> tuple[list[int], float]:
         before = served.service.stats()

@@ -10,9 +10,9 @@ from tpu_stack.errors import UserError
 from tpu_stack.models.abstract import parameter_count, tensor_specs
 from tpu_stack.models.presets import PRESETS, get_preset
 from tpu_stack.planner.request import make_request
-from tpu_stack.planner.tensors import abstract_mesh, reshard_bytes, tensor_rows, with_groups
+from tpu_stack.planner.tensors import abstract_mesh, reshard_bytes, tensor_rows
 from tpu_stack.quant.qtensor import QTensor
-from tpu_stack.serving.layout import PackedLayout
+from tpu_stack.serving.layout import PackedLayout, with_groups
 from tpu_stack.sharding.profiles import get_profile
 from tpu_stack.training.config import TrainConfig
 from tpu_stack.training.layout import StateLayout

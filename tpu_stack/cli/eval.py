@@ -60,8 +60,7 @@ def _cell(value: Any) -> str:
 def evaluate(options: Options) -> dict[str, Any]:
     """The evaluation in JSON-ready fields."""
     from tpu_stack.data.pipeline import eval_batches, load_corpus
-    from tpu_stack.planner.tensors import with_groups
-    from tpu_stack.serving.layout import bytes_per_device
+    from tpu_stack.serving.layout import bytes_per_device, with_groups
     from tpu_stack.sharding.constrain import sharding_scope
     from tpu_stack.sharding.mesh import batch_sharding
     from tpu_stack.sharding.profiles import require_batch_divides

@@ -13,8 +13,8 @@ from tpu_stack.errors import UserError
 from tpu_stack.sharding.placement import PlacementOptions
 
 if TYPE_CHECKING:
-    from tpu_stack.cli.serve.building import Served
     from tpu_stack.serving.bundle import Bundle
+    from tpu_stack.serving.launch import Served
     from tpu_stack.serving.requests import SamplingParams
 
 SLOTS = 64
@@ -123,8 +123,8 @@ def _sampling(options: Options) -> "SamplingParams":
 
 def _started(options: Options) -> "tuple[Bundle, Served]":
     """An engine that is just long enough for these prompts; it compiles what they need."""
-    from tpu_stack.cli.serve.building import ServingOptions, Weights, build
     from tpu_stack.serving.engine_options import EngineOptions
+    from tpu_stack.serving.launch import Weights, Where, start_engine
 
     weights = Weights.of(options.bundle)
     bundle = weights.bundle
@@ -140,5 +140,5 @@ def _started(options: Options) -> "tuple[Bundle, Served]":
         )
     count = len(options.prompt)
     engine = EngineOptions(slots=min(count, SLOTS), queue=count, max_length=length)
-    where = ServingOptions(profile=options.profile, place=options.place)
-    return bundle, build(weights, where, engine, warm_up=False)
+    where = Where(profile=options.profile, place=options.place)
+    return bundle, start_engine(weights, where, engine, warm_up=False)

@@ -52,7 +52,7 @@ def write_logits(options: Options) -> dict[str, Any]:
 
     from tpu_stack.files import replacing_file
     from tpu_stack.models.decoder import forward
-    from tpu_stack.planner.tensors import with_groups
+    from tpu_stack.serving.layout import with_groups
     from tpu_stack.sharding.constrain import sharding_scope
     from tpu_stack.sharding.mesh import batch_sharding
 

@@ -51,8 +51,8 @@ def pack_run(options: Options) -> dict[str, Any]:
     """Packs behind a progress bar; returns the bundle in JSON-ready fields."""
     from tpu_stack.checkpoint.store import CheckpointStore
     from tpu_stack.models.config import ModelConfig
-    from tpu_stack.planner.tensors import with_groups
     from tpu_stack.quant.formats import get_format
+    from tpu_stack.serving.layout import with_groups
     from tpu_stack.serving.pack import pack
 
     get_format(options.format)

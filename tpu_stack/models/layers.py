@@ -117,13 +117,14 @@ class Attention(nnx.Module):
         k = rotate(k, context.cos, context.sin)
         scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
         how: Any = {"scale": scale, "softcap": config.attention_softcap}
+        new_cache: Any = None
         if cache is None:
             out = attend(q, k, v, context.mask, **how)
         else:
-            out, cache = cache.attend(context.layer, q, k, v, context.mask, **how)
+            out, new_cache = cache.attend(context.layer, q, k, v, context.mask, **how)
         out = constrain(out, BATCH, None, HEADS, None)
         out = out.reshape(B, T, config.n_heads * config.head_dim)
-        return project(out, self.wo.get_value(), (HEADS, EMBED)), cache
+        return project(out, self.wo.get_value(), (HEADS, EMBED)), new_cache
 
 
 class Block(nnx.Module):

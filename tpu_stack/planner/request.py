@@ -12,9 +12,9 @@ from tpu_stack.models.abstract import tensor_specs
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.models.presets import get_preset
 from tpu_stack.planner.programs import MAX_EMULATED_DEVICES
-from tpu_stack.planner.tensors import with_groups
 from tpu_stack.planner.workload import Workload
 from tpu_stack.quant.formats import get_format
+from tpu_stack.serving.layout import with_groups
 from tpu_stack.sharding.axes import TensorSpec
 from tpu_stack.sharding.profiles import Profile, Role, get_profile
 

@@ -6,10 +6,9 @@ Arithmetic over shapes and specs alone: no device is used and nothing is allocat
 >>> row.train_spec, row.state_bytes, row.serve_format, row.serve_bytes
 """
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import lcm, prod
+from math import prod
 from typing import Any
 
 import jax
@@ -18,7 +17,6 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from tpu_stack.models.abstract import tensor_specs
 from tpu_stack.models.config import ModelConfig
-from tpu_stack.quant.policy import stored_format
 from tpu_stack.serving.layout import packed_bytes_per_device
 from tpu_stack.sharding.axes import BATCH, TensorSpec
 from tpu_stack.sharding.profiles import Profile
@@ -72,22 +70,6 @@ def abstract_mesh(profile: Profile) -> AbstractMesh:
 def ways(profile: Profile, axis: str | None) -> int:
     """How many parts the mesh splits a logical axis into."""
     return prod(profile.mesh[name] for name in profile.rules.mesh_axes(axis))
-
-
-def with_groups(config: ModelConfig, format: str) -> tuple[TensorSpec, ...]:
-    """The tensors, with the groups of `format` as units that a mesh must not cut.
-
-    What `Profile.fit` needs to find a serving mesh whose scales divide too.
-    """
-    found = []
-    for spec in tensor_specs(config):
-        group = stored_format(spec, format).granule
-        if group is not None and spec.contract_axis is not None:
-            granules = list(spec.granules)
-            granules[spec.contract_axis] = lcm(granules[spec.contract_axis], group)
-            spec = dataclasses.replace(spec, granules=tuple(granules))
-        found.append(spec)
-    return tuple(found)
 
 
 def tensor_rows(

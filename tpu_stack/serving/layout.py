@@ -5,7 +5,7 @@
 """
 
 from dataclasses import dataclass, replace
-from math import prod
+from math import lcm, prod
 from typing import Any
 
 import jax
@@ -106,6 +106,22 @@ def scales_spec(spec: TensorSpec, packed: QTensor, profile: Profile) -> Partitio
             f" over {shards} devices"
         )
     return PartitionSpec(*lead, k, None, n)
+
+
+def with_groups(config: ModelConfig, format: str) -> tuple[TensorSpec, ...]:
+    """The tensors, with the groups of `format` as units that a mesh must not cut.
+
+    What `Profile.fit` needs to find a serving mesh whose scales divide too.
+    """
+    found = []
+    for spec in tensor_specs(config):
+        group = stored_format(spec, format).granule
+        if group is not None and spec.contract_axis is not None:
+            granules = list(spec.granules)
+            granules[spec.contract_axis] = lcm(granules[spec.contract_axis], group)
+            spec = replace(spec, granules=tuple(granules))
+        found.append(spec)
+    return tuple(found)
 
 
 def packed_bytes_per_device(spec: TensorSpec, format: str, profile: Profile) -> tuple[str, int]:

@@ -9,10 +9,10 @@ from typing import Annotated, Any
 from tyro.conf import Positional
 
 from tpu_stack.cli.console import print_table, save_json
-from tpu_stack.cli.placement import Unprefixed
-from tpu_stack.cli.serve.building import ServingOptions, Weights, build
+from tpu_stack.cli.placement import EngineWhere, Unprefixed
 from tpu_stack.errors import UserError
 from tpu_stack.serving.engine_options import EngineOptions
+from tpu_stack.serving.launch import Weights, start_engine
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Options:
     json: Path | None = None
     """Also write the results to this file."""
     engine: Annotated[EngineOptions, Unprefixed] = field(default_factory=EngineOptions)
-    where: Annotated[ServingOptions, Unprefixed] = field(default_factory=ServingOptions)
+    where: Annotated[EngineWhere, Unprefixed] = field(default_factory=EngineWhere)
 
 
 def run(options: Options) -> None:
@@ -94,7 +94,7 @@ def measure(options: Options, mix: Any) -> dict[str, Any]:
     weights = _weights(options)
     text = _text(options, weights)
     config, format = weights.config, weights.format
-    served = build(weights, options.where, options.engine)
+    served = start_engine(weights, options.where, options.engine)
     service, profile = served.service, served.profile
     try:
         if options.host_overhead:

@@ -12,11 +12,10 @@ from typing import Annotated, Any
 from tyro.conf import Positional
 
 from tpu_stack.cli.console import save_json
-from tpu_stack.cli.placement import Unprefixed
-from tpu_stack.cli.serve import building
-from tpu_stack.cli.serve.building import Served, ServingOptions
+from tpu_stack.cli.placement import EngineWhere, Unprefixed
 from tpu_stack.cli.serve.reload import catch_reloads, reload_when
 from tpu_stack.errors import UserError
+from tpu_stack.serving import launch
 from tpu_stack.serving.engine_options import EngineOptions
 from tpu_stack.serving.http.limits import Limits
 from tpu_stack.serving.service import InFlight
@@ -56,7 +55,7 @@ class Options:
     """Also write where and what is served to this file, once it is ready."""
     engine: Annotated[EngineOptions, Unprefixed] = field(default_factory=EngineOptions)
     limits: Limits = field(default_factory=Limits)
-    where: Annotated[ServingOptions, Unprefixed] = field(default_factory=ServingOptions)
+    where: Annotated[EngineWhere, Unprefixed] = field(default_factory=EngineWhere)
 
 
 def run(options: Options) -> None:
@@ -69,11 +68,11 @@ def run(options: Options) -> None:
         raise UserError(f"--drain-s is {options.drain_s}; it must be at least 0 and finite")
     keys = _read_keys(options.api_key_file)
     wanted = catch_reloads()
-    weights = building.Weights.of(options.bundle)
+    weights = launch.Weights.of(options.bundle)
     listener = bind(options.host, options.port)
     try:
         print(f"loading {options.bundle} ...", file=sys.stderr, flush=True)
-        served = building.build(weights, options.where, options.engine)
+        served = launch.start_engine(weights, options.where, options.engine)
         if not keys and not _is_loopback(options.host):
             print(f"warning: {options.host} is open to others, and no API key is asked for"
                   " (--api-key-file)", file=sys.stderr)  # fmt: skip
@@ -94,7 +93,7 @@ def run(options: Options) -> None:
 
 def _serve(
     options: Options,
-    served: Served,
+    served: launch.Served,
     keys: frozenset[str],
     listener: Any,
     said: dict[str, Any],

@@ -14,9 +14,9 @@ from tpu_stack.models.config import ModelConfig
 from tpu_stack.models.presets import get_preset
 from tpu_stack.planner.aot.asked import PROGRAMS, REMAT, Asked, nearest
 from tpu_stack.planner.aot.target import topology_of
-from tpu_stack.planner.tensors import with_groups
 from tpu_stack.planner.workload import Workload
 from tpu_stack.quant.formats import get_format
+from tpu_stack.serving.layout import with_groups
 from tpu_stack.sharding.profiles import Profile, get_profile, require_batch_divides
 
 

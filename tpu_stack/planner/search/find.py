@@ -24,7 +24,8 @@ from tpu_stack.planner.search.memory import (
 )
 from tpu_stack.planner.search.score import Scorer, notes
 from tpu_stack.planner.search.space import batches, legal_meshes, meshes, training_choices
-from tpu_stack.planner.tensors import ways, with_groups
+from tpu_stack.planner.tensors import ways
+from tpu_stack.serving.layout import with_groups
 from tpu_stack.sharding.axes import BATCH
 from tpu_stack.sharding.profiles import Profile
 from tpu_stack.units import bytes_text, seconds_text

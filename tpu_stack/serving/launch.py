@@ -1,14 +1,13 @@
-"""From what `serve`, `serve bench` and `generate` are told to a running engine: bundles, meshes.
+"""A running engine from a bundle on disk, or from random weights, on the meshes that are there.
 
->>> served = build(Weights.of(Path("bundle")), ServingOptions(), EngineOptions())
+>>> served = start_engine(Weights.of(Path("bundle")), Where(), EngineOptions())
 """
 
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from tpu_stack.cli.placement import Unprefixed
 from tpu_stack.errors import UserError
 from tpu_stack.serving.engine_options import EngineOptions
 from tpu_stack.sharding.placement import PlacementOptions, place, place_two
@@ -23,7 +22,7 @@ DRAFT_GUESSES = 4
 
 
 @dataclass(frozen=True)
-class ServingOptions:
+class Where:
     """Where an engine runs, and what guesses for it."""
 
     profile: str = "8i"
@@ -36,7 +35,7 @@ class ServingOptions:
     draft: Path | None = None
     """Bundle of a small model with the same tokenizer, which guesses --guesses tokens (default 4)
     per step; the output stays the same."""
-    place: Annotated[PlacementOptions, Unprefixed] = field(default_factory=PlacementOptions)
+    place: PlacementOptions = field(default_factory=PlacementOptions)
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Weights:
     @property
     def specs(self) -> Any:
         """The tensors, with units that a mesh must not cut."""
-        from tpu_stack.planner.tensors import with_groups
+        from tpu_stack.serving.layout import with_groups
 
         return with_groups(self.config, "bf16" if self.format == "float32" else self.format)
 
@@ -116,17 +115,17 @@ def _opened_again(weights: Weights) -> Weights:
     return again
 
 
-def build(
-    weights: Weights, options: ServingOptions, engine: EngineOptions, *, warm_up: bool = True
+def start_engine(
+    weights: Weights, where: Where, engine: EngineOptions, *, warm_up: bool = True
 ) -> Served:
     """The engine, running, and with `warm_up` compiled; see `start_service`."""
     from tpu_stack.serving.engine.build import Side, start_service
 
-    draft = None if options.draft is None else _draft(options.draft, weights)
+    draft = None if where.draft is None else _draft(where.draft, weights)
     if draft is not None and not engine.guesses:
         engine = dataclasses.replace(engine, guesses=DRAFT_GUESSES)
     specs = (*weights.specs, *(draft.specs if draft is not None else ()))
-    places = tuple(_places(options, specs))
+    places = tuple(_places(where, specs))
     sides = [Side(_loaded(weights, draft, *each), *each) for each in places]
     decode = sides[-1]
     service = start_service(
@@ -148,15 +147,15 @@ def _loaded(weights: Weights, draft: Weights | None, profile: "Profile", mesh: A
     return params if draft is None else (params, draft.load(profile, mesh))
 
 
-def _places(options: ServingOptions, specs: Any) -> "list[tuple[Profile, Any]]":
+def _places(where: Where, specs: Any) -> "list[tuple[Profile, Any]]":
     """One mesh, or that of prefill and that of decode."""
-    if (options.prefill is None) != (options.decode is None):
+    if (where.prefill is None) != (where.decode is None):
         raise UserError("--prefill and --decode go together: two groups of devices")
-    if options.prefill is None or options.decode is None:
-        return [place(options.profile, "serve", options.place, specs)]
-    if options.place != PlacementOptions() or options.profile != ServingOptions.profile:
+    if where.prefill is None or where.decode is None:
+        return [place(where.profile, "serve", where.place, specs)]
+    if where.place != PlacementOptions() or where.profile != Where.profile:
         raise UserError("--prefill and --decode take the place of --profile, --mesh and --devices")
-    return list(place_two(options.prefill, options.decode, specs))
+    return list(place_two(where.prefill, where.decode, specs))
 
 
 def _draft(path: Path, weights: Weights) -> Weights:
