@@ -53,6 +53,11 @@ def tree_on(mesh: dict[str, int], seed: int) -> dict[str, Any]:
     }
 
 
+def two_trees(mesh: dict[str, int], seed: int) -> dict[str, Any]:
+    """Items as a training run has them."""
+    return {"params": tree_on(mesh, seed), "optimizer": tree_on(mesh, 100 + seed)}
+
+
 def abstract(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
@@ -67,7 +72,7 @@ def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     with CheckpointStore(folder) as store:
         for step in (3, STEP):
-            store.save(step, tree_on(MESH, step), tree_on(MESH, 100 + step), dict(META, at=step))
+            store.save(step, two_trees(MESH, step), dict(META, at=step))
     return folder
 
 
@@ -115,7 +120,7 @@ def test_digest_is_of_the_values_only(run, tmp_path):
     assert wanted != earlier
     for number, mesh in enumerate(OTHERS):
         with CheckpointStore(tmp_path / str(number)) as store:
-            store.save(1, tree_on(mesh, STEP), tree_on(mesh, 100 + STEP), {})
+            store.save(1, two_trees(mesh, STEP), {})
             store.wait()
             assert store.digest(1) == wanted
 
@@ -129,7 +134,7 @@ def test_digest_sees_one_bit_a_name_and_a_swap(run, tmp_path):
         digests = {store.digest(STEP)}
     for number, (first, second) in enumerate(cases):
         with CheckpointStore(tmp_path / str(number)) as store:
-            store.save(1, first, second, {})
+            store.save(1, {"params": first, "optimizer": second}, {})
             store.wait()
             digests.add(store.digest(1))
     assert len(digests) == 4
@@ -156,7 +161,7 @@ def test_real_optimizer_states_survive(tmp_path, optimizer):
         (before.params, before.opt_state),
     )
     with CheckpointStore(tmp_path) as store:
-        store.save(1, state[0], state[1], {})
+        store.save(1, {"params": state[0], "optimizer": state[1]}, {})
         store.wait()
         params = store.restore(1, "params", after.params)
         opt_state = store.restore(1, "optimizer", after.opt_state)
@@ -318,6 +323,61 @@ def test_the_newest_two_are_kept(tmp_path):
     tree = tree_on({"a": 1, "b": 1}, 0)
     with CheckpointStore(tmp_path, keep=2) as store:
         for step in (1, 2, 3):
-            store.save(step, tree, tree, {})
+            store.save(step, {"params": tree}, {})
         store.wait()
         assert store.steps == [2, 3]
+
+
+def test_any_items(tmp_path):
+    """Trees of any name and kind: tuples, a key, numpy, one without leaves; each by itself."""
+    items = {
+        "teacher": (tree_on(MESH, 1), {"ema": np.arange(6, dtype=np.float32)}),
+        "replay": {
+            "rewards": jax.numpy.ones((3, 2, 2), jax.numpy.bfloat16),
+            "seen": np.bool_(True),
+        },
+        "nothing": optax.sgd(0.1).init({"w": np.zeros(2)}),
+        "params": tree_on(MESH, STEP),
+    }
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def like(tree: Any) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)
+
+    with CheckpointStore(tmp_path / "first") as store:
+        store.save(1, items, {"note": "x"})
+        store.wait()
+        assert store.items(1) == ["nothing", "params", "replay", "teacher"]
+        for name, tree in items.items():
+            found = store.restore(1, name, like(tree))
+            chex.assert_trees_all_equal(found, tree)
+            assert jax.tree.structure(found) == jax.tree.structure(tree)
+        with pytest.raises(
+            UserError, match=r"holds no 'optimizer'; it holds \['nothing', 'params'"
+        ):
+            store.restore(1, "optimizer", {})
+        whole = store.digest(1)
+    changed = items | {"teacher": (items["teacher"][0], {"ema": np.arange(6)[::-1].astype("f4")})}
+    for number, (other, same) in enumerate(
+        [(dict(reversed(items.items())), True), (changed, False)]
+    ):
+        with CheckpointStore(tmp_path / str(number)) as store:
+            store.save(2, other, {})
+            store.wait()
+            assert (store.digest(2) == whole) == same
+
+
+@pytest.mark.parametrize(
+    ("items", "said"),
+    [
+        ({"meta": {}}, "an item cannot be called 'meta'"),
+        ({"params": {"a": {"w": np.zeros(2, np.int64)}}}, r"a\.w is int64; .* 1, 2 or 4 bytes"),
+        ({"params": {"w": jax.numpy.zeros(4, "int4")}}, "w is int4"),
+        ({"params": {"w": 3.0}}, "w is float"),
+    ],
+)
+def test_items_that_cannot_be_saved(tmp_path, items, said):
+    with CheckpointStore(tmp_path) as store:
+        with pytest.raises(UserError, match=said):
+            store.save(1, items, {})
+        assert store.steps == []

@@ -75,5 +75,5 @@ def trained(tmp_path_factory) -> Trained:
     run = tmp_path_factory.mktemp("trained")
     with CheckpointStore(run) as store:
         meta = {"model": MODEL.to_dict(), "tokenizer": tokenizer.to_json()}
-        store.save(STEP, jax.device_put(params, shardings), {"count": np.int32(STEP)}, meta)
+        store.save(STEP, {"params": jax.device_put(params, shardings)}, meta)
     return Trained(run, MODEL, params, tokenizer)

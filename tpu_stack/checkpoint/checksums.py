@@ -14,7 +14,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, UInt32
+
+from tpu_stack.errors import UserError
 
 _SALT = 0x9E3779B1
 
@@ -23,6 +26,15 @@ def leaf_names(tree: Any) -> list[str]:
     """Dotted path of every leaf, in flattening order."""
     paths = jax.tree_util.tree_flatten_with_path(tree)[0]
     return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
+
+
+def _is_summable(leaf: Any) -> bool:
+    if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
+        return False
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return True
+    whole_bytes = leaf.dtype == jnp.bool_ or jax.dtypes.itemsize_bits(leaf.dtype) % 8 == 0
+    return whole_bytes and leaf.dtype.itemsize in (1, 2, 4)
 
 
 def _words(x: Array) -> UInt32[Array, "..."]:
@@ -77,10 +89,19 @@ def _in_turn(leaves: list[Array]) -> list[Any]:
 
 
 def tree_checksums(tree: Any) -> dict[str, str]:
-    """Leaf name -> 16 hexadecimal digits. Leaves are arrays of 1, 2 or 4 byte elements, or keys."""
+    """Leaf name -> 16 hexadecimal digits. Leaves are arrays of 1, 2 or 4 byte elements, or keys.
+
+    Raises UserError naming a leaf of another kind.
+    """
     leaves = jax.tree.leaves(tree)
     if not leaves:
         return {}
+    for name, leaf in zip(leaf_names(tree), leaves, strict=True):
+        if not _is_summable(leaf):
+            raise UserError(
+                f"{name} is {getattr(leaf, 'dtype', type(leaf).__name__)}; a checkpoint's tensors"
+                " have elements of 1, 2 or 4 bytes"
+            )
     sums = _in_turn(leaves)
     return {
         name: f"{int(a):08x}{int(b):08x}"

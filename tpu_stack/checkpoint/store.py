@@ -1,17 +1,19 @@
 """Saving and restoring training state with Orbax: asynchronous, resharding, checksummed.
 
-A run folder holds `checkpoints/STEP/`, each with the items `params`, `optimizer` and `meta`. The
-meta item carries all else that a step needs to stand alone: model config, tokenizer, the data
-iterator's position, and one checksum per tensor, which every restore verifies.
+A run folder holds `checkpoints/STEP/`: one folder for each item that was saved, which is any tree
+of arrays, and `meta`. The meta item carries all else that a step needs to stand alone (a run's
+model config, tokenizer and position in its data) and one checksum per tensor, which every restore
+verifies.
 
 >>> with CheckpointStore(Path("runs/a")) as store:
-...     store.save(20, params, optimizer, meta)
+...     store.save(20, {"params": params, "optimizer": opt_state}, meta)
 """
 
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,6 +23,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
+from etils import epath
 
 from tpu_stack.checkpoint.checksums import damaged, leaf_names, tree_checksums
 from tpu_stack.errors import UserError
@@ -29,6 +32,10 @@ from tpu_stack.errors import UserError
 absl_logging.set_verbosity(absl_logging.FATAL)
 for _noisy in ("orbax", "asyncio"):
     logging.getLogger(_noisy).setLevel(logging.CRITICAL)
+
+
+META = "meta"
+"""The item with what JSON can say; no tree may take its name."""
 
 
 class CheckpointStore:
@@ -55,15 +62,15 @@ class CheckpointStore:
             enable_async_checkpointing=not read_only and in_background,
         )
         arrays: Any = {"use_ocdbt": in_background}
+        self._trees = ocp.StandardCheckpointHandler(**arrays)
+        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        for kind in (ocp.args.StandardSave, ocp.args.StandardRestore):
+            registry.add(None, kind, self._trees)  # items of any name
+        for kind in (ocp.args.JsonSave, ocp.args.JsonRestore):
+            registry.add(META, kind, ocp.JsonCheckpointHandler())
         try:
             self._manager = ocp.CheckpointManager(
-                self.folder,
-                options=options,
-                item_handlers={
-                    "params": ocp.StandardCheckpointHandler(**arrays),
-                    "optimizer": ocp.StandardCheckpointHandler(**arrays),
-                    "meta": ocp.JsonCheckpointHandler(),
-                },
+                self.folder, options=options, handler_registry=registry
             )
         except OSError as error:
             raise UserError(f"cannot write checkpoints to {run}: {error.strerror}") from error
@@ -100,20 +107,30 @@ class CheckpointStore:
         """Steps with a complete checkpoint, ascending."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, params: Any, optimizer: Any, meta: dict[str, Any]) -> None:
+    def save(self, step: int, items: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
         """Starts writing a checkpoint of `step`; training may go on and donate the arrays.
 
-        `meta` is JSON-ready. Raises UserError when this or an earlier write failed.
+        Args:
+          items: name -> tree of arrays (elements of 1, 2 or 4 bytes, or PRNG keys).
+          meta: JSON-ready.
+
+        Raises UserError when this or an earlier write failed, and for an item that cannot be saved.
         """
-        checksums = {"params": tree_checksums(params), "optimizer": tree_checksums(optimizer)}
+        if META in items:
+            raise UserError(
+                f"an item cannot be called {META!r}; that is the name of what meta says"
+            )
+        checksums = {name: tree_checksums(tree) for name, tree in items.items()}
         body = dict(meta, step=step, checksums=checksums)
-        args = ocp.args.Composite(
-            params=ocp.args.StandardSave(params),
-            optimizer=ocp.args.StandardSave(optimizer),
-            meta=ocp.args.JsonSave(dict(body, digest=_json_digest(body))),
-        )
+        args: dict[str, Any] = {
+            # Orbax refuses a tree without leaves; its checksums, none, say all of it.
+            name: ocp.args.StandardSave(tree)
+            for name, tree in items.items()
+            if checksums[name]
+        }
+        args[META] = ocp.args.JsonSave(dict(body, digest=_json_digest(body)))
         try:
-            self._manager.save(step, args=args, force=True)
+            self._manager.save(step, args=ocp.args.Composite(**args), force=True)
         except Exception as failure:  # an earlier asynchronous write surfaces here
             raise self._not_written(failure) from failure
 
@@ -125,50 +142,49 @@ class CheckpointStore:
 
     def meta(self, step: int) -> dict[str, Any]:
         """The meta item of `step`. Raises UserError when it was changed since it was saved."""
+        body = self._read(step, META, ocp.args.JsonRestore())
+        if body.pop("digest", None) != _json_digest(body):
+            raise UserError(f"checkpoint {self._name(step)} is damaged: meta")
+        return body
 
-        def verified(body: dict[str, Any]) -> dict[str, Any]:
-            if body.pop("digest", None) != _json_digest(body):
-                raise UserError(f"checkpoint {self._name(step)} is damaged: meta")
-            return body
-
-        return self._read(step, "meta", ocp.args.JsonRestore(), verified)
+    def items(self, step: int) -> list[str]:
+        """Names of the trees that `step` holds, sorted."""
+        return sorted(self.meta(step)["checksums"])
 
     def restore(self, step: int, item: str, abstract: Any) -> Any:
-        """The tree `item` ("params" or "optimizer") of `step` in the layout of `abstract`.
+        """The tree `item` of `step` in the layout of `abstract`.
 
         `abstract` is a tree of ShapeDtypeStructs with shardings, of any mesh. Raises UserError
         naming the tensors whose checksum differs, or saying what cannot be read.
         """
-        expected = self.meta(step)["checksums"][item]
+        checksums = self.meta(step)["checksums"]
+        if item not in checksums:
+            raise UserError(
+                f"checkpoint {self._name(step)} holds no {item!r}; it holds {sorted(checksums)}"
+            )
+        expected = checksums[item]
         missing = sorted(set(leaf_names(abstract)) ^ set(expected))
         if missing:
             raise UserError(
                 f"checkpoint {self._name(step)}: {item} differ from the model: {missing[:3]}"
             )
-
-        def verified(tree: Any) -> Any:
-            wrong = damaged(tree, expected)
-            if wrong:
-                raise UserError(
-                    f"checkpoint {self._name(step)} is damaged: {item} {', '.join(wrong)}"
-                )
-            return tree
-
-        return self._read(step, item, ocp.args.StandardRestore(abstract), verified)
+        if not expected:
+            return abstract
+        tree = self._read(step, item, ocp.args.StandardRestore(abstract))
+        wrong = damaged(tree, expected)
+        if wrong:
+            raise UserError(f"checkpoint {self._name(step)} is damaged: {item} {', '.join(wrong)}")
+        return tree
 
     def digest(self, step: int) -> str:
-        """One BLAKE3 hash over names, dtypes, shapes and bytes of parameters and optimizer state.
+        """One BLAKE3 hash over names, dtypes, shapes and bytes of every item's tensors.
 
         Raises UserError when the checkpoint is damaged.
         """
         digest = blake3.blake3()
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        for item in ("params", "optimizer"):
-            metadata = self._read(step, item, None, lambda tree: tree)
-            abstract = jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), metadata
-            )
-            tree = self.restore(step, item, abstract)
+        # Backwards: `params` before `optimizer`, as ever, so that published digests stay valid.
+        for item in reversed(self.items(step)):
+            tree = self.restore(step, item, self._abstract(step, item))
             named = sorted(
                 zip(leaf_names(tree), jax.tree.leaves(tree), strict=True), key=lambda x: x[0]
             )
@@ -178,22 +194,35 @@ class CheckpointStore:
                 digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         return digest.hexdigest()
 
+    def _abstract(self, step: int, item: str) -> Any:
+        """The tree `item` as shapes and dtypes on one device, as Orbax noted them."""
+        if not self.meta(step)["checksums"][item]:
+            return {}
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        with self._reading(step, item):
+            noted: Any = self._trees.metadata(epath.Path(self._name(step)) / item).tree
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), noted
+        )
+
     def _name(self, step: int) -> str:
         return f"{self.folder}/{step}"
 
-    def _read(self, step: int, item: str, args: Any, then: Callable[[Any], Any]) -> Any:
+    def _read(self, step: int, item: str, args: Any) -> Any:
+        with self._reading(step, item):
+            return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
+
+    @contextmanager
+    def _reading(self, step: int, item: str) -> Iterator[None]:
+        """Turns what Orbax and TensorStore raise, of many types on damaged files, into one line."""
         if step not in self.steps:
             raise UserError(f"{self.run} has no checkpoint of step {step}; it has {self.steps}")
         try:
-            if args is None:
-                tree = self._manager.item_metadata(step)[item].tree
-            else:
-                tree = self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
-        except Exception as failure:  # Orbax and TensorStore raise many types on damaged files
+            yield
+        except Exception as failure:
             raise UserError(
                 f"checkpoint {self._name(step)} cannot be read ({item}): {_reason(failure)}"
             ) from failure
-        return then(tree)
 
 
 def _json_digest(body: dict[str, Any]) -> str:

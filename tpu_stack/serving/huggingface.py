@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jax.sharding import Mesh
 
 from tpu_stack.checkpoint.store import CheckpointStore
@@ -94,7 +93,7 @@ def import_folder(
             if (folder.path / name).is_file():
                 shutil.copyfile(folder.path / name, partial / ORIGINAL_FILES / name)
         with CheckpointStore(partial, in_background=False) as store:
-            store.save(0, params, {"count": np.int32(0)}, meta)
+            store.save(0, {"params": params}, meta)
     return Imported(
         folder.family.architecture,
         folder.config,

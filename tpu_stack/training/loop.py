@@ -214,7 +214,7 @@ class _Run:
             meta = checkpoint_meta(
                 self.job.config, self.job.train, self.job.data, self.job.corpus, state, self.batches
             )
-            self.store.save(step, state.params, state.opt_state, meta)
+            self.store.save(step, {"params": state.params, "optimizer": state.opt_state}, meta)
 
 
 def _due(step: int, every: int) -> bool:
