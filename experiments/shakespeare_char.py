@@ -27,7 +27,8 @@ from tpu_stack.models.config import ModelConfig
 from tpu_stack.sharding.mesh import make_mesh
 from tpu_stack.sharding.profiles import get_profile
 from tpu_stack.training.config import TrainConfig
-from tpu_stack.training.loop import Job, train
+from tpu_stack.training.run import Job, train
+from tpu_stack.training.trainer import Hook
 
 TARGET_LOSS = 1.886
 """Validation loss that nanoGPT reaches after its 2,000 steps; how long until it is recorded."""
@@ -89,7 +90,7 @@ def run(options: Options) -> dict[str, Any]:
     profile = get_profile("8t").emulate(options.devices).with_mesh(f"data={options.devices}")
     job = Job(config, settings, profile, make_mesh(profile.mesh), corpus, data)
     clock = Clock(started)
-    result = train(job, listener=clock.note)
+    result = train(job, hooks=[clock])
     curve = clock.curve
     reached = next((point for point in curve if point["val_loss"] <= TARGET_LOSS), None)
     rate = result.tokens_per_s
@@ -109,27 +110,24 @@ def run(options: Options) -> dict[str, Any]:
     }
 
 
-class Clock:
+class Clock(Hook):
     """Validation losses with the time they were reached, set-up and compiling included.
 
-    Evaluations are taken out: from the step before one to its result, the clock stands still.
+    Evaluations are taken out: while one runs, the trainer's clock stands still.
     """
 
     def __init__(self, started: float):
         self.curve: list[dict[str, float]] = []
         self._started = started
-        self._evaluating_s = 0.0
-        self._last_step_at = started
+        self._set_up_s = 0.0
 
-    def note(self, step: int, values: dict[str, float]) -> None:
-        now = time.perf_counter()
-        if "val_loss" not in values:
-            self._last_step_at = now
-            return
-        seconds = self._last_step_at - self._started - self._evaluating_s
-        self._evaluating_s += now - self._last_step_at
-        self.curve.append({"step": step, "seconds": seconds, "val_loss": values["val_loss"]})
-        print(f"step {step:5d}  {seconds:6.1f} s  validation {values['val_loss']:.4f}", flush=True)
+    def on_start(self, trainer) -> None:
+        self._set_up_s = time.perf_counter() - self._started
+
+    def on_evaluation(self, trainer, found) -> None:
+        seconds = self._set_up_s + trainer.clock.running_s
+        self.curve.append({"step": trainer.step, "seconds": seconds, "val_loss": found.loss})
+        print(f"step {trainer.step:5d}  {seconds:6.1f} s  validation {found.loss:.4f}", flush=True)
 
 
 def main() -> int:

@@ -20,7 +20,7 @@ from tpu_stack.errors import UserError
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.sharding.mesh import make_mesh
 from tpu_stack.sharding.profiles import get_profile
-from tpu_stack.training.config import TrainConfig
+from tpu_stack.training.config import OptimizerConfig
 from tpu_stack.training.layout import StateLayout
 from tpu_stack.training.optimizer import make_optimizer
 
@@ -146,7 +146,7 @@ def test_real_optimizer_states_survive(tmp_path, optimizer):
     config = ModelConfig(
         vocab_size=16, d_model=8, n_layers=2, n_heads=2, n_kv_heads=2, head_dim=4, d_ff=16
     )
-    rule = make_optimizer(TrainConfig(optimizer=optimizer), config)
+    rule = make_optimizer(OptimizerConfig(optimizer=optimizer), 1, config)
 
     def layout(mesh: str) -> StateLayout:
         profile = get_profile("8t").with_mesh(mesh)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from tpu_stack.checkpoint.store import ORIGINAL_FILES
 from tpu_stack.cli import eval as eval_verb
 from tpu_stack.cli import export, logits, pack
 from tpu_stack.cli import train as train_verb
@@ -18,7 +19,6 @@ from tpu_stack.data.chat_format import ChatFormat
 from tpu_stack.errors import UserError
 from tpu_stack.models.hf.safetensors_file import DTYPES, read_header, write_file
 from tpu_stack.serving.bundle import Bundle
-from tpu_stack.serving.huggingface import ORIGINAL_FILES
 from tpu_stack.sharding.placement import PlacementOptions
 from tpu_stack.training.config import TrainConfig
 

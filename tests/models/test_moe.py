@@ -22,8 +22,8 @@ from tpu_stack.quant.grouped import grouped_matmul
 from tpu_stack.sharding.constrain import sharding_scope
 from tpu_stack.sharding.mesh import make_mesh
 from tpu_stack.sharding.profiles import get_profile
-from tpu_stack.training.config import TrainConfig
 from tpu_stack.training.layout import StateLayout
+from tpu_stack.training.losses import NextTokenLoss
 from tpu_stack.training.step import make_train_step
 
 CONFIG = ModelConfig(
@@ -272,7 +272,6 @@ def test_impossible_mixtures_are_refused(changes):
 def test_experts_train_in_bfloat16_on_a_mesh():
     """The usual training step: master weights in float32, products in bfloat16, recomputed."""
     config = CONFIG.replace(n_layers=1, balance_loss=1.0)
-    train = TrainConfig(batch_size=8, seq_len=16, accumulate=2)
     profile = get_profile("8t").with_mesh("fsdp=2,expert=2,tensor=2")
     mesh, optimizer = make_mesh(profile.mesh), optax.adam(3e-2)
     layout = StateLayout.of(config, optimizer, profile, mesh)
@@ -284,13 +283,14 @@ def test_experts_train_in_bfloat16_on_a_mesh():
         "segment_ids": np.ones((8, 16), np.int32),
         "loss_mask": np.ones((8, 16), bool),
     }
-    step = make_train_step(config, optimizer, train, dtype=jnp.bfloat16, remat="full")
+    loss = NextTokenLoss(config, jnp.bfloat16, "full")
+    step = make_train_step(loss, optimizer, accumulate=2)
     with sharding_scope(mesh, profile.rules):
         jitted = jax.jit(step, out_shardings=(layout.shardings, None))
         state, batch = layout.init(0), jax.device_put(batch, layout.batch)
         losses = []
         for _ in range(12):
-            state, metrics = jitted(state, batch)
+            state, metrics = jitted(state, (), batch)
             losses.append(float(metrics["loss"]))
     router = state.params["blocks"]["mlp"]["router"]
     assert router.dtype == jnp.float32

@@ -14,7 +14,7 @@ from tpu_stack.planner.tensors import abstract_mesh, reshard_bytes, tensor_rows
 from tpu_stack.quant.qtensor import QTensor
 from tpu_stack.serving.layout import PackedLayout, with_groups
 from tpu_stack.sharding.profiles import get_profile
-from tpu_stack.training.config import TrainConfig
+from tpu_stack.training.config import OptimizerConfig
 from tpu_stack.training.layout import StateLayout
 from tpu_stack.training.optimizer import make_optimizer
 
@@ -55,7 +55,7 @@ def test_tables_and_norms_by_hand():
 def test_bytes_agree_with_what_training_and_serving_place(format):
     train, serve, rows = _rows(format)
     config = get_preset("nano")
-    optimizer = make_optimizer(TrainConfig(), config)
+    optimizer = make_optimizer(OptimizerConfig(), 1, config)
     state = StateLayout.of(config, optimizer, train, abstract_mesh(train))  # pyright: ignore
     weights = (state.abstract.params, state.abstract.opt_state)
     placed = sum(

@@ -14,7 +14,7 @@ from tpu_stack.models.config import ModelConfig
 from tpu_stack.sharding.mesh import make_mesh
 from tpu_stack.sharding.profiles import get_profile
 from tpu_stack.training.config import TrainConfig
-from tpu_stack.training.loop import Job
+from tpu_stack.training.run import Job
 
 # LLVM's optimizations are most of what compiling these small programs costs.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

@@ -8,7 +8,7 @@ import pytest
 
 from tpu_stack.checkpoint.store import CheckpointStore
 from tpu_stack.errors import UserError
-from tpu_stack.training.loop import train
+from tpu_stack.training.run import train
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from tpu_stack.models.abstract import map_specs, tensor_specs
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.sharding.mesh import make_mesh
 from tpu_stack.sharding.profiles import get_profile
-from tpu_stack.training.config import TrainConfig
+from tpu_stack.training.config import OptimizerConfig, TrainConfig
 from tpu_stack.training.layout import StateLayout
 from tpu_stack.training.optimizer import make_optimizer, make_schedule
 
@@ -23,7 +23,7 @@ PEAK = 1e-2
 
 
 def schedule_values(steps: int = 100, **train) -> np.ndarray:
-    schedule = make_schedule(TrainConfig(steps=steps, learning_rate=PEAK, **train))
+    schedule = make_schedule(OptimizerConfig(learning_rate=PEAK, **train), steps)
     return np.array([np.asarray(schedule(step)) for step in range(110)])
 
 
@@ -87,7 +87,9 @@ def leaf(tree: Any, name: str) -> np.ndarray:
 
 def first_updates(params: dict, grads: dict, **train) -> dict[str, np.ndarray]:
     """Updates of the first step, by tensor name."""
-    optimizer = make_optimizer(TrainConfig(learning_rate=PEAK, warmup_steps=0, **train), MODEL)
+    optimizer = make_optimizer(
+        OptimizerConfig(learning_rate=PEAK, warmup_steps=0, **train), 200, MODEL
+    )
     updates, _ = optimizer.update(grads, optimizer.init(params), params)
     flat = jax.tree_util.tree_flatten_with_path(updates)[0]
     return {
@@ -113,7 +115,7 @@ def test_clipping_is_by_the_norm_of_all_gradients():
     norm = float(optax.tree.norm(grads))
 
     def moments(clip: float, size: float):
-        optimizer = make_optimizer(TrainConfig(clip_norm=clip, warmup_steps=0), MODEL)
+        optimizer = make_optimizer(OptimizerConfig(clip_norm=clip, warmup_steps=0), 200, MODEL)
         state = optimizer.init(grads)
         scaled = jax.tree.map(lambda g: size * g, grads)
         _, state = optimizer.update(scaled, state, grads)
@@ -171,7 +173,7 @@ def test_muon_steps_are_as_large_as_adamw_s():
 def test_every_state_lies_where_its_parameter_lies(optimizer):
     """Moments carry the sharding of their tensor; only scalars and coefficients are replicated."""
     profile = get_profile("8t").with_mesh("data=2,fsdp=2,tensor=1")
-    rule = make_optimizer(TrainConfig(optimizer=optimizer), MODEL)
+    rule = make_optimizer(OptimizerConfig(optimizer=optimizer), 200, MODEL)
     layout = StateLayout.of(MODEL, rule, profile, make_mesh(profile.mesh))
     specs = {spec.name: spec for spec in tensor_specs(MODEL)}
     counted = dict.fromkeys(specs, 0)

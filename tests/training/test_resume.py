@@ -7,7 +7,7 @@ import pytest
 
 from tpu_stack.checkpoint.store import CheckpointStore
 from tpu_stack.errors import UserError
-from tpu_stack.training.loop import train
+from tpu_stack.training.run import train
 
 LATER = ("n_experts", "experts_per_token", "normalize_experts", "d_ff_shared", "balance_loss")
 MESH = "fsdp=2"

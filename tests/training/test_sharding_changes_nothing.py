@@ -11,10 +11,8 @@ import pytest
 from tpu_stack.checkpoint.checksums import tree_checksums
 from tpu_stack.data.pipeline import train_iterator
 from tpu_stack.sharding.constrain import sharding_scope
-from tpu_stack.training.evaluate import place_batch
-from tpu_stack.training.layout import StateLayout
-from tpu_stack.training.loop import Job
-from tpu_stack.training.optimizer import make_optimizer
+from tpu_stack.training.batches import place_batch
+from tpu_stack.training.run import Job
 from tpu_stack.training.step import TrainState, make_train_step
 
 STEPS = 20
@@ -38,12 +36,8 @@ TOLERANCE = 1e-4
 
 def losses(job: Job, start: TrainState, quick: dict[str, Any]) -> list[float]:
     """The loss of each of the first steps from the host copy `start` of a state."""
-    layout = StateLayout.of(
-        job.config, make_optimizer(job.train, job.config), job.profile, job.mesh
-    )
-    step = make_train_step(
-        job.config, layout.optimizer, job.train, dtype=job.dtype, remat=job.remat
-    )
+    layout = job.layout()
+    step = make_train_step(job.loss(), layout.optimizer, job.train.accumulate)
     batches = train_iterator(job.corpus, job.data)
     start = replace(start, key=jax.random.key(job.train.seed))  # keys have no host form
     state = jax.device_put(start, layout.shardings)
@@ -53,7 +47,7 @@ def losses(job: Job, start: TrainState, quick: dict[str, Any]) -> list[float]:
             step, donate_argnums=0, out_shardings=(layout.shardings, None), compiler_options=quick
         )
         for _ in range(STEPS):
-            state, metrics = compiled(state, place_batch(next(batches), layout.batch))
+            state, metrics = compiled(state, (), place_batch(next(batches), layout.batch))
             found.append(float(metrics["loss"]))
     for leaf, like in zip(jax.tree.leaves(state), jax.tree.leaves(layout.abstract), strict=True):
         assert leaf.sharding == like.sharding
@@ -61,16 +55,14 @@ def losses(job: Job, start: TrainState, quick: dict[str, Any]) -> list[float]:
 
 
 def first_state(job: Job) -> TrainState:
-    layout = StateLayout.of(
-        job.config, make_optimizer(job.train, job.config), job.profile, job.mesh
-    )
-    return layout.init(job.train.seed)
+    return job.layout().init(job.train.seed)
 
 
 def on_host(state: TrainState) -> TrainState:
     """A copy that donation cannot reach."""
-    copied = jax.tree.map(np.array, (state.step, state.params, state.opt_state))
-    return TrainState(*copied, key=state.key)
+    fields = (state.step, state.params, state.opt_state, state.finite)
+    step, params, opt_state, finite = jax.tree.map(np.array, fields)
+    return TrainState(step, params, opt_state, state.key, finite)
 
 
 @pytest.fixture(scope="module")

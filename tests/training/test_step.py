@@ -1,7 +1,5 @@
 """The loss against NumPy, what its mask keeps out, and accumulation against the whole batch."""
 
-from dataclasses import replace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,14 +11,8 @@ from tpu_stack.models.abstract import map_specs
 from tpu_stack.models.decoder import forward
 from tpu_stack.sharding.mesh import batch_sharding
 from tpu_stack.training.evaluate import Evaluator
-from tpu_stack.training.step import (
-    TrainState,
-    make_train_step,
-    negative_log_likelihood,
-    summed_loss,
-)
-
-OPTIONS = {"dtype": jnp.float32, "remat": "none", "unroll": 1}
+from tpu_stack.training.losses import NextTokenLoss, negative_log_likelihood
+from tpu_stack.training.step import TrainState, make_train_step
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +39,8 @@ def batch(bench):
 @pytest.fixture(scope="module")
 def losses(bench):
     """`losses(params, batch)`: summed loss and labels, compiled once."""
-    return jax.jit(lambda params, batch: summed_loss(bench.model, params, batch, **OPTIONS))
+    loss, key = NextTokenLoss(bench.model), jax.random.key(0)
+    return jax.jit(lambda p, batch: (loss(p, (), batch, key)[0], loss.denominator(batch)))
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -100,12 +93,11 @@ def test_accumulation_is_the_whole_batch(bench, params, batch, quick_options):
     for array in uneven.values():
         array[5:] = 0
     sgd = optax.sgd(1.0)
-    state = TrainState(jnp.int32(0), params, sgd.init(params), jax.random.key(0))
+    state = TrainState.first(params, sgd.init(params), jax.random.key(0))
 
     def after(accumulate: int):
-        train = replace(bench.job("data=1").train, accumulate=accumulate)
-        step = make_train_step(bench.model, sgd, train, dtype=jnp.float32, remat="none")
-        new, metrics = jax.jit(step, compiler_options=quick_options)(state, uneven)
+        step = make_train_step(NextTokenLoss(bench.model), sgd, accumulate)
+        new, metrics = jax.jit(step, compiler_options=quick_options)(state, (), uneven)
         return jax.tree.map(lambda a, b: np.asarray(a) - b, new.params, params), metrics, new
 
     grads, metrics, new = after(1)
@@ -123,11 +115,10 @@ def test_accumulation_is_the_whole_batch(bench, params, batch, quick_options):
 
 def test_a_batch_without_labels_is_no_division_by_zero(bench, params, batch, quick_options):
     sgd = optax.sgd(1.0)
-    train = bench.job("data=1").train
-    step = make_train_step(bench.model, sgd, train, dtype=jnp.float32, remat="none")
-    state = TrainState(jnp.int32(0), params, sgd.init(params), jax.random.key(0))
+    step = make_train_step(NextTokenLoss(bench.model), sgd)
+    state = TrainState.first(params, sgd.init(params), jax.random.key(0))
     empty = dict(batch, loss_mask=np.zeros_like(batch["loss_mask"]))
-    new, metrics = jax.jit(step, compiler_options=quick_options)(state, empty)
+    new, metrics = jax.jit(step, compiler_options=quick_options)(state, (), empty)
     assert float(metrics["loss"]) == 0.0
     for a, b in zip(jax.tree.leaves(new.params), jax.tree.leaves(params), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -34,6 +34,9 @@ for _noisy in ("orbax", "asyncio"):
     logging.getLogger(_noisy).setLevel(logging.CRITICAL)
 
 
+ORIGINAL_FILES = "huggingface"
+"""Folder in a run folder with the small files of the Hugging Face folder it came from."""
+
 META = "meta"
 """The item with what JSON can say; no tree may take its name."""
 

@@ -99,10 +99,10 @@ def _report(options: Options, folder: Path) -> dict[str, Any]:
             out=run_folder, train=options.train, text=options.text, place=place
         )
         job = train_verb.make_job(train_options)
-        result = train_verb.run_job(job, run_folder, resume=False)
+        result = train_verb.train_behind_a_bar(job, run_folder, resume=False)
     if result.stopped_by:
         raise SystemExit(128 + result.stopped_by)  # the folder goes; nothing half-done is left
-    report: dict[str, Any] = {"train": train_verb.summarize(job, result), "pack": {}, "eval": {}}
+    report: dict[str, Any] = {"train": result.to_dict(), "pack": {}, "eval": {}}
     for format in FORMATS:
         bundle = folder / f"bundle-{format}"
         with _stage(f"pack and evaluate {format} under 8i"):

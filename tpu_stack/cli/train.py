@@ -1,6 +1,5 @@
 """`tpu-stack train`: a model, a training profile, some text, a folder for the run."""
 
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,11 +8,11 @@ from tpu_stack.cli.console import print_table, progress, save_json
 from tpu_stack.cli.placement import Unprefixed
 from tpu_stack.cli.text import TextOptions, data_config
 from tpu_stack.errors import UserError
-from tpu_stack.sharding.placement import PlacementOptions, devices_for, place
+from tpu_stack.sharding.placement import PlacementOptions
 from tpu_stack.training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from tpu_stack.training.loop import Job, TrainResult
+    from tpu_stack.training.run import Job, TrainResult
 
 
 @dataclass(frozen=True)
@@ -47,118 +46,57 @@ class Options:
 
 def run(options: Options) -> int:
     """Trains, prints what came of it, and returns 128 + signal when one stopped the run early."""
-    job = make_job(options)
-    result = run_job(job, options.out, options.resume)
-    if options.init is not None:
-        carry_over(options.init, options.out)
-    summary = summarize(job, result)
+    result = train_behind_a_bar(make_job(options), options.out, options.resume)
+    summary = result.to_dict()
     print_table(f"run {options.out}", ["what", "value"], _rows(summary))
     save_json(options.json, summary)
     return 128 + result.stopped_by if result.stopped_by else 0
 
 
 def make_job(options: Options) -> "Job":
-    """Loads the corpus, fits the vocabulary and lays the model on its mesh."""
-    from tpu_stack.data.pipeline import load_corpus
-    from tpu_stack.models.abstract import tensor_specs
-    from tpu_stack.models.presets import get_preset
-    from tpu_stack.training.loop import Job
-
-    train = options.train
-    if options.init is not None:
-        return _continued(options, options.init)
-    preset = get_preset(options.model)
-    data = data_config(
-        options.data, options.text, seq_len=train.seq_len, batch_size=train.batch_size
-    )
-    place(options.profile, "train", options.place, tensor_specs(preset))  # refuse before reading
-    corpus = load_corpus(data)
-    config = preset.replace(vocab_size=-(-corpus.tokenizer.vocab_size // 64) * 64)
-    profile, mesh = place(options.profile, "train", options.place, tensor_specs(config))
-    return Job(config, train, profile, mesh, corpus, data)
-
-
-def _continued(options: Options, init: Path) -> "Job":
-    """A job that begins with the weights of another run."""
+    """The job that the options describe; see `training.run.make_job`."""
+    init = options.init
     for flag, given, usual in (
         ("--model", options.model, Options.model),
         ("--text.tokenizer", options.text.tokenizer, TextOptions.tokenizer),
     ):
-        if given != usual:
+        if init is not None and given != usual:
             raise UserError(f"{flag} {given}: --init {init} brings its own; leave {flag} out")
-    devices_for(options.profile, "train", options.place)  # opening a checkpoint starts JAX
-    from tpu_stack.checkpoint.store import CheckpointStore
-    from tpu_stack.data.pipeline import load_corpus
-    from tpu_stack.data.tokenizer import Tokenizer
-    from tpu_stack.models.abstract import tensor_specs
-    from tpu_stack.models.config import ModelConfig
-    from tpu_stack.training.loop import Job
+    from tpu_stack.training import run
 
-    with CheckpointStore(init, read_only=True) as store:
-        meta = store.meta(store.latest())
-    config = ModelConfig.from_dict(meta["model"])
-    tokenizer = Tokenizer.from_json(meta["tokenizer"], where=f"the tokenizer of {init}")
-    profile, mesh = place(options.profile, "train", options.place, tensor_specs(config))
     train = options.train
     data = data_config(
         options.data, options.text, seq_len=train.seq_len, batch_size=train.batch_size
     )
-    corpus = load_corpus(data, tokenizer)
-    return Job(config, train, profile, mesh, corpus, data, init)
+    model = None if init else options.model
+    return run.make_job(model, options.profile, data, train, init=init, placement=options.place)
 
 
-def carry_over(init: Path, out: Path) -> None:
-    """Copies what belongs to the model and is no weight: its chat format, and the small files of
-    the Hugging Face folder that it came from, which `export` asks for."""
-    from tpu_stack.data.chat_format import CHAT
-    from tpu_stack.serving.huggingface import ORIGINAL_FILES
-
-    if (init / CHAT).is_file():
-        shutil.copyfile(init / CHAT, out / CHAT)
-    if (init / ORIGINAL_FILES).is_dir():
-        shutil.copytree(init / ORIGINAL_FILES, out / ORIGINAL_FILES, dirs_exist_ok=True)
-
-
-def run_job(job: "Job", out: Path | None, resume: bool) -> "TrainResult":
-    """Trains behind a progress bar."""
-    from tpu_stack.training.loop import train
+def train_behind_a_bar(job: "Job", out: Path | None, resume: bool) -> "TrainResult":
+    """Trains with a progress bar on standard error."""
+    from tpu_stack.training.run import train
+    from tpu_stack.training.trainer import Hook
 
     with progress() as bar:
         task = bar.add_task("train", total=job.train.steps, note="compiling")
         notes: dict[str, float] = {}
 
-        def listener(step: int, values: dict[str, float]) -> None:
-            notes.update(values)
-            note = " ".join(f"{name} {value:.3f}" for name, value in notes.items())
-            bar.update(task, completed=step, note=note)
+        class Bar(Hook):
+            def on_step(self, trainer, metrics) -> None:
+                bar.update(task, completed=trainer.step)
 
-        return train(job, out, resume=resume, listener=listener)
+            def on_metrics(self, trainer, step, values) -> None:
+                self._note(loss=values["loss"])
 
+            def on_evaluation(self, trainer, found) -> None:
+                self._note(val_loss=found.loss)
 
-def summarize(job: "Job", result: "TrainResult") -> dict[str, Any]:
-    """The run in JSON-ready fields."""
-    from tpu_stack.models.abstract import parameter_count
+            def _note(self, **news: float) -> None:
+                notes.update(news)
+                text = " ".join(f"{name} {value:.3f}" for name, value in notes.items())
+                bar.update(task, note=text)
 
-    losses = [loss for _, loss in result.losses]
-    return {
-        "parameters": parameter_count(job.config),
-        "profile": job.profile.name,
-        "emulated": job.profile.emulated,
-        "mesh": dict(job.profile.mesh),
-        "device": job.mesh.devices.flat[0].device_kind,
-        "compute_dtype": job.dtype,
-        "steps": job.train.steps,
-        "tokens_per_step": job.train.batch_size * job.train.seq_len,
-        "train_tokens": len(job.corpus.train),
-        "loss_first": losses[0] if losses else None,
-        "loss_last": losses[-1] if losses else None,
-        "losses": result.losses,
-        "evaluations": [(step, found.to_dict()) for step, found in result.evaluations],
-        "compile_s": result.compile_s,
-        "tokens_per_s": result.tokens_per_s,
-        "mfu": result.mfu,
-        "stopped_by": result.stopped_by,
-    }
+        return train(job, out, resume=resume, hooks=[Bar()])
 
 
 def _rows(summary: dict[str, Any]) -> list[list[str]]:

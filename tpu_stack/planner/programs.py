@@ -22,6 +22,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from tpu_stack.data.token_batches import token_spec
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.planner.flops import FlopCount, count_jaxpr
 from tpu_stack.planner.hlo import Collective, collectives
@@ -31,8 +32,9 @@ from tpu_stack.sharding.axes import BATCH
 from tpu_stack.sharding.constrain import sharding_scope
 from tpu_stack.sharding.mesh import make_mesh
 from tpu_stack.sharding.profiles import Profile
-from tpu_stack.training.config import TrainConfig
+from tpu_stack.training.config import OptimizerConfig
 from tpu_stack.training.layout import StateLayout
+from tpu_stack.training.losses import NextTokenLoss
 from tpu_stack.training.optimizer import make_optimizer
 from tpu_stack.training.step import make_train_step
 
@@ -99,12 +101,13 @@ def trace_train(
     Lowered for `mesh` where one is given (of a TPU topology, say), else for the emulated mesh.
     """
     small, mesh, batch_now = _placed(profile, batch, limit, mesh)
-    train = TrainConfig(batch_size=batch_now, seq_len=seq_len, accumulate=accumulate)
-    layout = StateLayout.of(config, make_optimizer(train, config), small, mesh)
-    compute, remat = profile.precision.compute, profile.remat
-    step = make_train_step(config, layout.optimizer, train, dtype=compute, remat=remat)
+    optimizer = make_optimizer(OptimizerConfig(), 1, config)
+    layout = StateLayout.of(config, optimizer, small, mesh)
+    loss = NextTokenLoss(config, profile.precision.compute, profile.remat)  # pyright: ignore
+    step = make_train_step(loss, optimizer, accumulate)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(layout.shardings, None))
-    arguments = (layout.abstract, layout.abstract_batch(batch_now, seq_len))
+    batches = layout.abstract_batch(token_spec(batch_now, seq_len))
+    arguments = (layout.abstract, (), batches)
     scale, shrunk = batch // batch_now, small is not profile
     return traced_on(
         "train_step", profile, small, mesh, jitted, arguments, scale=scale, shrunk=shrunk

@@ -20,7 +20,7 @@ from tpu_stack.models.config import ModelConfig
 from tpu_stack.serving.layout import packed_bytes_per_device
 from tpu_stack.sharding.axes import BATCH, TensorSpec
 from tpu_stack.sharding.profiles import Profile
-from tpu_stack.training.config import TrainConfig
+from tpu_stack.training.config import OptimizerConfig
 from tpu_stack.training.layout import StateLayout
 from tpu_stack.training.optimizer import make_optimizer
 
@@ -79,7 +79,7 @@ def tensor_rows(
 
     Raises UserError when a tensor, or the groups of its scales, do not divide either mesh.
     """
-    optimizer = make_optimizer(TrainConfig(), config)
+    optimizer = make_optimizer(OptimizerConfig(), 1, config)
     layout: Any = StateLayout.of(config, optimizer, train, abstract_mesh(train))  # pyright: ignore
     serve.check(tensor_specs(config))
     master = _bytes_by_name(layout.abstract.params)

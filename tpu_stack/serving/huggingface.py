@@ -18,7 +18,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from tpu_stack.checkpoint.store import CheckpointStore
+from tpu_stack.checkpoint.store import ORIGINAL_FILES, CheckpointStore
 from tpu_stack.data.chat_format import CHAT, ChatFormat
 from tpu_stack.data.tokenizer import Tokenizer
 from tpu_stack.errors import UserError
@@ -33,9 +33,6 @@ from tpu_stack.models.hf.write_config import write_config
 from tpu_stack.serving.chat_files import read_chat
 from tpu_stack.serving.pack import restore_for_serving
 from tpu_stack.sharding.profiles import Profile
-
-ORIGINAL_FILES = "huggingface"
-"""Folder in a run folder with the small files of the Hugging Face folder it came from."""
 
 TOKENIZER = "tokenizer.json"
 _SMALL_FILES = (

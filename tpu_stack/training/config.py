@@ -1,6 +1,10 @@
 """What a training run is asked to do, apart from model, profile and data.
 
->>> TrainConfig(steps=200, batch_size=16, seq_len=256)
+Each part configures one thing, and functions ask for the part that they read. `TrainConfig` is all
+of them in one, whose fields are a run's flags (`--train.NAME`).
+
+>>> train = TrainConfig(steps=200, batch_size=16, seq_len=256)
+>>> make_optimizer(train, train.steps, config)  # an OptimizerConfig is all that it reads
 """
 
 from dataclasses import asdict, dataclass
@@ -10,31 +14,18 @@ from tpu_stack.errors import UserError
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Hyperparameters of the optimizer, the batch and the loop.
+class OptimizerConfig:
+    """How gradients move the parameters.
 
     Attributes:
-      steps: optimizer steps in all, counted from 0 whatever a run resumes from.
-      batch_size: sequences per step over all devices. seq_len: T, tokens per sequence.
-      accumulate: micro-batches a step is split into; the gradient is that of the whole batch.
       optimizer: "adamw", or "muon" for the hidden matrices with AdamW for the rest.
       learning_rate: peak. warmup_steps: linear, from 0.
       schedule: what follows the warm-up. "constant" does not depend on how many steps are run, so
         a run can be lengthened; "cosine" and "linear" fall to final_lr_ratio * learning_rate.
-      decay_steps: the step at which the decay ends; 0 means at `steps`.
+      decay_steps: the step at which the decay ends; 0 means at the last step.
       clip_norm: global gradient norm is clipped to it; 0 turns clipping off.
-      compute_dtype, remat: override the profile's policy.
-      unroll: layers per iteration of the layer scan.
-      eval_every, log_every, checkpoint_every: in steps; 0 turns it off (a final evaluation and
-        checkpoint always happen).
-      eval_batches: batches of an intermediate evaluation; 0 is the whole validation split.
-      seed: of initialization and data order.
     """
 
-    steps: int = 200
-    batch_size: int = 16
-    seq_len: int = 256
-    accumulate: int = 1
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 3e-3
     warmup_steps: int = 20
@@ -45,9 +36,73 @@ class TrainConfig:
     b2: float = 0.95
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        names = ("warmup_steps", "learning_rate", "final_lr_ratio", "weight_decay", "clip_norm")
+        _at_least(self, 0, *names, "decay_steps")
+
+    def decay_end(self, steps: int) -> int | None:
+        """The step at which the learning rate stops falling in a run of `steps`; None for never."""
+        return None if self.schedule == "constant" else self.decay_steps or steps
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """What one step sees.
+
+    Attributes:
+      batch_size: sequences per step over all devices. seq_len: T, tokens per sequence.
+      accumulate: micro-batches a step is split into; the gradient is that of the whole batch.
+    """
+
+    batch_size: int = 16
+    seq_len: int = 256
+    accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "batch_size", "accumulate")
+        _at_least(self, 2, "seq_len")
+        if self.batch_size % self.accumulate:
+            raise UserError(
+                f"--train.batch_size {self.batch_size} is not a multiple of"
+                f" --train.accumulate {self.accumulate}"
+            )
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """How the model is computed.
+
+    Attributes:
+      compute_dtype, remat: override the profile's policy.
+      unroll: layers per iteration of the layer scan.
+    """
+
     compute_dtype: str | None = None
     remat: Literal["none", "dots", "full"] | None = None
     unroll: int = 1
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "unroll")
+        if self.compute_dtype not in (None, "float32", "bfloat16"):
+            raise UserError(
+                f"--train.compute_dtype is {self.compute_dtype!r}; float32 or bfloat16 would do"
+            )
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How long the loop runs, and what it does on the way.
+
+    Attributes:
+      steps: optimizer steps in all, counted from 0 whatever a run resumes from.
+      eval_every, log_every, checkpoint_every: in steps; 0 turns it off (a final evaluation and
+        checkpoint always happen).
+      eval_batches: batches of an intermediate evaluation; 0 is the whole validation split.
+      seed: of initialization and data order.
+    """
+
+    steps: int = 200
     eval_every: int = 0
     eval_batches: int = 8
     log_every: int = 10
@@ -55,40 +110,28 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        at_least: dict[str, Any] = {
-            "steps": 1, "batch_size": 1, "seq_len": 2, "accumulate": 1, "warmup_steps": 0,
-            "learning_rate": 0, "final_lr_ratio": 0, "weight_decay": 0, "clip_norm": 0, "unroll": 1,
-            "decay_steps": 0, "eval_every": 0, "eval_batches": 0, "log_every": 0,
-            "checkpoint_every": 0,
-        }  # fmt: skip
-        for name, least in at_least.items():
-            if not getattr(self, name) >= least:  # NaN too
-                value = getattr(self, name)
-                raise UserError(f"--train.{name} is {value}; it must be at least {least}")
-        if self.batch_size % self.accumulate:
-            raise UserError(
-                f"--train.batch_size {self.batch_size} is not a multiple of"
-                f" --train.accumulate {self.accumulate}"
-            )
-        if self.compute_dtype not in (None, "float32", "bfloat16"):
-            raise UserError(
-                f"--train.compute_dtype is {self.compute_dtype!r}; float32 or bfloat16 would do"
-            )
+        _at_least(self, 1, "steps")
+        _at_least(self, 0, "eval_every", "eval_batches", "log_every", "checkpoint_every")
 
-    @property
-    def decay_end(self) -> int | None:
-        """The step at which the learning rate stops falling; None when it never falls."""
-        return None if self.schedule == "constant" else self.decay_steps or self.steps
+
+@dataclass(frozen=True)
+class TrainConfig(LoopConfig, ComputeConfig, OptimizerConfig, BatchConfig):
+    """Hyperparameters of the batch, the optimizer, the computation and the loop."""
+
+    def __post_init__(self) -> None:
+        for part in TrainConfig.__bases__:
+            part.__post_init__(self)  # type: ignore[attr-defined]
 
     def trajectory(self) -> dict[str, Any]:
         """The fields that decide the sequence of states; a resumed run must agree on them."""
-        free = (
-            "steps",
-            "decay_steps",
-            "eval_every",
-            "eval_batches",
-            "log_every",
-            "checkpoint_every",
-        )
+        free = ("steps", "decay_steps", *("eval_every", "eval_batches"))
+        free += ("log_every", "checkpoint_every")
         fields = {name: value for name, value in asdict(self).items() if name not in free}
-        return dict(fields, decay_end=self.decay_end)
+        return dict(fields, decay_end=self.decay_end(self.steps))
+
+
+def _at_least(config: Any, least: int, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not value >= least:  # NaN too
+            raise UserError(f"--train.{name} is {value}; it must be at least {least}")

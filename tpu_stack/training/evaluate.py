@@ -17,7 +17,8 @@ from tpu_stack.data.packing import Batch, TokenStream
 from tpu_stack.errors import UserError
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.models.decoder import Params
-from tpu_stack.training.step import summed_loss
+from tpu_stack.training.batches import place_batch
+from tpu_stack.training.losses import NextTokenLoss
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,10 @@ class Evaluation:
         """exp(loss)."""
         return math.exp(self.loss)
 
+    def metrics(self) -> dict[str, float]:
+        """What is logged of it."""
+        return {"loss": self.loss, "perplexity": self.perplexity}
+
     def to_dict(self) -> dict[str, float | int | None]:
         """JSON-ready fields, perplexity included."""
         return dict(asdict(self), perplexity=self.perplexity)
@@ -42,8 +47,10 @@ class Evaluator:
     """Compiles the loss once and runs it over batches. Parameters may be QTensors."""
 
     def __init__(self, config: ModelConfig, *, dtype: Any, batch: NamedSharding, unroll: int = 1):
+        loss = NextTokenLoss(config, dtype=dtype, unroll=unroll)
+
         def losses(params: Params, fields: dict[str, Any]):
-            return summed_loss(config, params, fields, dtype=dtype, remat="none", unroll=unroll)
+            return loss.summed(params, fields)[0], fields["loss_mask"].sum()
 
         self._losses = jax.jit(losses)
         self._batch = batch
@@ -62,19 +69,23 @@ class Evaluator:
         finite.
         """
         total, tokens = 0.0, 0
+        under_way: tuple[jax.Array, jax.Array] | None = None
         for batch in islice(batches, limit):
             placed = place_batch(batch, self._batch)
-            part, count = jax.device_get(self._losses(params, placed))
-            total, tokens = total + float(part), tokens + int(count)
+            previous, under_way = under_way, self._losses(params, placed)
+            total, tokens = _added(total, tokens, previous)
+        total, tokens = _added(total, tokens, under_way)
         if not math.isfinite(total):
             raise UserError(f"the validation loss is {total}: the parameters hold NaN or infinity")
         bits = total / math.log(2) / stream.predicted_bytes if limit is None else None
         return Evaluation(total / max(tokens, 1), tokens, bits)
 
 
-def place_batch(batch: Batch, sharding: NamedSharding) -> dict[str, jax.Array]:
-    """This process's rows as global arrays, split over the batch axes of the mesh."""
-    return {
-        name: jax.make_array_from_process_local_data(sharding, field)  # type: ignore[arg-type]
-        for name, field in batch.items()
-    }
+def _added(
+    total: float, tokens: int, part: tuple[jax.Array, jax.Array] | None
+) -> tuple[float, int]:
+    """The sums with those of one batch, waited for while the next one is computed."""
+    if part is None:
+        return total, tokens
+    loss, count = jax.device_get(part)
+    return total + float(loss), tokens + int(count)

@@ -1,6 +1,6 @@
 """The optimizer and its schedule, assembled from optax.
 
->>> optimizer = make_optimizer(TrainConfig(steps=200), config)
+>>> optimizer = make_optimizer(OptimizerConfig(schedule="cosine"), 200, config)
 """
 
 import jax
@@ -9,17 +9,19 @@ import optax
 from tpu_stack.models.abstract import map_specs
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.sharding.axes import TensorSpec
-from tpu_stack.training.config import TrainConfig
+from tpu_stack.training.config import OptimizerConfig
 
 _ADAM_RMS = 0.2
 """Root mean square of AdamW's updates, in learning rates, that Liu et al. 2025 measured."""
 
 
-def make_schedule(train: TrainConfig) -> optax.Schedule:
-    """Learning rate by step: linear warm-up, then the decay that `train.schedule` names."""
-    warmup = min(train.warmup_steps, train.decay_end or train.warmup_steps)
+def make_schedule(train: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Learning rate by step: linear warm-up, then the decay that `train.schedule` names, which may
+    end with the run, at `steps`."""
+    end = train.decay_end(steps)
+    warmup = min(train.warmup_steps, end or train.warmup_steps)
     final = train.learning_rate * train.final_lr_ratio
-    length = max(1, (train.decay_end or 0) - warmup)
+    length = max(1, (end or 0) - warmup)
     decay = {
         "cosine": lambda: optax.cosine_decay_schedule(
             train.learning_rate, length, alpha=train.final_lr_ratio
@@ -34,7 +36,9 @@ def make_schedule(train: TrainConfig) -> optax.Schedule:
     return optax.join_schedules([ramp, decay], [warmup])
 
 
-def make_optimizer(train: TrainConfig, config: ModelConfig) -> optax.GradientTransformation:
+def make_optimizer(
+    train: OptimizerConfig, steps: int, config: ModelConfig
+) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019), or Muon (Jordan 2024) for the hidden matrices.
 
     Under "muon" the embedding, the unembedding and the norms keep AdamW; Muon's updates are scaled
@@ -42,7 +46,7 @@ def make_optimizer(train: TrainConfig, config: ModelConfig) -> optax.GradientTra
     and one weight decay serve both. Gradients are clipped to `clip_norm` first. Weight decay
     applies to matrices, not to norms.
     """
-    schedule = make_schedule(train)
+    schedule = make_schedule(train, steps)
     is_matrix = map_specs(config, lambda spec: spec.contract_axis is not None)
     rule = optax.adamw(
         schedule, b1=train.b1, b2=train.b2, weight_decay=train.weight_decay, mask=is_matrix
@@ -59,7 +63,7 @@ def _is_hidden(spec: TensorSpec) -> bool:
     return spec.name.startswith("blocks.") and spec.contract_axis is not None
 
 
-def _muon(schedule: optax.Schedule, train: TrainConfig) -> optax.GradientTransformation:
+def _muon(schedule: optax.Schedule, train: OptimizerConfig) -> optax.GradientTransformation:
     """Muon for weights [L, K, N], each layer's matrix orthogonalized by itself.
 
     `optax.contrib.muon` does the same, but its labels are computed from the parameters, which

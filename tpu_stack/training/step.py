@@ -1,26 +1,25 @@
-"""The train step: a pure function from (state, batch) to (state, metrics).
+"""The train step: a pure function from (state, frozen, batch) to (state, metrics).
 
->>> step = make_train_step(config, optimizer, train, dtype="bfloat16", remat="full")
->>> state, metrics = jax.jit(step, donate_argnums=0)(state, batch)
+>>> step = make_train_step(loss, optimizer, accumulate=2)
+>>> state, metrics = jax.jit(step, donate_argnums=0)(state, frozen, batch)
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import reduce
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from tpu_stack.models.config import ModelConfig
-from tpu_stack.models.decoder import Params, bind
 from tpu_stack.sharding.axes import BATCH
 from tpu_stack.sharding.constrain import constrain
-from tpu_stack.training.config import TrainConfig
+from tpu_stack.training.losses import Loss, Scalar, Terms
 
-Batch = dict[str, Array]
-Metrics = dict[str, Float[Array, ""]]
+Metrics = dict[str, Array]
+StepFunction = Callable[["TrainState", Any, Any], tuple["TrainState", Metrics]]
 
 
 @jax.tree_util.register_dataclass
@@ -31,96 +30,88 @@ class TrainState:
     Attributes:
       step: int32, steps taken. params: float32 master weights. opt_state: of the optimizer.
       key: PRNG key; step-specific keys are folded in from `step`, so it never changes.
+      finite: False once a step's loss or gradient was not; from then on nothing changes, so that
+        the state stays that of the last good step however late the host looks.
     """
 
     step: Int[Array, ""]
-    params: Params
+    params: Any
     opt_state: Any
     key: PRNGKeyArray
+    finite: Bool[Array, ""]
 
-
-def negative_log_likelihood(
-    logits_BTV: Float[Array, "B T V"], targets_BT: Int[Array, "B T"]
-) -> Float[Array, "B T"]:
-    """-log softmax(logits)[target] in nats, float32; keeps logits sharded over the vocabulary."""
-    logits = logits_BTV.astype(jnp.float32)
-    vocabulary = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    picked = jnp.sum(jnp.where(vocabulary == targets_BT[..., None], logits, 0.0), axis=-1)
-    return jax.nn.logsumexp(logits, axis=-1) - picked
-
-
-def summed_loss(
-    config: ModelConfig, params: Params, batch: Batch, *, dtype: Any, remat: Any, unroll: int
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Sum of the loss over labelled tokens, and their number, both float32 scalars."""
-    total, count, _ = loss_and_balance(
-        config, params, batch, dtype=dtype, remat=remat, unroll=unroll
-    )
-    return total, count
-
-
-def loss_and_balance(
-    config: ModelConfig, params: Params, batch: Batch, *, dtype: Any, remat: Any, unroll: int
-) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""] | None]:
-    """As `summed_loss`, and the routers' load-balance loss over all tokens, None without any."""
-    model = bind(config, params)
-    fields = (batch["tokens"], batch["positions"], batch["segment_ids"])
-    outputs = model.hidden(*fields, dtype=dtype, remat=remat, unroll=unroll)
-    logits = model.logits(outputs.hidden)
-    mask = batch["loss_mask"].astype(jnp.float32)
-    loss = negative_log_likelihood(logits, batch["targets"])
-    return jnp.sum(loss * mask), jnp.sum(mask), outputs.aux.get("balance_loss")
+    @classmethod
+    def first(cls, params: Any, opt_state: Any, key: PRNGKeyArray, step: int = 0) -> Self:
+        """The state in which a run begins, or goes on, at `step`."""
+        return cls(jnp.int32(step), params, opt_state, key, jnp.bool_(True))
 
 
 def make_train_step(
-    config: ModelConfig,
-    optimizer: optax.GradientTransformation,
-    train: TrainConfig,
-    *,
-    dtype: Any,
-    remat: Any,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The step function; jit it with the state's shardings and donate the state.
+    loss: Loss, optimizer: optax.GradientTransformation, accumulate: int = 1
+) -> StepFunction:
+    """The step function; jit it with the state's shardings and donate the state, not `frozen`.
 
-    The gradient is that of the mean loss over the labelled tokens of the whole global batch,
-    however the batch is split into micro-batches or over devices. A mixture of experts adds its
-    load-balance loss times `config.balance_loss`, the mean over micro-batches; "loss" is without.
+    The gradient is that of the loss of the whole global batch (see `Loss`), however the batch is
+    split into `accumulate` micro-batches or over devices. Metrics are float32 scalars: "loss" (the
+    objective, or the term of that name), every term, every metric of the loss, "grad_norm"; and the
+    bool "finite".
+
+    A step whose objective or gradient norm is not finite, and every step after it, returns the
+    state it was given but for `finite`.
     """
 
-    def loss_of(params: Params, batch: Batch, tokens: Float[Array, ""]):
-        cast = jax.tree.map(lambda w: w.astype(dtype), params)
-        total, _, balance = loss_and_balance(
-            config, cast, batch, dtype=dtype, remat=remat, unroll=train.unroll
-        )
-        loss = total / tokens
-        if balance is None:
-            return loss, loss
-        return loss + config.balance_loss / train.accumulate * balance, loss
+    def gradient(state: TrainState, frozen: Any, batch: Any):
+        denominators = jax.tree.map(_not_zero, _named(loss.denominator(batch)))
+        step_key = jax.random.fold_in(state.key, state.step)
 
-    def loss_and_gradient(params: Params, batch: Batch, tokens: Float[Array, ""]):
-        (_, loss), grads = jax.value_and_grad(loss_of, has_aux=True)(params, batch, tokens)
-        return loss, grads
+        def objective(params: Any, part: Any, index: Array | int):
+            sums, metrics = loss(params, frozen, part, jax.random.fold_in(step_key, index))
+            terms = jax.tree.map(jnp.divide, _named(sums), denominators)
+            return reduce(jnp.add, terms.values()), (terms, metrics)
 
-    def gradient(params: Params, batch: Batch):
-        tokens = jnp.maximum(jnp.sum(batch["loss_mask"].astype(jnp.float32)), 1.0)
-        if train.accumulate == 1:
-            return loss_and_gradient(params, batch, tokens)
+        def of_part(part: Any, index: Array | int):
+            return jax.value_and_grad(objective, has_aux=True)(state.params, part, index)
 
-        def add_micro_batch(sums, micro):
-            micro = {name: constrain(x, BATCH, None) for name, x in micro.items()}
-            found = loss_and_gradient(params, micro, tokens)
-            return jax.tree.map(jnp.add, sums, found), None
+        if accumulate == 1:
+            return of_part(batch, 0)
+        return _summed_over_parts(of_part, batch, accumulate)
 
-        parts = train.accumulate
-        micro_batches = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
-        zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
-        return jax.lax.scan(add_micro_batch, zeros, micro_batches)[0]
-
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        loss, grads = gradient(state.params, batch)
+    def train_step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, Metrics]:
+        (objective, (terms, metrics)), grads = gradient(state, frozen, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params: Any = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, params, opt_state, state.key), metrics
+        params = optax.apply_updates(state.params, updates)
+        norm = optax.tree.norm(grads)
+        finite = state.finite & jnp.isfinite(objective) & jnp.isfinite(norm)
+        step, params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (state.step + 1, params, opt_state),
+            (state.step, state.params, state.opt_state),
+        )
+        means = {name: mean.sum / _not_zero(mean.count) for name, mean in metrics.items()}
+        found = {"loss": objective, **terms, **means, "grad_norm": norm, "finite": finite}
+        return TrainState(step, params, opt_state, state.key, finite), found
 
     return train_step
+
+
+def _summed_over_parts(of_part: Callable[[Any, Any], Any], batch: Any, parts: int) -> Any:
+    """The sum of `of_part(micro-batch, its number)` over `parts` equal parts of the batch."""
+
+    def add(sums: Any, numbered: Any):
+        part, index = numbered
+        part = jax.tree.map(lambda x: constrain(x, BATCH, *(None,) * (x.ndim - 1)), part)
+        return jax.tree.map(jnp.add, sums, of_part(part, index)), None
+
+    split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+    first = jax.tree.map(lambda x: x[0], split)
+    shapes = jax.eval_shape(of_part, first, jnp.int32(0))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(add, zeros, (split, jnp.arange(parts)))[0]
+
+
+def _named(terms: Terms) -> dict[str, Scalar]:
+    return terms if isinstance(terms, dict) else {"loss": terms}
+
+
+def _not_zero(count: Scalar) -> Float[Array, ""]:
+    return jnp.where(count == 0, 1.0, count)

@@ -1,66 +1,74 @@
-"""Tokens per second, and MFU where the hardware underneath is a chip with known facts.
+"""Steps per second of a loop that runs ahead of its devices, and MFU where the chip is known.
 
->>> with throughput: state, metrics = step(state, batch); loss = float(metrics["loss"])
->>> throughput.tokens_per_s
+A step counts when it has ended on the devices, not when it was dispatched, so figures are of work
+done.
+
+>>> clock.ended(step=12)  # after waiting for what step 12 computed
+>>> clock.steps_per_s
 """
 
 import time
-from types import TracebackType
-from typing import Self
+from collections.abc import Callable
 
 from jax.sharding import Mesh
 
 from tpu_stack.hardware import chip_of_device_kind
-from tpu_stack.models.config import ModelConfig
-from tpu_stack.models.flops import train_flops_per_token
-from tpu_stack.sharding.profiles import Profile
-from tpu_stack.training.config import TrainConfig
 
 
-class Throughput:
-    """Accumulates the time of steps, leaving out the first, which warms up.
+class StepClock:
+    """Time between the ends of steps, without the first step, which warms up, and without pauses.
 
-    MFU counts the model's FLOPs, not the recomputed ones, against the bf16 peak of the chip that
-    JAX says it runs on (Chowdhery et al. 2022, appendix B); on a CPU it is None.
+    `running_s` is all time outside pauses since the clock was made, the first step's included.
     """
 
-    def __init__(self, config: ModelConfig, profile: Profile, train: TrainConfig, mesh: Mesh):
-        self._tokens_per_step = train.batch_size * train.seq_len
-        self._flops_per_token = train_flops_per_token(config, train.seq_len)
+    def __init__(self, now: Callable[[], float] = time.perf_counter):
+        self._now = now
         self._steps = 0
         self._seconds = 0.0
-        self._started = 0.0
-        chip = chip_of_device_kind(mesh.devices.flat[0].device_kind)
-        self._peak = None
-        if chip is not None and chip.bf16_flops_per_s is not None:
-            chips = mesh.size / chip.devices(1)
-            self._peak = chips * chip.bf16_flops_per_s.number
+        self._last: tuple[int, float] | None = None  # a step and when it had ended
+        self._warm = False
+        self._running_s = 0.0
+        self._resumed_at: float | None = now()
+
+    def ended(self, step: int) -> None:
+        """Notes that `step`, and all before it, have ended by now."""
+        now = self._now()
+        if self._last is not None:
+            self._steps += step - self._last[0]
+            self._seconds += now - self._last[1]
+        self._last, self._warm = (step, now), True
+
+    def pause(self) -> None:
+        """Stops the clock; no step may be under way."""
+        self._last = None
+        if self._resumed_at is not None:
+            self._running_s += self._now() - self._resumed_at
+            self._resumed_at = None
+
+    def resume(self, step: int) -> None:
+        """Goes on; `step` was the last to end."""
+        self._resumed_at = self._now()
+        self._last = (step, self._resumed_at) if self._warm else None
 
     @property
-    def tokens_per_s(self) -> float | None:
-        """Over all devices; None before the second step."""
-        if self._steps < 2 or not self._seconds:
-            return None
-        return self._tokens_per_step * (self._steps - 1) / self._seconds
+    def running_s(self) -> float:
+        """Seconds outside pauses."""
+        now = 0.0 if self._resumed_at is None else self._now() - self._resumed_at
+        return self._running_s + now
 
     @property
-    def mfu(self) -> float | None:
-        """Fraction of the bf16 peak, None where the chip is not known."""
-        rate = self.tokens_per_s
-        if rate is None or self._peak is None:
-            return None
-        return rate * self._flops_per_token / self._peak
+    def steps_per_s(self) -> float | None:
+        """None before the second step has ended."""
+        return self._steps / self._seconds if self._steps and self._seconds else None
 
-    def __enter__(self) -> Self:
-        self._started = time.perf_counter()
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._steps += 1
-        if self._steps > 1:
-            self._seconds += time.perf_counter() - self._started
+def peak_flops_per_s(mesh: Mesh) -> float | None:
+    """bf16 peak of the chips that JAX says the mesh is on; None for a CPU or an unknown chip.
+
+    MFU counts the model's FLOPs, not the recomputed ones, against it (Chowdhery et al. 2022,
+    appendix B).
+    """
+    chip = chip_of_device_kind(mesh.devices.flat[0].device_kind)
+    if chip is None or chip.bf16_flops_per_s is None:
+        return None
+    return mesh.size / chip.devices(1) * chip.bf16_flops_per_s.number

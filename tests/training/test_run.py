@@ -10,9 +10,10 @@ import pytest
 
 from tpu_stack.checkpoint.store import CheckpointStore
 from tpu_stack.errors import UserError
-from tpu_stack.training.loop import TrainResult, train
 from tpu_stack.training.metrics import MetricsWriter
+from tpu_stack.training.run import TrainResult, train
 from tpu_stack.training.stop import StopRequest
+from tpu_stack.training.trainer import Hook, NotFinite
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -84,23 +85,25 @@ def test_20_and_20_steps_equal_40(bench, straight, halted):
 
 
 def test_sigterm_saves_and_the_run_goes_on(bench, straight, tmp_path):
-    """A stop in step 7 saves step 7 without an evaluation; resuming ends where 40 steps end."""
+    """A stop once step 7 is read saves step 8, then under way, without an evaluation; resuming ends
+    where 40 steps end."""
     whole, result = straight
     before = signal.getsignal(signal.SIGTERM)
 
-    def listener(step: int, values: dict[str, float]) -> None:
-        if step == 7:
-            signal.raise_signal(signal.SIGTERM)
+    class Sender(Hook):
+        def on_metrics(self, trainer, step, values) -> None:
+            if step == 7:
+                signal.raise_signal(signal.SIGTERM)
 
-    stopped = train(bench.job(MESH, steps=40), tmp_path, listener=listener)
+    stopped = train(bench.job(MESH, steps=40, log_every=1), tmp_path, hooks=[Sender()])
     assert stopped.stopped_by == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
-    assert stopped.losses == result.losses[:7]
+    assert stopped.losses == result.losses[:9]
     assert not stopped.evaluations
     with CheckpointStore(tmp_path, read_only=True) as store:
-        assert store.steps == [7]
+        assert store.steps == [9]
     resumed = train(bench.job(MESH, steps=40), tmp_path, resume=True)
-    assert resumed.losses == result.losses[7:]
+    assert resumed.losses == result.losses[9:]
     assert digest(tmp_path, 40) == digest(whole, 40)
 
 
@@ -166,7 +169,7 @@ def test_fewer_steps_than_the_checkpoint_has(bench, straight):
 def test_a_loss_that_is_not_finite(bench, tmp_path):
     """One line with the step and the learning rate, and no checkpoint of the ruins."""
     job = bench.job("data=1", steps=10, learning_rate=1e30, clip_norm=0.0, warmup_steps=0)
-    with pytest.raises(UserError, match=r"loss is .* at step \d; lower --train.learning_rate"):
+    with pytest.raises(NotFinite, match=r"loss is .* at step \d; lower --train.learning_rate"):
         train(job, tmp_path)
     with CheckpointStore(tmp_path, read_only=True) as store:
         assert store.steps == []
