@@ -154,6 +154,14 @@ def documents() -> Any:
 
 
 @fixture
+def corpus() -> Any:
+    from tpu_stack.data.pipeline import DataConfig, load_corpus
+
+    Path("plays.txt").write_text("To be, or not to be. " * 500)
+    return load_corpus(DataConfig(paths=("plays.txt",), tokenizer="chars", seq_len=64))
+
+
+@fixture
 def tokenizer() -> Any:
     from tpu_stack.data.tokenizer import build_tokenizer
 
@@ -204,6 +212,8 @@ def wrong_calls(tree: ast.Module, namespace: dict[str, Any]) -> list[str]:
     assigned = {
         n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
     }
+    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    exec(compile(ast.Module(imports, []), "docstring", "exec"), namespace)
     wrong = []
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
         text = ast.unparse(call)

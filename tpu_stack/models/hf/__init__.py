@@ -5,7 +5,6 @@ family's name.
 
     from tpu_stack.models.hf.folder import HuggingFaceFolder
     from tpu_stack.models.hf.load import load_params
-
     folder = HuggingFaceFolder.open(Path("Qwen3-0.6B"))
     params = load_params(folder, profile, mesh)
 """
