@@ -1,4 +1,4 @@
-"""Length mixes and new: what is asked, and when."""
+"""Length mixes and arrivals: what is asked, and when."""
 
 import numpy as np
 import pytest

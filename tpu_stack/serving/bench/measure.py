@@ -95,7 +95,7 @@ class _Run:
         self._open = 0
         self._change = threading.Condition()
 
-    def push(self, request: GenerationRequest, asked: float) -> None:
+    def send(self, request: GenerationRequest, asked: float) -> None:
         timing = Timing(request, asked)
         self.timings.append(timing)
 
@@ -149,11 +149,11 @@ def closed_loop(service: Service, requests: Sequence[GenerationRequest], streams
 
 
 def open_loop(
-    service: Service, requests: Sequence[GenerationRequest], new: Sequence[float]
+    service: Service, requests: Sequence[GenerationRequest], arrivals: Sequence[float]
 ) -> Outcome:
-    """Sends request i `new[i]` seconds after the start, whatever became of the others."""
+    """Sends request i `arrivals[i]` seconds after the start, whatever became of the others."""
     run, started = _Run(service), time.perf_counter()
-    for request, at in zip(requests, new, strict=True):
+    for request, at in zip(requests, arrivals, strict=True):
         time.sleep(max(0.0, started + at - time.perf_counter()))
         run.send(request, started + at)
     return run.outcome(started)

@@ -1,4 +1,4 @@
-"""What a benchmark asks of an engine: lengths from a mix, new in a closed or open loop.
+"""What a benchmark asks of an engine: lengths from a mix, arrivals in a closed or open loop.
 
 >>> mix = LengthMix.parse("64:24x3,512-1024:64")
 >>> requests = make_requests(mix, count=100, vocab_size=32000, max_length=2048, seed=0)
