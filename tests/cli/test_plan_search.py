@@ -45,10 +45,8 @@ def test_confirm_shows_what_the_compiler_said_beside(monkeypatch, tmp_path, caps
 
     def compile_asked(asked, *, cache, timeout_s, stage):
         stage("compiling")
-        target = Target(
-            "v6e:2x2", "v6e", asked.profile.partition(":")[0], 4, {}, 32 * 2**30, 32 * 2**30, "",
-            (False, False),
-        )
+        chip, hbm = asked.profile.partition(":")[0], 32 * 2**30
+        target = Target("v6e:2x2", "v6e", chip, 4, {}, hbm, hbm, "", (False, False))
         kinds = (
             CompilerMissing(),
             OutOfMemory(target, "too large", 40 * 2**30, 32 * 2**30, False, (), 1.0, cached=False),

@@ -88,7 +88,7 @@ class Ask:
                 raise UserError(f"--format {name}: the simulator serves 16 bits a weight at most")
 
     def _profiles(self, role: Role) -> tuple[Profile, ...]:
-        """The slices to search; for the cost, also of half, a quarter ... as many chips."""
+        """The slices to search; for the cost, also those of half, a quarter ... as many chips."""
         if not self.chips:
             raise UserError("--chips names no chip; write NAME:COUNT, as in v6e:64")
         found = {}
