@@ -44,7 +44,7 @@ def test_the_change_offered_is_accepted_and_fits(capsys, tmp_path):
 
 def test_cases_are_shown_with_the_compiler_s_figures(capsys):
     assert plan_memory("--cases") == 0
-    assert "71.5 GiB" in capsys.readouterr().out
+    assert "1.0 GiB" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def table():
 
 
 def test_every_case_was_compiled_and_is_within_ten_percent(table):
-    assert len(table) == 12
+    assert len(table) == len(CASES)
     errors = {row.case.name: row.error for row in table}
     assert all(abs(error) <= ERROR for error in errors.values()), errors
 
@@ -89,7 +89,7 @@ def test_a_lower_format_takes_only_weights():
     narrow = predict(make_request(dataclasses.replace(asked, format="int8")))
     ratio = wide.always[0].bytes / narrow.always[0].bytes
     assert ratio == pytest.approx(2, rel=2e-3)  # int8 has a float32 scale per column
-    assert wide.always[2] == narrow.always[2]
+    assert wide.always[2:] == narrow.always[2:]
 
 
 def test_no_change_is_offered_where_it_fits():
@@ -101,7 +101,7 @@ def test_no_change_is_offered_where_it_fits():
     [
         (Asked("llama3_8b", "v5p:2x2x1", "train", batch_size=64, seq_len=4096, remat="dots"),
          {"remat", "micro-batches", "batch"}),
-        (Asked("llama3_8b", "v6e:2x2", "decode", format="bf16", serve_batch=112),
+        (Asked("llama3_8b", "v6e:2x2", "decode", format="bf16", serve_batch=224),
          {"format", "context", "batch"}),
     ],
 )  # fmt: skip

@@ -2,9 +2,8 @@
 
 Kept apart from `sources` so that adding a format means adding one function and one table entry.
 
->>> _ = Path("corpus.jsonl").write_text('{"text": "first"}\\n{"text": "second"}\\n')
 >>> list(read_file(Path("corpus.jsonl"), "text"))
-[(':1', 'first'), (':2', 'second')]
+[(":1", "first document"), (":2", "second document")]
 """
 
 import gzip

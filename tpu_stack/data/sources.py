@@ -1,8 +1,7 @@
 """Where text comes from: files, folders, or the Python standard library that every machine has.
 
->>> _ = Path("notes.txt").write_text("to do")
->>> [(document.name, document.text) for document in read_documents(["notes.txt"])]
-[('notes.txt', 'to do')]
+>>> documents = read_documents(["notes/", "corpus.jsonl.gz"])
+>>> documents[0].name, documents[0].text
 """
 
 import os

@@ -66,57 +66,65 @@ def trace_serve(
       mesh: of the profile's axes, on the devices to compile for; None: the emulated mesh, of at
         most `limit` devices.
     """
-    replicas = profile.mesh.get(AXIS, 1)
-    one = one_replica(profile)
-    small, slice = one, mesh
-    if mesh is None:
-        small = shrink(one, limit)
-        slice = make_mesh(small.mesh, jax.devices("cpu"))
-    elif replicas > 1:
-        slice = split_mesh(mesh)[0]
-    assert slice is not None
-    shapes, step = _shapes(batch // replicas, context), PrefillStep.of(prompt, batch // replicas)
-    params: Any = PackedLayout.of(config, format, small, slice).abstract
-    traced = _Engine(config, small, slice, shapes, (params if mesh is None else per_layer(params),))
-    found = []
+    replicas, one = profile.mesh.get(AXIS, 1), one_replica(profile)
+    small = one if mesh else shrink(one, limit)
+    whole = mesh or make_mesh(small.mesh, jax.devices("cpu"))
+    step, found = PrefillStep.of(prompt, batch // replicas), []
     for name in (name for name in SERVE_PROGRAMS if name in programs):
-        jitted, arguments = traced.prefill(step) if name == "prefill" else traced.decode()
-        turns = block_turns(config, (context,) if name == "decode" else step.ends,
-                            1 if name == "decode" else step.chunk)  # fmt: skip
+        jitted, arguments = engine_arguments(
+            config, small, format, name, batch=batch // replicas, context=context, prompt=prompt,
+            mesh=whole,
+        )  # fmt: skip
+        ends, tokens = ((context,), 1) if name == "decode" else (step.ends, step.chunk)
+        turns = block_turns(config, ends, tokens)
         found.append(
-            traced_on(name, profile, small, slice, jitted, arguments,
-                      scale=replicas, turns=turns, shrunk=small is not one)
+            traced_on(
+                name, profile, small, one_slice(whole), jitted, arguments,
+                scale=replicas, turns=turns, shrunk=small is not one,
+            )
         )  # fmt: skip
     return found
 
 
-class _Engine:
-    """The jitted programs of one engine and their abstract arguments."""
+def engine_arguments(
+    config: ModelConfig,
+    profile: Profile,
+    format: str,
+    program: str,
+    *,
+    batch: int,
+    context: int,
+    prompt: int,
+    mesh: Mesh,
+) -> tuple[Any, tuple[Any, ...]]:
+    """One of SERVE_PROGRAMS, jitted, and its abstract arguments, of the first slice of `mesh`.
 
-    def __init__(
-        self, config: ModelConfig, profile: Profile, mesh: Mesh, shapes: Shapes, params: Any
-    ):
-        self.config, self.profile, self.mesh, self.shapes = config, profile, mesh, shapes
-        self.params, self.whole = params, whole_sharding(mesh)
-        self.caches = (_cache(config, profile, mesh, shapes),)
+    Sizes are as in `trace_serve`, over all the slices that `profile` has.
+    """
+    replicas = profile.mesh.get(AXIS, 1)
+    slots, one, slice = batch // replicas, one_replica(profile), one_slice(mesh)
+    shapes, whole = _shapes(slots, context), whole_sharding(slice)
 
-    def prefill(self, step: PrefillStep) -> tuple[Any, tuple[Any, ...]]:
-        rows = step.rows
-        tables, tokens = self._row(rows, self.shapes.entries), self._row(rows, step.chunk)
-        arguments = (self.params, self.caches, tables, tokens, self._row(rows), self._row(rows))
-        return jit_prefill((self.config,), self.profile, self.mesh), arguments
+    def row(*shape: int, dtype: Any = "int32") -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
 
-    def decode(self) -> tuple[Any, tuple[Any, ...]]:
-        shapes, vocab = self.shapes, self.config.vocab_size
-        made = jax.eval_shape(lambda: empty_state(shapes.slots, shapes.length, vocab))
-        state = jax.tree.map(lambda leaf: self._row(*leaf.shape, dtype=leaf.dtype), made)
-        tables = self._row(shapes.slots, shapes.entries)
-        active = self._row(shapes.slots, dtype="bool")
-        jitted = jit_decode((self.config,), self.profile, self.mesh, shapes.guesses)
-        return jitted, (self.params, self.caches, state, tables, active)
+    params: Any = PackedLayout.of(config, format, one, slice).abstract
+    on_tpu = slice.devices.flat[0].platform == "tpu"
+    given = ((per_layer(params) if on_tpu else params,), (_cache(config, one, slice, shapes),))
+    if program == "prefill":
+        step = PrefillStep.of(prompt, slots)
+        rows, entries = step.rows, shapes.entries
+        arguments = (row(rows, entries), row(rows, step.chunk), row(rows), row(rows))
+        return jit_prefill((config,), one, slice), (*given, *arguments)
+    made = jax.eval_shape(lambda: empty_state(slots, shapes.length, config.vocab_size))
+    state = jax.tree.map(lambda leaf: row(*leaf.shape, dtype=leaf.dtype), made)
+    arguments = (state, row(slots, shapes.entries), row(slots, dtype="bool"))
+    return jit_decode((config,), one, slice, shapes.guesses), (*given, *arguments)
 
-    def _row(self, *shape: int, dtype: Any = "int32") -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.whole)
+
+def one_slice(mesh: Mesh) -> Mesh:
+    """The part of a mesh that the first of its engines runs on."""
+    return split_mesh(mesh)[0] if mesh.shape.get(AXIS, 1) > 1 else mesh
 
 
 def block_turns(config: ModelConfig, ends: Sequence[int], tokens: int) -> Fraction:

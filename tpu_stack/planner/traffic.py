@@ -88,10 +88,9 @@ def prefill_traffic(
     config: ModelConfig, profile: Profile, rows: Sequence[TensorRow], step: PrefillStep
 ) -> Bytes:
     """Bytes of one run of the prefill program."""
-    seen = sum(_positions_in_sight(config, end, step.chunk) for end in step.ends)
-    return _serve_traffic(
-        config, profile, rows, step.filled, step.filled * seen / len(step.ends), step.tokens
-    )
+    seen = sum((_positions_in_sight(config, end, step.chunk) for end in step.ends), Fraction())
+    read = step.filled * seen / len(step.ends)
+    return _serve_traffic(config, profile, rows, step.filled, read, step.tokens)
 
 
 def decode_traffic(
@@ -128,12 +127,6 @@ def _positions_in_sight(config: ModelConfig, end: int, tokens: int) -> Fraction:
     return Fraction(sum(seen), config.n_layers)
 
 
-def cache_bytes(config: ModelConfig, profile: Profile, *, batch: int, context: int) -> int:
-    """The key/value cache: every layer holds `context` positions, local layers included."""
-    positions = batch // ways(profile, BATCH) * context
-    return config.n_layers * positions * _position_bytes(config, profile)
-
-
 def _position_bytes(config: ModelConfig, profile: Profile) -> int:
     """Of a position's key and value in one layer."""
     heads = config.n_kv_heads // ways(profile, KV_HEADS)
@@ -153,18 +146,6 @@ def train_memory(
         "gradient": _F32 * kept,
         "saved activations": saved_activation_bytes(config, profile, batch=batch, seq_len=seq_len),
         "logits and their gradient": 2 * _logits_bytes(config, profile, tokens),
-    }
-
-
-def serve_memory(
-    config: ModelConfig, profile: Profile, rows: Sequence[TensorRow], *, batch: int, context: int
-) -> Bytes:
-    """What a serving device must hold at once, temporaries of a layer aside."""
-    local = batch // ways(profile, BATCH)
-    return {
-        "packed weights": sum(row.serve_bytes for row in rows),
-        "kv cache": cache_bytes(config, profile, batch=batch, context=context),
-        "logits": _logits_bytes(config, profile, local),
     }
 
 

@@ -2,9 +2,7 @@
 
 Static fields do not depend on leading (stacked layer) axes, so `lax.scan` may slice them off.
 
->>> stacked = abstract_qtensor((32, 4096, 14336), "int4")  # 32 layers of [K, N]
->>> jax.eval_shape(lambda q: jax.tree.map(lambda leaf: leaf[0], q), stacked).shape
-(4096, 14336)
+>>> layer = jax.tree.map(lambda leaf: leaf[0], stacked)  # still a QTensor
 """
 
 from dataclasses import dataclass, replace

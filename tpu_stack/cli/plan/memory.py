@@ -17,8 +17,8 @@ class Options(ProgramOptions):
     """Predict what a program holds on one device, by formula and in milliseconds; where it does not
     fit, the nearest changes that do, each checked. Exit status 1: it does not fit.
 
-    --confirm asks the TPU compiler too, of the program and of every change. --cases shows twelve
-    programs' predictions beside what the compiler gave them.
+    --confirm asks the TPU compiler too, of the program and of every change. --cases shows
+    the predictions of recorded programs beside what the compiler gave them.
 
     Example: tpu-stack plan memory --model llama3_8b --profile v5e:4x4 --program train
     """
@@ -26,7 +26,7 @@ class Options(ProgramOptions):
     confirm: bool = False
     """Compile it too, and every change offered; with --cases, renew their record."""
     cases: bool = False
-    """Show the twelve cases instead of a model."""
+    """Show the recorded cases instead of a model."""
     json: Path | None = None
     """Also write the result to this file."""
 
@@ -76,6 +76,7 @@ def _verdict_json(verdict: Any, terms: bool = True) -> dict[str, Any]:
         "mesh": dict(verdict.request.profile.mesh),
         "fits": verdict.fits,
         "total_bytes": prediction.total_bytes,
+        "held_bytes": prediction.held_bytes,
         "limit_bytes": verdict.limit_bytes,
         "over_bytes": max(0, verdict.over_bytes),
         "moment": prediction.moment,
@@ -83,6 +84,7 @@ def _verdict_json(verdict: Any, terms: bool = True) -> dict[str, Any]:
     if terms:
         found["terms"] = [asdict(term) for term in prediction.at_most]
         found["code_bytes"] = prediction.code
+        found["beside"] = [asdict(term) for term in prediction.beside]
     return found
 
 
@@ -94,12 +96,15 @@ def _compiled_json(verdict: Any, options: Options, stage: Callable[[str], None])
 
 def _print_terms(options: Options, result: dict[str, Any]) -> None:
     limit = result["limit_bytes"]
-    rows = [
-        [t["name"], bytes_text(t["bytes"]), f"{t['bytes'] / limit:.1%}", t["shape"], t["owner"]]
-        for t in result["terms"]
-    ]
+
+    def row(term: dict[str, Any]) -> list[str]:
+        share = f"{term['bytes'] / limit:.1%}"
+        return [term["name"], bytes_text(term["bytes"]), share, term["shape"], term["owner"]]
+
+    rows = [row(term) for term in result["terms"]]
     rows.append(["the program itself", bytes_text(result["code_bytes"]), "", "", ""])
-    total = result["total_bytes"]
+    rows += [row({**term, "name": f"beside it, {term['name']}"}) for term in result["beside"]]
+    total = result["held_bytes"]
     rows.append(["in all, predicted", bytes_text(total), f"{total / limit:.1%}",
                  f"at the {result['moment']}", f"of {bytes_text(limit)} of HBM"])  # fmt: skip
     mesh = ",".join(f"{axis}={size}" for axis, size in result["mesh"].items())

@@ -101,17 +101,16 @@ def _train(options: Options, config: Any, profile: Any, fit: Any) -> dict[str, A
 
 
 def _serve(options: Options, config: Any, profile: Any, fit: Any) -> dict[str, Any]:
+    from tpu_stack.planner.memory.predict import limit_of
+    from tpu_stack.planner.memory.serve import ServeMemory
     from tpu_stack.planner.simulate.program import serve_job, simulate_decode, simulate_prefill
-    from tpu_stack.planner.tensors import tensor_rows
-    from tpu_stack.planner.traffic import serve_memory
 
     job = serve_job(config, profile, options.format)
-    rows = tensor_rows(config, profile, profile, options.format)
-    capacity = int(profile.chip_facts.require("hbm_bytes")) // profile.chip_facts.devices(1)
+    memory, capacity = ServeMemory(config, profile, options.format), limit_of(profile)
+    sizes = {"context": options.context, "prompt": options.prompt}
     decode = []
     for batch in (job.replicas * size for size in BATCHES):
-        held = serve_memory(config, profile, rows, batch=batch, context=options.context)
-        total = sum(held.values())
+        total = memory.predict("decode", batch=batch, **sizes).held_bytes
         step = simulate_decode(job, fit.train, fit.serve, batch=batch, context=options.context)
         step |= {"bytes_per_device": total, "fits": total <= capacity}
         decode.append(step)

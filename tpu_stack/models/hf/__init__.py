@@ -3,8 +3,6 @@
 What a family calls its tensors and settings is data in `families.py`; the decoder never learns a
 family's name.
 
-    from tpu_stack.models.hf.folder import HuggingFaceFolder
-    from tpu_stack.models.hf.load import load_params
-    folder = HuggingFaceFolder.open(Path("Qwen3-0.6B"))
-    params = load_params(folder, profile, mesh)
+>>> folder = HuggingFaceFolder.open(Path("Qwen3-0.6B"))
+>>> params = load_params(folder, profile, mesh)
 """

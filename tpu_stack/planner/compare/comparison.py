@@ -19,10 +19,11 @@ from tpu_stack.planner.compare.crossing import two_by_two
 from tpu_stack.planner.compare.placement import chain
 from tpu_stack.planner.compare.products import rows_per_device, serve_product, train_product
 from tpu_stack.planner.compare.simulated import add_simulated
+from tpu_stack.planner.memory.serve import ServeMemory
 from tpu_stack.planner.pricing import ProgramCost, describe_program, memory_of
 from tpu_stack.planner.programs import MAX_EMULATED_DEVICES, Program, compile_all, trace_train
 from tpu_stack.planner.request import Request
-from tpu_stack.planner.serve_programs import trace_serve
+from tpu_stack.planner.serve_programs import SERVE_PROGRAMS, trace_serve
 from tpu_stack.planner.tensors import (
     MASTER_DTYPE,
     RESHARD_DEFINITION,
@@ -43,7 +44,8 @@ RUNGS = {
     "hbm_bytes": "4 projected: formulas of planner/traffic.py, the least that must move",
     "collectives": "emulated compile: XLA:CPU on virtual devices, its rewrites undone",
     "roofline": "4 projected: chip facts and the figures above, nothing measured",
-    "memory": "4 projected: formulas of planner/traffic.py, temporaries of a layer aside",
+    "memory": "4 projected: formulas, of planner/memory for serving and planner/traffic.py for"
+    " training, there with temporaries of a layer aside",
     "products": "exact: the chip facts' operand types, and the kernel's own plan for the shapes",
     "reshard": "4 projected: bytes exact by shapes and specs, times by link facts",
     "two_by_two": "4 projected: the rooflines of both chips, per chip",
@@ -137,7 +139,9 @@ def _costs(request: Request, rows: list[TensorRow]) -> dict[str, ProgramCost]:
     serving = {"batch": work.serve_batch, "context": work.context}
     compute = serve.precision.compute
     stored = get_format(request.format).operand
-    serve_memory = traffic.serve_memory(config, serve, rows, **serving)
+    memory = ServeMemory(config, serve, request.format)
+    held = {name: memory.predict(name, prompt=work.prompt, **serving).held
+            for name in SERVE_PROGRAMS}  # fmt: skip
     step, replicas = work.prefill_step(serve), ways(serve, BATCH)
     return {
         "train_step": ProgramCost(
@@ -152,14 +156,14 @@ def _costs(request: Request, rows: list[TensorRow]) -> dict[str, ProgramCost]:
             operands=(compute, stored),
             model_flops=replicas * traffic.prefill_model_flops(config, step),
             traffic=traffic.prefill_traffic(config, serve, rows, step),
-            memory=serve_memory,
+            memory=held["prefill"],
         ),
         "decode": ProgramCost(
             tokens=work.serve_batch,
             operands=(compute, stored),
             model_flops=traffic.decode_model_flops(config, **serving),
             traffic=traffic.decode_traffic(config, serve, rows, **serving),
-            memory=serve_memory,
+            memory=held["decode"],
         ),
     }
 

@@ -1,4 +1,5 @@
-"""Twelve programs whose memory the compiler has given, beside the prediction.
+"""Programs whose memory the compiler has given, beside the prediction: train steps, and those of
+the serving engine's, dense models and mixtures of experts.
 
 `cases.json` holds the compiler's figures and its version, taken from compiled programs; the
 predictor does not read them. `tpu-stack plan memory --cases --confirm` compiles every case and
@@ -50,26 +51,28 @@ def _serve(model: str, profile: str, program: str, format: str, **more: Any) -> 
 
 
 _SMALL, _LLAMA, _QWEN = "qwen3_0_6b", "llama3_8b", "qwen3_8b"
-CASES = (
+_EXPERTS = "qwen3_30b_a3b"
+TRAIN_CASES = (
     Case("train, fsdp, v5p", _train(_LLAMA, "v5p:4x4x4"), True),
     Case("train, fsdp, 7x", _train(_LLAMA, "7x:2x2x1", batch_size=32, seq_len=2048), True),
     Case("train, fsdp, v5e", _train(_SMALL, "v5e:2x2", batch_size=8, seq_len=1024), False),
     Case("train, too large, v5e", _train(_QWEN, "v5e:4x4", batch_size=64, seq_len=4096), False),
     Case("train, tensor, v5e, 4 layers",
          _train(_SMALL, "v5e:2x2", batch_size=8, seq_len=1024, mesh="tensor=4"), True, 4),
+)  # fmt: skip
+SERVE_CASES = (
     Case("decode, one device, v5e",
          _serve(_SMALL, "v5e:1x1", "decode", "int4", serve_batch=32, context=2048), True),
-    Case("decode, tensor, v5e, small",
-         _serve(_SMALL, "v5e:2x2", "decode", "int4", serve_batch=16, context=1024), True),
-    Case("decode, tensor, v5e", _serve(_LLAMA, "v5e:2x2", "decode", "int4"), False),
-    Case("decode, both, 7x",
-         _serve(_LLAMA, "7x:2x2x2", "decode", "int4", serve_batch=32, mesh="data=2,tensor=8"),
-         True),
-    Case("decode, too large, v6e",
-         _serve(_LLAMA, "v6e:1x1", "decode", "int8", serve_batch=64), False),
-    Case("prefill, tensor, v6e", _serve(_LLAMA, "v6e:2x2", "prefill", "int8"), True),
-    Case("prefill, tensor, v5p", _serve(_QWEN, "v5p:2x2x1", "prefill", "bf16"), True),
+    Case("prefill, one device, v5e, 3 layers",
+         _serve(_SMALL, "v5e:1x1", "prefill", "int4", serve_batch=32, context=2048), True, 3),
+    Case("prefill, tensor, v5p, bf16, 3 layers",
+         _serve(_LLAMA, "v5p:2x2x1", "prefill", "bf16", serve_batch=16, context=4096), True, 3),
+    Case("decode, experts, v6e, 2 layers",
+         _serve(_EXPERTS, "v6e:2x2", "decode", "int4", serve_batch=16, context=4096), True, 2),
+    Case("prefill, experts, v6e, 2 layers",
+         _serve(_EXPERTS, "v6e:2x2", "prefill", "int4", serve_batch=16, context=4096), True, 2),
 )  # fmt: skip
+CASES = TRAIN_CASES + SERVE_CASES
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from tpu_stack.planner.aot.result import Compiled, CompilerMissing, OutOfMemory
 from tpu_stack.planner.hlo_text import parse
 from tpu_stack.planner.memory.buffers import most_held
 from tpu_stack.planner.memory.owners import Held, label
-from tpu_stack.planner.memory.predict import limit_of
+from tpu_stack.planner.memory.predict import limit_of, predict
+from tpu_stack.planner.memory.prediction import total
 
 LARGEST = 10
 
@@ -25,7 +26,8 @@ class Confirmed:
     """What the compiler says of a request, in bytes of one device.
 
     Attributes:
-      fits: a program came of it, and it needs no more than the limit.
+      fits: a program came of it, and with what lies beside it (`Prediction.beside`) it needs no
+        more than the limit.
       total_bytes: arguments, outputs that reuse none, temporaries and code. Where the compiler gave
         up, the figure it names: it says "HLO temporaries", but counts arguments among them (a
         decode whose weights and two caches are 71.49 GiB was refused for 71.49 GiB).
@@ -65,9 +67,10 @@ def confirm(
 
 def _read(result: Compiled, request: CompileRequest) -> Confirmed:
     text, memory = result.hlo_text(), result.memory
+    beside = total(predict(request).beside)
     held = most_held(parse(text), text.split("\n", 1)[0])
     return Confirmed(
-        fits=memory.total_bytes <= limit_of(request.profile),
+        fits=memory.total_bytes + beside <= limit_of(request.profile),
         total_bytes=memory.total_bytes,
         temporary_bytes=memory.temporaries,
         held_bytes=sum(buffer.bytes for buffer in held),

@@ -15,6 +15,8 @@ from tpu_stack.planner.hlo_frames import Frames
 from tpu_stack.planner.memory.buffers import Buffer
 from tpu_stack.planner.memory.prediction import axes_text
 from tpu_stack.planner.tensors import ways
+from tpu_stack.planner.workload import PrefillStep
+from tpu_stack.serving.engine.build import PAGE
 from tpu_stack.sharding.axes import BATCH, EMBED, FFW, HEADS, KV_HEADS, VOCAB
 
 _DIMENSIONS = re.compile(r"\[([\d,]*)\]")
@@ -33,12 +35,10 @@ class Held:
 def axis_names(request: CompileRequest) -> dict[int, str]:
     """Size on one device -> the names of the axes with that size and the mesh axes they lie on."""
     config, profile = request.config, request.profile
-    tokens = request.seq_len or request.prompt
     axes: list[tuple[int, str, str | None]] = [
         (config.n_layers, "layers", None),
         (request.batch // request.accumulate, "batch", BATCH),
-        (tokens, "tokens", None),
-        (request.context, "cache positions", None),
+        *_tokens_and_pages(request),
         (config.d_model, "d_model", None),
         (config.d_model, "d_model", EMBED),
         (config.d_ff, "d_ff", FFW),
@@ -55,6 +55,22 @@ def axis_names(request: CompileRequest) -> dict[int, str]:
         if size > 1 and text not in found.setdefault(size // ways(profile, axis), []):
             found[size // ways(profile, axis)].append(text)
     return {size: " or ".join(names) for size, names in found.items()}
+
+
+def _tokens_and_pages(request: CompileRequest) -> list[tuple[int, str, str | None]]:
+    """What a train step counts in tokens, and the engine's programs in chunks and pages."""
+    if request.program == "train":
+        return [(request.seq_len, "tokens", None)]
+    step = PrefillStep.of(request.prompt, request.batch // ways(request.profile, BATCH))
+    pages, page = -(-request.context // PAGE["tpu"]), PAGE["tpu"]
+    slots = request.batch // ways(request.profile, BATCH)
+    return [
+        (step.chunk, "tokens of a chunk", None),
+        (step.rows * step.chunk, "tokens", None),
+        (request.config.n_layers * slots * pages, "pages of all layers", None),
+        (pages * page, "positions", None),
+        (page, "tokens of a page", None),
+    ]
 
 
 def owner(buffer: Buffer, names: dict[int, str], layers: int) -> str:

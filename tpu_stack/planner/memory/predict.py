@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from tpu_stack.planner.aot.request import CompileRequest
 from tpu_stack.planner.memory.prediction import Prediction
-from tpu_stack.planner.memory.serve import predict_serve
+from tpu_stack.planner.memory.serve import ServeMemory
 from tpu_stack.planner.memory.train import predict_train
 from tpu_stack.sharding.profiles import Profile
 
@@ -29,7 +29,12 @@ def limit_of(profile: Profile) -> int:
 
 def predict(request: CompileRequest) -> Prediction:
     """What one device holds. Raises UserError where a format's groups do not divide the mesh."""
-    return predict_train(request) if request.program == "train" else predict_serve(request)
+    if request.program == "train":
+        return predict_train(request)
+    memory = ServeMemory(request.config, request.profile, request.format)
+    return memory.predict(
+        request.program, batch=request.batch, context=request.context, prompt=request.prompt
+    )
 
 
 @dataclass(frozen=True)
@@ -47,10 +52,10 @@ class Verdict:
 
     @property
     def fits(self) -> bool:
-        """Whether the prediction is within the limit."""
-        return self.prediction.total_bytes <= self.limit_bytes
+        """Whether what the device must hold is within the limit."""
+        return self.prediction.held_bytes <= self.limit_bytes
 
     @property
     def over_bytes(self) -> int:
         """How much too much; negative where it fits."""
-        return self.prediction.total_bytes - self.limit_bytes
+        return self.prediction.held_bytes - self.limit_bytes

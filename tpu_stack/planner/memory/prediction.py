@@ -38,11 +38,13 @@ class Prediction:
       always: what is held throughout. moments: name -> what is held then beside it; the compiler
         reuses one moment's memory in the next, so that only the largest counts.
       code: bytes of the program itself.
+      beside: what the device holds while the program runs that is none of its arguments.
     """
 
     always: tuple[Term, ...]
     moments: dict[str, tuple[Term, ...]] = field(default_factory=dict)
     code: int = 0
+    beside: tuple[Term, ...] = ()
 
     @cached_property
     def moment(self) -> str:
@@ -67,8 +69,21 @@ class Prediction:
 
     @property
     def total_bytes(self) -> int:
-        """Arguments, temporaries and code: what a device must have."""
+        """Arguments, temporaries and code: what the compiler counts of the program."""
         return total(self.at_most) + self.code
+
+    @property
+    def held(self) -> dict[str, int]:
+        """All that a device must have room for, by term: the program, and what lies beside it."""
+        found = {"program": self.code}
+        for term in (*self.at_most, *self.beside):
+            found[term.name] = found.get(term.name, 0) + term.bytes
+        return found
+
+    @property
+    def held_bytes(self) -> int:
+        """The sum of `held`."""
+        return self.total_bytes + total(self.beside)
 
 
 def total(terms: Sequence[Term]) -> int:

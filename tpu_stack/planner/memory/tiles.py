@@ -45,6 +45,13 @@ def padded_bytes(shape: Sequence[int], bits: int) -> int:
     )  # fmt: skip
 
 
+def row_major_bytes(shape: Sequence[int], bits: int) -> int:
+    """Bytes of an array whose axes lie in memory as they stand: the last along the lanes."""
+    if len(shape) < 2:
+        return padded_bytes(shape, bits)
+    return tiled_bytes(shape, bits, [_rows(shape[-2], bits), LANES])
+
+
 def _rows(size: int, bits: int) -> int:
     """Rows of a tile: 8, or 32 and 64 for types of 8 and 4 bits; fewer where there are fewer."""
     most = SUBLANES if bits >= 16 else SUBLANES * 32 // bits

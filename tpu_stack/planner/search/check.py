@@ -28,11 +28,7 @@ def request_of(config: ModelConfig, candidate: Candidate) -> CompileRequest:
 def checked(config: ModelConfig, plan: Plan) -> Plan:
     """The plan with the memory that `planner.memory` predicts; without remat, where that falls
     short of what was compiled, with the larger of it and the quick count."""
-    found = predict(request_of(config, plan.candidate))
-    terms: dict[str, float] = {}
-    for term in found.at_most:
-        terms[term.name] = terms.get(term.name, 0) + term.bytes
-    terms["program"] = found.code
+    terms: dict[str, float] = dict(predict(request_of(config, plan.candidate)).held)
     if plan.candidate.profile.remat == "none" and plan.candidate.program == "train":
         terms = max(dict(plan.memory), terms, key=lambda held: sum(held.values()))
     return dataclasses.replace(plan, memory=terms, checked=True)

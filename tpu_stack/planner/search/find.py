@@ -13,12 +13,12 @@ from typing import Any
 from tpu_stack.errors import UserError
 from tpu_stack.models.abstract import tensor_specs
 from tpu_stack.planner.memory.predict import limit_of
+from tpu_stack.planner.memory.serve import ServeMemory
 from tpu_stack.planner.search.ask import Ask, Question
 from tpu_stack.planner.search.candidate import Candidate, Plan
 from tpu_stack.planner.search.check import one_of_each, settle
 from tpu_stack.planner.search.memory import (
     Bytes,
-    ServeMemory,
     TrainMemory,
     state_bytes_per_element,
 )
@@ -180,7 +180,8 @@ def _try_slice(question: Question, profile: Profile, format: str, tally: _Tally)
                 tally.too_large(candidate, memory, capacity)
             else:
                 terms = scorer.terms(candidate)
-                tally.plans.append(Plan(candidate, terms, memory, capacity))
+                serving = candidate.program != "train"
+                tally.plans.append(Plan(candidate, terms, memory, capacity, checked=serving))
 
 
 def _candidates(
@@ -206,13 +207,11 @@ def _serve_candidates(
     question: Question, profile: Profile, memory: ServeMemory
 ) -> Iterator[tuple[Candidate, Bytes]]:
     per_row, length = question.tokens_per_row, question.length
+    program, prompt = question.program, question.work.prompt
     for batch in batches(question, profile):
-        held = memory.held(batch=batch, context=length, tokens_per_row=per_row)
+        held = memory.predict(program, batch=batch, context=length, prompt=prompt).held
         tokens = batch * per_row
-        yield (
-            Candidate(question.program, profile, batch, tokens, length, format=memory.format),
-            held,
-        )
+        yield Candidate(program, profile, batch, tokens, length, format=memory.format), held
 
 
 def _quick_enough(question: Question, tally: _Tally) -> list[Plan]:

@@ -1,12 +1,12 @@
-"""A quick count of what a device must hold: what does not fit is never simulated.
+"""A quick count of what a training device must hold: what does not fit is never simulated.
 
-`planner.memory` predicts it term by term in milliseconds, which is too slow for every candidate;
-this takes microseconds, and is followed by the other for what is shown (`search.check`).
+`planner.memory` predicts it term by term in milliseconds, which is too slow for every candidate of
+training; this takes microseconds, and is followed by the other for what is shown (`search.check`).
+Serving asks `planner.memory` at once, which counts its weights once per mesh.
 
 `planner.traffic` counts what lives through a step; added here is what lives for a part of it, as
-XLA:TPU was seen to keep it: the largest of a layer's own and of the logits' working set in
-training, and in serving a second copy of the cache while it is updated, with the largest of scores,
-widths and sorted logits beside it. What depends on the mesh alone is counted once per mesh.
+XLA:TPU was seen to keep it: the largest of a layer's own and of the logits' working set. What
+depends on the mesh alone is counted once per mesh.
 
 >>> TrainMemory(config, profile, seq_len=4096).held(profile, batch=128, accumulate=1)
 """
@@ -19,8 +19,7 @@ from tpu_stack.models.abstract import tensor_specs
 from tpu_stack.models.attention import CHUNK
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.planner.tensors import tensor_rows, ways
-from tpu_stack.planner.traffic import cache_bytes, saved_activation_bytes
-from tpu_stack.serving.layout import bytes_per_device
+from tpu_stack.planner.traffic import saved_activation_bytes
 from tpu_stack.sharding.axes import BATCH, FFW, HEADS, KV_HEADS, LAYERS, VOCAB, TensorSpec
 from tpu_stack.sharding.profiles import Profile, get_profile
 
@@ -84,43 +83,6 @@ class TrainMemory:
         if not _chunked(self.seq_len):  # the chunked path keeps no scores, whatever the remat
             saved += self.config.n_layers * _score_bytes(self.config, profile, rows, self.seq_len)
         return saved
-
-
-class ServeMemory:
-    """Serving on one mesh from weights of one format.
-
-    Raises UserError when a tensor, or the groups of its scales, do not divide the mesh.
-    """
-
-    def __init__(self, config: ModelConfig, profile: Profile, format: str):
-        self.config, self.profile, self.format = config, profile, format
-        self.weights = bytes_per_device(config, format, profile)
-
-    def held(self, *, batch: int, context: int, tokens_per_row: int) -> Bytes:
-        """Bytes by term. `tokens_per_row` are run at once: 1, or a prompt."""
-        config, profile = self.config, self.profile
-        rows = batch // ways(profile, BATCH)
-        cache = cache_bytes(config, profile, batch=batch, context=context)
-        return {
-            "packed weights": self.weights,
-            "kv cache": cache,
-            "kv cache while it is updated": cache,
-            "working set": self._working_set(rows, context, tokens_per_row),
-        }
-
-    def _working_set(self, rows: int, context: int, tokens: int) -> int:
-        """The largest of a layer's scores (products, mask, masked and softmax), its MLP's widths,
-        and whole rows of logits, sorted with their tokens."""
-        config, profile = self.config, self.profile
-        queries = CHUNK if _chunked(tokens) else tokens
-        scores = rows * config.n_heads // ways(profile, HEADS) * queries * context
-        hidden = BF16 * rows * tokens * config.d_model
-        widths = (3 if config.gated_mlp else 2) * config.d_ff // ways(profile, FFW)
-        return max(
-            (4 * F32 + 1) * scores + hidden,
-            BF16 * rows * tokens * widths + 3 * hidden,
-            2 * F32 * rows * config.vocab_size,
-        )
 
 
 def _layer_activations(config: ModelConfig, profile: Profile, rows: int, length: int) -> int:

@@ -24,6 +24,7 @@ from tpu_stack.planner.simulate.decode import (
 from tpu_stack.planner.simulate.layout import Layout
 from tpu_stack.planner.simulate.remat import Remat
 from tpu_stack.planner.simulate.train import TrainJob, train_step
+from tpu_stack.planner.workload import PrefillStep
 from tpu_stack.quant.formats import get_format
 from tpu_stack.sharding.profiles import Profile
 
@@ -76,12 +77,16 @@ class Scorer:
 
     def _prefill(self, candidate: Candidate, job: ServeJob) -> dict[str, float]:
         """The simulator's time of the prompts, and what it leaves out: the weights where reading
-        them takes longer, and two all-reduces a layer over the tensor axis."""
+        them in every run of the program takes longer, and two all-reduces a layer over the tensor
+        axis."""
         arch, layout, serving = self.arch, self.layout, self.fit.serve
         tokens, length = candidate.tokens / job.replicas, candidate.tokens / candidate.batch
         compute_s = prefill_seconds(job, tokens, length, self.fit.train)
         hbm = layout.chip.require("hbm_bytes_per_s") * job.chips_per_replica
-        weights = weights_read(arch, tokens) * BYTES[job.weights]
+        rows = candidate.batch // job.replicas
+        step = PrefillStep.of(candidate.tokens // candidate.batch, rows)
+        runs = -(-rows // step.rows) * len(step.ends)
+        weights = runs * weights_read(arch, step.tokens) * BYTES[job.weights]
         weights_s = weights / (hbm * serving.weights_hbm)
         block = tokens * arch.d_model * BF16
         sums_s = 2 * arch.layers * layout.links("tensor").all_reduce_s(block)
