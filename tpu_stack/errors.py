@@ -4,6 +4,8 @@ Raise `UserError` for input the user can mend: the command line prints it as a s
 standard error and exits with status 2. Anything else that escapes is a bug and keeps its traceback.
 
 >>> raise UserError("--train.steps is -1; it must be at least 1")
+Traceback (most recent call last):
+tpu_stack.errors.UserError: --train.steps is -1; it must be at least 1
 """
 
 

@@ -5,7 +5,8 @@ each is compiled in a child process, because a bad kernel can abort the process.
 VLIW bundles of the kernel's whole code, each loop body counted once, and, where the module knows
 how often its loops turn, those that one call issues; nothing is run or timed.
 
->>> compile_case("tpu_stack.kernels.kv_attention.bench", "int8", "v6e")  # {"bundles": 812, ...}
+    module = "tpu_stack.kernels.quantize_rows.bench"
+    compile_case(module, "int8,bfloat16,16,4096", "v6e")  # {"bundles": ..., "kernels": ...}
 """
 
 import argparse

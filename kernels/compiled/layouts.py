@@ -1,6 +1,6 @@
 """Where a program's arguments lie, as those who make them leave them.
 
->>> arguments = [with_layout(a, sharding) for a in arguments]
+arguments = [with_layout(a, sharding) for a in arguments]
 """
 
 from typing import Any

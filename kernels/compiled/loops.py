@@ -3,7 +3,7 @@
 A kernel's static bundles count each loop body once; what one call issues is what decides its time.
 The dump's layout is undocumented, so anything unexpected is an error that names the version.
 
->>> issued(Path("dump"), "matmul", (28,))  # a grid of 28 steps
+    issued(Path("dump"), "matmul", (28,))  # a grid of 28 steps
 """
 
 import importlib.metadata

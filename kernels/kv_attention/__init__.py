@@ -3,7 +3,10 @@
 At decode the cache is read once per token and nothing is reused between sequences, so its bytes
 are the time: 8-bit pages halve it. Needs only jax.
 
->>> out = kv_attention(q, k_pages, v_pages, page_table, lengths)  # q [B, N, H]; out the same
+>>> q, pages = jnp.ones((1, 2, 128)), jnp.ones((1, 4, 16, 128), jnp.bfloat16)  # 4 pages of 16
+>>> table, lengths = jnp.array([[2, 0]], jnp.int32), jnp.array([20], jnp.int32)
+>>> kv_attention(q, pages, pages, table, lengths).shape
+(1, 2, 128)
 """
 
 from functools import partial

@@ -1,6 +1,6 @@
 """Attention over one block of tokens in VMEM: the online softmax's step.
 
->>> attend(q_ref, buffers, running, first_token, length, plan)
+attend(q_ref, buffers, running, first_token, length, plan)
 """
 
 from typing import Any

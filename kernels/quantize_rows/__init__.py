@@ -3,7 +3,9 @@
 The product kernels take such rows beside their scales (`x_scales`), which is how the chips that
 multiply fp8 or int8 natively reach twice their bfloat16 rate. Needs only jax.
 
->>> values, scales = quantize_rows(x, jnp.int8)  # x [M, K]; values int8 [M, K], scales [M, 1]
+>>> values, scales = quantize_rows(jnp.array([[1.0, -2.0, 4.0]]), jnp.int8)
+>>> values.tolist(), scales.shape
+([[32, -64, 127]], (1, 1))
 """
 
 from functools import partial

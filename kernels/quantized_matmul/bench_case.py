@@ -1,7 +1,7 @@
 """One case of the bench: what its name says, what it compiles, and the least it can take.
 
->>> program("int4@int8", [16, 4096, 14336])
 >>> hbm_cycles("int4@int8", "v6e", [16, 4096, 14336])
+35805
 """
 
 import math

@@ -1,6 +1,8 @@
 """The blocks of a call's grid: the tuned or given ones, cut to the arrays and to whole tiles.
 
->>> choose_blocks(x, k, n, 32, "before", False, storage, None, entry)
+>>> x, storage = jnp.ones((16, 4096), jnp.bfloat16), Storage("integer", "int4")
+>>> entry = {"bm": 64, "bk": 4096, "bn": 1024}
+>>> choose_blocks(x, 4096, 14336, 32, "before", False, storage, None, entry)
 (16, 4096, 1024)
 """
 

@@ -1,8 +1,8 @@
 """The formats by name, as arrays: what the tests, the bench and the ladder call the kernel with.
 
->>> case = FORMATS["mxfp4"]
->>> x, values, scales, keywords = random_operands(case, "bfloat16", m=16, k=256, n=128)
->>> y = quantized_matmul(x, values, scales, **keywords)
+>>> x, values, scales, keywords = random_operands(FORMATS["mxfp4"], "int8", m=16, k=256, n=128)
+>>> values.shape, scales.shape, list(keywords)
+((256, 128), (8, 1, 128), ['x_scales'])
 """
 
 from dataclasses import dataclass, replace

@@ -3,8 +3,9 @@
 XLA's own programs, JAX's Pallas product of bfloat16, and qwix, which is optional. What a peer does
 not take is refused with the reason, and the bench prints that as its row.
 
->>> peer = make_peer("qwix", "int8", "int8", (16, 4096, 14336))
->>> jax.jit(peer.function).lower(*peer.operands).compile()
+>>> peer = make_peer("xla", "int8", "int8", (16, 64, 128))
+>>> jax.eval_shape(peer.function, *peer.operands).shape
+(16, 128)
 """
 
 import math

@@ -8,7 +8,7 @@ from tpu_stack.cli.main import main
 from tpu_stack.planner.aot.result import CompilerMissing, OutOfMemory, Target
 from tpu_stack.planner.search import confirm as confirming
 
-DECODE = ["plan", "search", "--chips", "v6e:4", "8i:2", "--goal", "decode-throughput"]
+DECODE = ["plan", "search", "--chips", "v6e:4", "8i:4", "--goal", "decode-throughput"]
 
 
 def test_it_prints_the_best_and_the_front_and_writes_files(tmp_path, capsys):
@@ -18,8 +18,8 @@ def test_it_prints_the_best_and_the_front_and_writes_files(tmp_path, capsys):
     assert "best by throughput, projected" in told
     assert "Pareto front: throughput against latency" in told
     assert "candidates/s" in told
-    assert "8i:2: no source gives a price" in told
-    assert "8i:2: extrapolated: no decode row" in told or "v6e:4, 8i:2: extrapolated" in told
+    assert "8i:4: no source gives a price" in told
+    assert "8i:4: extrapolated: no decode row" in told or "v6e:4, 8i:4: extrapolated" in told
     found = json.loads(wrote.read_text())
     assert len(found["best"]) == 3
     best = found["best"][0]
@@ -45,9 +45,8 @@ def test_confirm_shows_what_the_compiler_said_beside(monkeypatch, tmp_path, caps
 
     def compile_asked(asked, *, cache, timeout_s, stage):
         stage("compiling")
-        target = Target(
-            "v6e:2x2", "v6e", asked.profile.partition(":")[0], 4, {}, 32 * 2**30, 32 * 2**30, ""
-        )
+        chip, hbm = asked.profile.partition(":")[0], 32 * 2**30
+        target = Target("v6e:2x2", "v6e", chip, 4, {}, hbm, hbm, "", (False, False))
         kinds = (
             CompilerMissing(),
             OutOfMemory(target, "too large", 40 * 2**30, 32 * 2**30, False, (), 1.0, cached=False),

@@ -72,7 +72,7 @@ def answer(served: Served) -> list[int]:
     return [event.token for event in events if isinstance(event, Token)]
 
 
-@pytest.mark.parametrize("where", [{}, {"prefill": "8t:2", "decode": "8i:2"}])
+@pytest.mark.parametrize("where", [{}, {"prefill": "8t:1", "decode": "8i:1"}])
 def test_a_link_that_turned_is_read_and_what_does_not_fit_is_not(link, where, monkeypatch):
     monkeypatch.setattr("tpu_stack.serving.engine.build.CHUNKS", (64,))
     monkeypatch.setattr("tpu_stack.serving.engine.build.PROMPTS", (1,))

@@ -62,7 +62,7 @@ def rentable(name: str, sizes: tuple[int, ...]) -> bool:
 def test_every_shape_up_to_twelve_is_rented_or_refused_by_the_rule(name):
     for sizes in product(range(1, 13), repeat=3):
         try:
-            require_slice(get_chip(name), sizes, "it")
+            require_slice(get_chip(name), sizes)
         except UserError:
             assert not rentable(name, sizes), sizes
         else:
@@ -88,10 +88,10 @@ def test_every_shape_up_to_twelve_is_rented_or_refused_by_the_rule(name):
 def test_what_is_no_slice_is_refused_with_the_nearest(chip, sizes, says):
     text = "x".join(map(str, sizes))
     if not says:
-        require_slice(get_chip(chip), sizes, text)
+        require_slice(get_chip(chip), sizes)
         return
     with pytest.raises(UserError) as error:
-        require_slice(get_chip(chip), sizes, text)
+        require_slice(get_chip(chip), sizes)
     message = str(error.value)
     assert says in message
     assert f"{text!r} of {chip}" in message
@@ -105,5 +105,5 @@ def test_every_chip_has_a_source_and_says_what_is_assumed():
         chip = get_chip(name)
         assert {len(sizes) for sizes in rule.small} == {chip.torus_rank or 1}
         for sizes in rule.small:
-            require_slice(chip, sizes, "it")
-            require_slice(chip, (prod(sizes),), "it")
+            require_slice(chip, sizes)
+            require_slice(chip, (prod(sizes),))

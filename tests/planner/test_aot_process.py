@@ -57,7 +57,7 @@ end = {"compiler_bytes": 1}
 if does == "refuse":
     end["error"] = "JaxRuntimeError: UNIMPLEMENTED: no such thing"
 if does == "user":
-    end["user_error"] = "the TPU compiler has no topology v5e:3x3"
+    end["user_error"] = "the TPU compiler has no topology v5e:2x2"
 if does == "compile":
     text = Path(os.environ["EXCERPT"]).read_bytes()
     (folder / "program.hlo.gz").write_bytes(gzip.compress(text))
@@ -192,7 +192,7 @@ def test_a_refusal_is_a_result_and_a_user_error_is_raised(child, tmp_path):
     assert isinstance(found, Refused)
     assert "UNIMPLEMENTED" in found.message
     child("user")
-    with pytest.raises(UserError, match="has no topology v5e:3x3"):
+    with pytest.raises(UserError, match="has no topology v5e:2x2"):
         compile_program(request(batch_size=16), cache=tmp_path / "cache")
 
 

@@ -96,6 +96,8 @@ def test_which_product_runs_is_said():
         ({"profile": "v5e"}, "say how many chips"),
         ({"profile": "v5e:32x32"}, "a pod has 256"),
         ({"profile": "v5e:2x2x2"}, "has 3 axes"),
+        ({"profile": "v5e:2x8"}, "no slice that can be rented; nearest: 4x4"),
+        ({"profile": "8t:3x5x7"}, r"nearest: 4x4x4 \(64 chips\) or 4x4x8"),
         ({"profile": "cpu:4"}, "cannot compile for cpu"),
         ({"profile": "8t:1"}, "do not fill chips of 7x"),
         ({"profile": "v5f:2x2"}, "did you mean 'v5"),

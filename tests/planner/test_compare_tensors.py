@@ -88,7 +88,7 @@ def _packed_bytes(leaf) -> int:
 
 def test_resharding_between_different_machines_moves_all_that_is_needed():
     train = get_profile("v5p:4", "train").with_mesh("fsdp=2,tensor=2")
-    serve = get_profile("8i:2", "serve").with_mesh("data=2,tensor=2")
+    serve = get_profile("8i", "serve").with_mesh("data=2,tensor=2")
     each, total = reshard_bytes((8, 8), train, P("fsdp", "tensor"), serve, P(None, "tensor"))
     assert (each, total) == (4 * 8 * 4, 4 * 4 * 8 * 4)
 

@@ -21,8 +21,8 @@ EXPERTS = NANO.replace(n_layers=2, n_experts=4, experts_per_token=2)
 LOCAL = NANO.replace(n_layers=2, block_pattern=("local", "global"), window=128)
 
 
-def traced(config=NANO, chips=2, mesh="data=1,tensor=2", batch=8, programs=SERVE_PROGRAMS):
-    profile = get_profile(f"v6e:{chips}", "serve").with_mesh(mesh)
+def traced(config=NANO, mesh="data=1,tensor=2", batch=8, programs=SERVE_PROGRAMS):
+    profile = get_profile("v6e", "serve").with_mesh(mesh)
     return trace_serve(
         config, profile, "int4", batch=batch, context=200, prompt=180, programs=programs
     )
@@ -59,7 +59,7 @@ def test_stacked_weights_are_the_program_of_layers_run_in_turn(config, monkeypat
 
 
 def test_each_slice_of_data_has_an_engine_of_its_own():
-    one, both = traced(), traced(chips=4, mesh="data=2,tensor=2", batch=16)
+    one, both = traced(), traced(mesh="data=2,tensor=2", batch=16)
     for alone, of_two in zip(one, both, strict=True):
         assert dict(of_two.mesh.shape) == {"data": 1, "tensor": 2}
         assert of_two.flops.matmul_flops == 2 * alone.flops.matmul_flops
@@ -75,12 +75,12 @@ def test_devices_talk_as_little_as_tensor_parallelism_needs():
 
 
 def test_a_program_that_was_renamed_names_the_new_one(capsys):
-    asked = Asked("llama3_8b", "8i:2", "decode", serve_batch=32, context=1000)
+    asked = Asked("llama3_8b", "8i:4", "decode", serve_batch=32, context=1000)
     request = make_request(asked)
     assert (request.profile.role, request.batch, request.context) == ("serve", 32, 1000)
     for old, new in (("engine-decode", "decode"), ("engine-prefill", "prefill")):
         with pytest.raises(UserError, match=f"did you mean '{new}'"):
-            make_request(Asked("llama3_8b", "8i:2", old))
+            make_request(Asked("llama3_8b", "8i:4", old))
     with pytest.raises(SystemExit) as stop:
         main(["plan", "compile", "--program", "engine-decode"])
     error = capsys.readouterr().err

@@ -108,7 +108,7 @@ def test_with_mesh():
 
 
 PROFILES = st.sampled_from(
-    ["8t", "8t:4x4x4", "8t:2x4x8", "8i", "8i:8", "v5e:4x4", "7x:2x2x2", "cpu"]
+    ["8t", "8t:4x4x4", "8t:4x4x8", "8i", "8i:8", "v5e:4x4", "7x:2x2x2", "cpu"]
 )
 
 

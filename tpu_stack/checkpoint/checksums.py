@@ -6,8 +6,8 @@ it. The mixing is one-to-one in the bits, so a change of any one element always 
 it is not linear, so that elements which change places do not cancel (a sum of bits times an
 odd weight per index misses moved rows of round numbers).
 
->>> tree_checksums({"w": w})
-{'w': '5f3a...'}
+>>> tree_checksums({"w": np.arange(4, dtype=np.int32)})
+{'w': '...'}
 """
 
 from typing import Any

@@ -6,7 +6,7 @@ model config, tokenizer and position in its data) and one checksum per tensor, w
 verifies.
 
 >>> with CheckpointStore(Path("runs/a")) as store:
-...     store.save(20, {"params": params, "optimizer": opt_state}, meta)
+...     store.save(20, {"params": params}, {"model": config.to_dict()})
 """
 
 import json

@@ -3,7 +3,7 @@
 A tokenizer turns text into ids; this says which text. It travels as `chat.json` in a run folder and
 in a bundle. A model that was never taught to chat has none, and the empty format stands for that.
 
->>> ChatFormat.from_json(Path("bundle/chat.json").read_text()).eos_token
+>>> ChatFormat.from_json(ChatFormat(eos_token="<|im_end|>").to_json()).eos_token
 '<|im_end|>'
 """
 

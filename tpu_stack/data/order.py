@@ -5,7 +5,8 @@ agree on every global batch. grain's own `shuffle` gives the same promises at 17
 this costs a few microseconds a batch.
 
 >>> order = RowOrder(tokens=1_000_000, seq_len=64, seed=0)
->>> order.starts(first=12 * step, count=12)
+>>> order.starts(first=12 * 7, count=12).shape  # step 7 of batches of 12 rows
+(12,)
 """
 
 import hashlib

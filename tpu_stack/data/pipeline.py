@@ -1,6 +1,7 @@
 """From a `DataConfig` to batches: the corpus, the endless training iterator, the validation pass.
 
->>> config = DataConfig(seq_len=64, batch_size=12)
+>>> _ = Path("plays.txt").write_text("To be, or not to be. " * 500)
+>>> config = DataConfig(paths=("plays.txt",), tokenizer="chars", seq_len=64, batch_size=12)
 >>> corpus = load_corpus(config)
 >>> batches = train_iterator(corpus, config)
 >>> batch = next(batches)            # dict of [12, 64] arrays, see packing.Batch

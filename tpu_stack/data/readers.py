@@ -2,8 +2,9 @@
 
 Kept apart from `sources` so that adding a format means adding one function and one table entry.
 
+>>> _ = Path("corpus.jsonl").write_text('{"text": "first"}\\n{"text": "second"}\\n')
 >>> list(read_file(Path("corpus.jsonl"), "text"))
-[(":1", "first document"), (":2", "second document")]
+[(':1', 'first'), (':2', 'second')]
 """
 
 import gzip

@@ -1,7 +1,8 @@
 """Where text comes from: files, folders, or the Python standard library that every machine has.
 
->>> documents = read_documents(["notes/", "corpus.jsonl.gz"])
->>> documents[0].name, documents[0].text
+>>> _ = Path("notes.txt").write_text("to do")
+>>> [(document.name, document.text) for document in read_documents(["notes.txt"])]
+[('notes.txt', 'to do')]
 """
 
 import os

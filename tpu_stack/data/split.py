@@ -5,6 +5,7 @@ run makes them alike.
 
 >>> parts = split_documents(documents, val_fraction=0.1, mode="auto")
 >>> len(parts.train), len(parts.val), parts.mode
+(19, 2, 'contiguous')
 """
 
 import hashlib

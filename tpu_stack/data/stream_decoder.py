@@ -1,8 +1,8 @@
 """Text from a model one token at a time, without ever showing half a character.
 
 >>> decoder = StreamDecoder(tokenizer)
->>> for token in tokens: print(decoder.feed(token), end="")
->>> print(decoder.flush())
+>>> "".join(decoder.feed(token) for token in tokenizer.encode("is short")) + decoder.flush()
+'is short'
 """
 
 import codecs

@@ -1,8 +1,8 @@
 """Batches of packed text as a trainer takes them: endless, resumable, with their own fingerprint.
 
->>> batches = TokenBatches(corpus, config)
+>>> batches = TokenBatches(corpus, DataConfig(seq_len=64, batch_size=16))
 >>> batches.element_spec["tokens"].shape
-(16, 256)
+(16, 64)
 """
 
 from dataclasses import asdict

@@ -2,8 +2,8 @@
 
 A byte-level vocabulary spells bytes as printable characters (GPT-2's table); this undoes it.
 
->>> table = bytes_of_tokens(backend, vocab_size)
->>> b"".join(table[i] for i in ids).decode()
+>>> b"".join(tokenizer.token_bytes[i] for i in tokenizer.encode("is short"))
+b'is short'
 """
 
 import json

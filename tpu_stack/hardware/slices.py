@@ -121,20 +121,25 @@ def _nearest_cube(chips: int, rank: int) -> Sizes:
     return (*(s for s in best if s > 1), *(s for s in best if s == 1))
 
 
-def require_slice(chip: Chip, sizes: Sizes, text: str) -> None:
+def is_slice(chip: Chip, sizes: Sizes) -> bool:
+    """Whether a slice of the chip has these sizes, or this count of chips; any count on cpu."""
+    if chip.name not in SLICES:
+        return True
+    shapes = _shapes(chip.name)
+    return sizes in shapes or (len(sizes) == 1 and any(prod(s) == sizes[0] for s in shapes))
+
+
+def require_slice(chip: Chip, sizes: Sizes) -> None:
     """Raises UserError, naming the nearest slices that exist, where `sizes` is none of the chip's.
 
-    `sizes` has the axes of the chip's slices, or one: a count of chips. `text` is as it was typed.
+    `sizes` has the axes of the chip's slices, or one: a count of chips.
     """
-    rule = SLICES.get(chip.name)
-    if rule is None:
+    if is_slice(chip, sizes):
         return
-    shapes = _shapes(chip.name)
-    count = len(sizes) == 1
-    if any(sizes == shape or (count and prod(shape) == sizes[0]) for shape in shapes):
-        return
+    rule, shapes, count = SLICES[chip.name], _shapes(chip.name), len(sizes) == 1
     why = f" ({rule.source})" if rule.assumed else ""
     near = " or ".join(_text(shape, count) for shape in _nearest(shapes, sizes))
+    text = "x".join(map(str, sizes))
     raise UserError(
         f"topology {text!r} of {chip.name} is no slice that can be rented; nearest: {near}{why}"
     )

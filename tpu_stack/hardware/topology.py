@@ -1,7 +1,7 @@
 """Reading the topology half of a profile string, as in `8t:4x4x4` or `8i:8`.
 
-The TPU compiler does not check pod limits, so this does: a plan for chips that nobody can rent
-should fail here, in one line.
+The TPU compiler checks neither pod limits nor shapes, so this does: a plan for a slice that nobody
+can rent fails here, in one line that names the nearest slices that exist (`hardware.slices`).
 
 >>> parse_topology("4x4x4", get_chip("8t"))
 Topology(sizes=(4, 4, 4), chips=64)
@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from tpu_stack.errors import UserError
 from tpu_stack.hardware.chips import Chip
+from tpu_stack.hardware.slices import require_slice
 
 # Nine digits are more chips than any pod has, and keep int() from choking on a pasted novel.
 _SIZE = re.compile(r"[1-9][0-9]{0,8}", re.ASCII)
@@ -31,8 +32,8 @@ def parse_topology(text: str, chip: Chip) -> Topology:
     """Reads "4x4x4", "4x4" or a plain count of *chips*, and checks it against the chip.
 
     Raises UserError when a size is not a whole number of at least 1, when the number of axes is
-    not the torus's rank (a plain count fits every chip; Boardfly and cpu take nothing else), or
-    when there are more chips than a pod has.
+    not the torus's rank (a plain count fits every chip; Boardfly and cpu take nothing else), when
+    there are more chips than a pod has, or when no slice has this shape or count.
     """
     where = f"topology {text[:40]!r} of {chip.name}"
     parts = text.split("x")
@@ -47,6 +48,7 @@ def parse_topology(text: str, chip: Chip) -> Topology:
     if chip.pod_chips is not None and chips > chip.pod_chips.number:
         limit = chip.pod_chips
         raise UserError(f"{where} is {chips} chips; a pod has {limit.value} ({limit.source})")
+    require_slice(chip, sizes)
     return Topology(sizes, chips)
 
 

@@ -3,7 +3,10 @@
 Scores and softmax are float32 whatever the inputs. Long sequences are processed in chunks of
 queries, so that the score matrix never holds more than `CHUNK` rows per head at once.
 
->>> out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, mask, scale=128**-0.5)
+>>> q_BTNH, k_BSKH = jnp.ones((1, 4, 8, 16)), jnp.ones((1, 4, 2, 16))
+>>> positions_BT = jnp.arange(4)[None]
+>>> attend(q_BTNH, k_BSKH, k_BSKH, Mask(positions_BT, positions_BT), scale=16**-0.5).shape
+(1, 4, 8, 16)
 """
 
 from dataclasses import dataclass, replace

@@ -1,6 +1,7 @@
 """Matmul FLOPs of a model from its config, by the usual count of two per multiply-add.
 
 >>> train_flops_per_token(get_preset("llama3_8b"), seq_len=8192) / 1e9
+51.471187968
 """
 
 from tpu_stack.models.abstract import tensor_specs

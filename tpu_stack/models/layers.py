@@ -4,7 +4,7 @@ Every parameter is stacked over layers, [L, ...]; `decoder.py` scans over that a
 block with one layer's slice. All matmuls go through `project`, so a weight may be a float
 array (training) or a packed `QTensor` (serving).
 
->>> outputs = block(x_BTD, context, cache)
+    outputs = Block(config, rngs)(x_BTD, context, cache)
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """The dense feed-forward part of a block.
 
->>> hidden_BTD = MLP(config, rngs)(x_BTD)
+hidden_BTD = MLP(config, rngs)(x_BTD)
 """
 
 import jax

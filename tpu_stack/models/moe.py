@@ -4,7 +4,7 @@ Nothing is dropped: rows are sorted by expert and multiplied as they are, so wha
 not depend on the others. On a mesh each device multiplies the rows that its experts (axis `expert`)
 have, by its part of their width (axis `tensor`), and the parts are summed.
 
->>> hidden_BTD, balance = MoE(config, rngs)(x_BTD)
+    hidden_BTD, balance = MoE(config, rngs)(x_BTD)
 """
 
 from functools import partial

@@ -5,7 +5,8 @@ prompt, and everything on CPU, walk the pages in blocks of a fixed size with an 
 (Milakov and Gimelshein 2018, arXiv:1805.02867). Blocks lie at fixed positions and one out of
 sight adds exactly nothing, so a row's result does not depend on how long its neighbours are.
 
->>> out_BTNH = paged_attend(q, (k_pages, v_pages), None, tables, positions, None, scale=0.1)
+    pages = (k_pages, v_pages)
+    out_BTNH = paged_attend(q, pages, None, tables, positions, None, scale=0.1, softcap=None)
 """
 
 from collections.abc import Callable

@@ -4,7 +4,7 @@ Layer l's page p is page l * P + p of one array, so that a kernel takes the whol
 table, and nothing copies a layer out of it. Which sequence owns which page is decided on the host
 (serving/engine/pool.py). Pages: vLLM (arXiv:2309.06180).
 
->>> cache = init_paged_cache(config, pages=64, page=16, tables_BM=tables, dtype="bfloat16")
+>>> cache = init_paged_cache(config, pages=64, page=16, tables_BM=jnp.zeros((1, 4), jnp.int32))
 """
 
 import dataclasses

@@ -1,6 +1,7 @@
 """Rotary position embeddings, with the frequency scalings of Llama 3 and Gemma 3.
 
->>> q_BTNH = rotate(q_BTNH, *rope_tables(positions_BT, inverse_frequencies(cfg, "global")))
+>>> tables = rope_tables(jnp.arange(4)[None], inverse_frequencies(config, "global"))
+>>> q_BTNH = rotate(jnp.ones((1, 4, 8, config.head_dim)), *tables)
 """
 
 import jax

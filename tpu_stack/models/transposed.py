@@ -1,5 +1,7 @@
 """Product weights stored transposed, [N, K], where one CPU device serves them (`quant.transposed`).
 
+>>> from tpu_stack.models.decoder import forward
+>>> from tpu_stack.models.per_layer import per_layer
 >>> params = transpose_weights(config, per_layer(params), mesh)
 >>> logits_BTV = forward(config, params, tokens_BT)  # the same, up to the order of sums
 """

@@ -3,7 +3,7 @@
 The metadata rides on the `nnx.Param`, so that `abstract.py` can list every tensor of a model
 without allocating one.
 
->>> self.wq = weight(rngs, (L, D, N * H), (LAYERS, EMBED, HEADS), granules=(1, 1, H), fan_in=D)
+    self.wq = weight(rngs, (L, D, N * H), (LAYERS, EMBED, HEADS), std=D**-0.5, granules=(1, 1, H))
 """
 
 import jax

@@ -1,7 +1,7 @@
 """Weights in few bits: formats, the packed tensor, the quantizer and the one matmul models call.
 
 >>> from tpu_stack.quant import matmul, quantize
->>> y = matmul(x, quantize(w, "int4", name="layers.mlp.up"))
+>>> y = matmul(x, quantize(w, "int4", name="layers.mlp.up"))  # x [M, K], w [K, N]
 """
 
 from tpu_stack.quant.formats import FORMATS, Format, get_format

@@ -6,7 +6,7 @@ loop widens eight rows of weight in registers; beyond, 64 rows are widened into 
 multiplied there. All in float32, which XLA:CPU multiplies fastest. 4096 x 14336 at M = 1 on
 two cores: a third to a half of the time of the float32 product (`bench.py`).
 
->>> y = blocked_matmul(x, w, transpose=False, out_dtype=jnp.float32, mode="before")
+>>> y = blocked_matmul(x, q_int4, transpose=False, out_dtype=jnp.float32, mode="before")
 """
 
 from typing import Any

@@ -4,7 +4,10 @@ Packed bits: 256 rows of +-1 are eight rows of 32-bit words. Row k is bit (k % 2
 8 * (k // 256) + k % 8, so bit j of eight word rows is eight consecutive rows, in order: a kernel
 unpacks whole vector registers without shuffling. Rows past K are zero bits.
 
->>> decode(encode(nearest(w / scale, fmt), fmt), fmt, rows=w.shape[-2])
+>>> from tpu_stack.quant import get_format
+>>> grid = nearest(jnp.array([[-1.6], [2.4]]), get_format("int4"))
+>>> decode(encode(grid, get_format("int4")), get_format("int4"), rows=2).tolist()
+[[-2.0], [2.0]]
 """
 
 from typing import Any

@@ -4,7 +4,8 @@ On a CPU a loop walks blocks of rows that share an expert: experts without rows 
 the work grows with the rows. Elsewhere plain arrays go to `jax.lax.ragged_dot`, and on a TPU packed
 weights to the grouped kernel. A packed weight is frozen: gradients reach `x` only.
 
->>> y = grouped_matmul(x, w, group_sizes)  # x [M, K], w [E, K, N] array or QTensor
+>>> w = jnp.ones((2, 256, 128), jnp.bfloat16)  # [E, K, N], an array or QTensor
+>>> y = grouped_matmul(x, w, group_sizes=jnp.array([1, 3], jnp.int32))  # x [M, K], M = 4
 """
 
 from dataclasses import replace

@@ -3,8 +3,8 @@
 The dtype of `x` is the compute dtype, accumulation is float32, and a quantized weight is frozen:
 gradients reach `x` only. Which implementation runs is decided in `select.py`.
 
->>> y = matmul(x, w)  # w: array [K, N] or QTensor
->>> logits = matmul(h, table, transpose=True, out_dtype=jnp.float32)  # table [V, D]
+>>> y = matmul(x, q_int4)  # x [M, K]; array or QTensor [K, N]
+>>> logits = matmul(x, jnp.ones((64, 256)), transpose=True, out_dtype=jnp.float32)  # table [V, D]
 """
 
 from dataclasses import replace

@@ -6,7 +6,9 @@ row 2k+1 in the high one; for 2 bits, rows 4k..4k+3. Integers are two's compleme
 pattern; a last byte is filled up with zero bits. This is the order of `pltpu.bitcast` on TPU.
 Layout 1 was the same for int8 and int4, and had no others.
 
->>> packed = pack_values(values, get_format("int4"))  # [..., K, N] -> uint8 [..., (K+1)//2, N]
+>>> from tpu_stack.quant import get_format
+>>> pack_values(np.array([[1], [-2], [3]], jnp.int4), get_format("int4")).tolist()
+[[225], [3]]
 """
 
 import numpy as np

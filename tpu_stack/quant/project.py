@@ -4,7 +4,7 @@ GSPMD partitions the products of plain weights, and of packed ones that XLA mult
 split a `pallas_call`: there each device runs the kernel on its shard of the weight, and a sharded
 contraction is summed.
 
->>> q_BTF = project(x_BTD, self.wq.get_value(), (EMBED, HEADS))
+    q_BTF = project(x_BTD, self.wq.get_value(), (EMBED, HEADS))
 """
 
 from math import prod

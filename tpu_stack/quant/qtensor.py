@@ -2,7 +2,9 @@
 
 Static fields do not depend on leading (stacked layer) axes, so `lax.scan` may slice them off.
 
->>> layer = jax.tree.map(lambda leaf: leaf[0], stacked)  # still a QTensor
+>>> stacked = abstract_qtensor((32, 4096, 14336), "int4")  # 32 layers of [K, N]
+>>> jax.eval_shape(lambda q: jax.tree.map(lambda leaf: leaf[0], q), stacked).shape
+(4096, 14336)
 """
 
 from dataclasses import dataclass, replace

@@ -5,7 +5,8 @@ symmetric and orthonormal, hence its own inverse, and `x @ w == rotate(x, -1) @ 
 Method: QuIP# (Tseng et al. 2024, arXiv:2402.04396) and QuaRot (Ashkboos et al. 2024,
 arXiv:2404.00456), without their random signs.
 
->>> rotate(w, block=64, axis=-2)
+>>> rotate(w, block=64, axis=-2).shape == w.shape
+True
 """
 
 from functools import cache

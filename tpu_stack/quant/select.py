@@ -5,8 +5,8 @@ Nothing falls back: `matmul` runs what `choose` returns or raises. The choice is
 traced again under another implementation.
 
 >>> with use_implementation("pallas"):
-...     y = matmul(x, w)
->>> explain(x, w).reason
+...     explain(x, q_int4).implementation
+'pallas'
 """
 
 import difflib

@@ -9,7 +9,7 @@ Integer sums do not depend on their order: a row's result is the same, bit for b
 come with it. Ozaki et al. 2012 (doi:10.1007/s11075-011-9478-1); with integer units, Ootomo et al.
 2024 (arXiv:2306.11975).
 
->>> y = sliced_matmul(x, w, transpose=False, out_dtype=jnp.float32, mode="after")
+>>> y = sliced_matmul(x, q_int8, transpose=False, out_dtype=jnp.float32, mode="after")
 """
 
 from typing import Any

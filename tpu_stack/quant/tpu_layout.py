@@ -4,7 +4,7 @@ XLA:TPU's default layout puts the axis that wastes less padding innermost. A tab
 columns, a quarter of Llama 3's, is then column-major, and every decode step copies it before the
 kernel runs (`tests/serving/compile_ragged_table.py`).
 
->>> jax.device_put(q.values, tpu_layout(sharding, "values", q.contract_axis, q.ndim))
+    jax.device_put(q.values, tpu_layout(sharding, "values", q.contract_axis, q.ndim))
 """
 
 from jax.experimental.layout import Format, Layout

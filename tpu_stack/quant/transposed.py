@@ -6,6 +6,7 @@ contraction: from [K, N] it packs blocks of the weight anew for every product. O
 24 rows of int8: 3.7 and 5.7; 8 rows of bfloat16: 2.5 and 3.8; of fp8 widened to it, 3.9 ms and 2.7
 (`experiments/LOG.md`).
 
+>>> from tpu_stack.quant import matmul
 >>> y = matmul(x, transpose_weight(w))  # the same numbers, up to the order of sums
 """
 

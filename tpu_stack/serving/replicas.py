@@ -12,7 +12,7 @@ import itertools
 import threading
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -28,8 +28,8 @@ AXIS = "data"
 
 
 @dataclass
-class _Home:
-    """Where a request lives, and what it is called there."""
+class _Route:
+    """The replica that has a request, and its ticket there."""
 
     at: int
     ticket: Ticket | None = None
@@ -41,7 +41,7 @@ class Replicas:
     def __init__(self, services: Sequence[Service], slices: Sequence[Mesh], facts: dict[str, Any]):
         self._services, self._slices, self._facts = tuple(services), tuple(slices), facts
         self._numbers = itertools.count(1)
-        self._homes: dict[int, _Home] = {}
+        self._routes: dict[int, _Route] = {}
         self._lock = threading.Lock()
 
     @property
@@ -58,9 +58,9 @@ class Replicas:
         """Queues a request where the fewest are. Raises as `Service.submit`."""
         number = next(self._numbers)
         with self._lock:
-            busy = Counter(home.at for home in self._homes.values())
-            home = _Home(min(range(len(self._services)), key=lambda at: busy[at]))
-            self._homes[number] = home
+            busy = Counter(route.at for route in self._routes.values())
+            route = _Route(min(range(len(self._services)), key=lambda at: busy[at]))
+            self._routes[number] = route
 
         def tell(event: Event) -> None:
             if isinstance(event, Finished):
@@ -68,7 +68,7 @@ class Replicas:
             listener(event)
 
         try:
-            home.ticket = self._services[home.at].submit(request, tell)
+            route.ticket = self._services[route.at].submit(request, tell)
         except BaseException:
             self._forget(number)
             raise
@@ -76,18 +76,25 @@ class Replicas:
 
     def _forget(self, number: int) -> None:
         with self._lock:
-            self._homes.pop(number, None)
+            self._routes.pop(number, None)
 
     def cancel(self, ticket: Ticket) -> None:
         """Ends a request with reason "cancelled"; nothing happens when it has finished."""
-        home = self._homes.get(ticket.number)
-        if home is not None and home.ticket is not None:
-            self._services[home.at].cancel(home.ticket)
+        route = self._routes.get(ticket.number)
+        if route is not None and route.ticket is not None:
+            self._services[route.at].cancel(route.ticket)
 
-    def load(self, params: Any, in_flight: InFlight = "finish") -> None:
-        """Replaces the weights, laid out on the whole mesh, of every replica between two steps."""
-        for service, mesh in zip(self._services, self._slices, strict=True):
-            service.load(on_slice(params, mesh), in_flight)
+    def load(self, params: Any, in_flight: InFlight = "finish") -> Future[int]:
+        """Replaces the weights, laid out on the whole mesh, of every replica between two steps.
+
+        Returns: a future of their generation, done when they are live on all replicas.
+        """
+        slices = [on_slice(params, mesh) for mesh in self._slices]
+        each = [
+            service.load(part, in_flight)
+            for service, part in zip(self._services, slices, strict=True)
+        ]
+        return _all_live(each)
 
     def stats(self) -> Stats:
         """The sums; `generation` is that of the replica with the oldest weights."""
@@ -110,6 +117,27 @@ class Replicas:
         """Takes no more requests, waits up to `drain_s` for those there are, cancels the rest."""
         with ThreadPoolExecutor(len(self._services)) as pool:
             list(pool.map(lambda service: service.close(drain_s), self._services))
+
+
+def _all_live(each: Sequence[Future[int]]) -> Future[int]:
+    """The least generation of several loads once all are live; the first error of any."""
+    live: Future[int] = Future()
+    live.set_running_or_notify_cancel()
+    left, lock = set(each), threading.Lock()
+
+    def note(one: Future[int]) -> None:
+        with lock:
+            left.discard(one)
+            if live.done():
+                return
+            if (error := one.exception()) is not None:
+                live.set_exception(error)
+            elif not left:
+                live.set_result(min(done.result() for done in each))
+
+    for one in each:
+        one.add_done_callback(note)
+    return live
 
 
 def one_replica(profile: Profile) -> Profile:

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
 
+import numpy as np
+
 from tpu_stack.errors import UserError
 
 MAX_LOGPROBS = 20
@@ -47,7 +49,8 @@ class SamplingParams:
       seed: token number i of a sequence is drawn with a key of (seed, i) alone, so a request's
         output does not depend on its neighbours.
       logprobs: None for none; n for each token's log-probability and those of the n likeliest,
-        under the model's own distribution, before bias, penalties and temperature.
+        under the model's own distribution, before bias, penalties and temperature; and the
+        token's under the distribution that it was drawn from.
     """
 
     temperature: float = 0.0
@@ -99,7 +102,9 @@ class GenerationRequest:
     Attributes:
       prompt: token ids, at least one.
       max_tokens: new tokens at most.
-      stop_tokens: ids that end the output and are not part of it.
+      stop_tokens: ids that end the output. include_stop: whether such a token is part of it.
+      score_from: also compute the log-probabilities of the prompt's tokens from this one on, as
+        `Scored`; at least 1, for nothing precedes the first. max_tokens may then be 0.
       priority: lower goes first, and is preempted last.
       client: whose request it is; clients of one priority share the engine fairly.
       deadline_s: seconds after submission at which it is given up, waiting or running; None: never.
@@ -110,6 +115,8 @@ class GenerationRequest:
     max_tokens: int = 16
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop_tokens: frozenset[int] = frozenset()
+    include_stop: bool = False
+    score_from: int | None = None
     priority: int = 0
     client: str = ""
     deadline_s: float | None = None
@@ -117,7 +124,10 @@ class GenerationRequest:
 
     def __post_init__(self) -> None:
         _require(len(self.prompt) > 0, "the prompt's length", 0, "be at least one token")
-        _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "be at least 1")
+        least, size, start = int(self.score_from is None), len(self.prompt), self.score_from
+        _require(self.max_tokens >= least, "max_tokens", self.max_tokens, f"be at least {least}")
+        scored = start is None or 1 <= start < size
+        _require(scored, "score_from", start, f"lie in 1 to {size - 1}, the prompt's last token")
         d = self.deadline_s
         _require(d is None or (math.isfinite(d) and d > 0), "deadline_s", d, "be positive")
 
@@ -125,10 +135,12 @@ class GenerationRequest:
         """Raises UserError when the prompt does not fit the model's vocabulary or window."""
         size = len(self.prompt)
         _require(
-            size < max_length,
+            size + min(self.max_tokens, 1) <= max_length,
             "the prompt's length",
             f"{size} tokens",
-            f"be under {max_length}, the window, to leave room for one more",
+            f"be under {max_length}, the window, to leave room for one more"
+            if self.max_tokens
+            else f"be at most {max_length}, the window",
         )
         for what, ids in (("prompt", self.prompt), ("logit_bias", self.sampling.logit_bias)):
             bad = next((token for token in ids if not 0 <= token < vocab_size), None)
@@ -137,11 +149,29 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class Token:
-    """A new token. `logprob` and `top` (id, log-probability), likeliest first, where asked for."""
+    """A new token.
+
+    Attributes:
+      logprob: under the model's own distribution, and `top`: (id, log-probability), likeliest
+        first; where asked for. sampling_logprob: under the distribution that it was drawn from,
+        after bias, penalties, temperature and truncation; 0 for a greedy token.
+      generation: of the weights that computed it, as `Stats.generation` counts.
+    """
 
     token: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    sampling_logprob: float | None = None
+    generation: int = 0
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Log-probabilities, float32, of the prompt's tokens from `score_from` on, under the model's
+    own distribution; `generation` is that of the weights."""
+
+    logprobs: np.ndarray
+    generation: int
 
 
 @dataclass(frozen=True)
@@ -164,10 +194,10 @@ class Finished:
 
 @dataclass(frozen=True)
 class Restarted:
-    """All tokens so far are void: the weights changed, and generation begins anew."""
+    """All events so far are void: the weights changed, and generation begins anew."""
 
 
-Event = Token | Finished | Restarted
+Event = Token | Scored | Finished | Restarted
 
 
 class QueueFull(UserError):

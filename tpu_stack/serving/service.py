@@ -1,12 +1,13 @@
-"""What stands between an engine and its clients: a thread-safe door to submit, cancel and watch.
+"""The interface between an engine and its clients: submit, cancel, load weights, read statistics.
 
-The HTTP server, the benchmark and RL rollouts talk to this protocol, never to an engine's parts.
+The HTTP server, the benchmark and the client in process use this protocol, never an engine's parts.
 
 >>> ticket = service.submit(GenerationRequest(prompt), listener)
 >>> service.cancel(ticket)
 """
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -94,9 +95,11 @@ class Service(Protocol):
         """Ends a request with reason "cancelled"; nothing happens when it has finished."""
         ...
 
-    def load(self, params: Any, in_flight: InFlight = "finish") -> None:
+    def load(self, params: Any, in_flight: InFlight = "finish") -> Future[int]:
         """Replaces the weights between two steps; does not wait for it. While others finish on the
-        old ones, new requests wait. Raises UserError where shapes or dtypes differ."""
+        old ones, new requests wait. Returns a future of their generation, done when they are live;
+        it raises UserError where they never will be. Raises UserError where shapes or dtypes
+        differ, or the engine is closing."""
         ...
 
     def stats(self) -> Stats:

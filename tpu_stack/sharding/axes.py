@@ -2,7 +2,8 @@
 
 A model declares `TensorSpec`s; a profile's rules map their axes to mesh axes (see rules.py).
 
->>> TensorSpec("wq", (32, 4096, 4096), "float32", (LAYERS, EMBED, HEADS), (1, 1, 128))
+>>> TensorSpec("wq", (32, 4096, 4096), "float32", (LAYERS, EMBED, HEADS), (1, 1, 128)).size
+536870912
 """
 
 from dataclasses import dataclass

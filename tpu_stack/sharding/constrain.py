@@ -4,7 +4,7 @@ Model code names the axes of an activation; which mesh axes they land on is deci
 traces it, through `sharding_scope`. Outside a scope nothing is constrained.
 
 >>> with sharding_scope(mesh, profile.rules):
-...     compiled = jax.jit(step).lower(state, batch).compile()
+...     compiled = jax.jit(lambda x: constrain(x, "batch", None)).lower(x).compile()
 """
 
 from collections.abc import Iterator

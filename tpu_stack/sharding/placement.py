@@ -4,7 +4,7 @@ On a TPU or GPU the mesh covers all devices. A CPU emulates the profile: the sam
 virtual CPU devices. These share the machine's cores and each holds its own copy of what a mesh
 replicates, so there is one unless the caller asks for a mesh or shows one, as training does.
 
->>> profile, mesh = place("8t", "train", PlacementOptions(), tensor_specs(config))
+>>> profile, mesh = place("8t", "train", PlacementOptions(), [spec])
 """
 
 from collections.abc import Sequence

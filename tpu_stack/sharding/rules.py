@@ -2,7 +2,7 @@
 
 >>> rules = Rules({"embed": ("fsdp",), "ffw": ("tensor",)})
 >>> rules.partition_spec(("embed", "ffw"))
-PartitionSpec('fsdp', 'tensor')
+P('fsdp', 'tensor')
 """
 
 from collections.abc import Mapping

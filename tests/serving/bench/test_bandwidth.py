@@ -39,7 +39,7 @@ def by_hand(tensor: int) -> int:
 
 @pytest.mark.parametrize("tensor", [1, 4])
 def test_the_bytes_are_those_of_the_sum_by_hand(tensor):
-    profile = get_profile(f"v6e:1x{tensor}", "serve")
+    profile = get_profile(f"v6e:{tensor}", "serve")
     profile = profile.with_mesh(f"data=1,tensor={tensor}")
     assert moved_bytes(outcome(), CONFIG, "int8", profile) == by_hand(tensor)
 

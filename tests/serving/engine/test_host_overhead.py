@@ -27,7 +27,7 @@ def test_without_pages_for_its_steps_nothing_is_measured(monkeypatch):
     _, events = ask(target, REQUESTS[0])
     target.step()
     with monkeypatch.context() as patch:
-        patch.setattr(target.residents, "grow", lambda *_: False)
+        patch.setattr(target.blocks, "grow", lambda *_: False)
         with pytest.raises(RuntimeError, match=f"no pages for {PROBE} more"):
             program_alone(target)
     finish(target)

@@ -68,13 +68,13 @@ def test_each_mesh_has_its_own_devices():
 def test_tokens_are_those_of_one_mesh(pages, prefill):
     """All at once, on pages for all or for few; the meshes may differ in size."""
     programs, params = built(pages, "float32", prefill)
-    target, before = Engine(programs, params), programs.handed_over
+    target, before = Engine(programs, params), programs.transferred
     asked = [ask(target, request)[1] for request in REQUESTS]
     finish(target)
     for number, events in enumerate(asked):
         assert tuple(tokens_of(events)) == alone(number), number
     pages_of_prompts = sum(-(-len(request.prompt) // PAGE) for request in REQUESTS)
-    moved = programs.handed_over - before
+    moved = programs.transferred - before
     assert moved >= pages_of_prompts
     if pages == 128:
         assert moved == pages_of_prompts  # each once
@@ -90,7 +90,7 @@ def test_small_caches_are_handed_over_with_their_scales(cache_dtype):
     for target in (Engine(programs, params), Engine(programs._to, params[1])):
         if target.programs is programs._to:
             programs._to.warm_prefill(params[1])
-            programs._to.settle()
+            programs._to.mark_warm()
         asked = [ask(target, request)[1] for request in requests]
         finish(target)
         answers.append([tokens_of(events) for events in asked])

@@ -7,6 +7,7 @@ and obeys cancellation, deadlines and stop tokens.
 
 import threading
 import time
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -77,8 +78,11 @@ class FakeService:
             self._lock.notify()
         return ticket
 
-    def load(self, params: Any, in_flight: InFlight = "finish") -> None:
+    def load(self, params: Any, in_flight: InFlight = "finish") -> Future[int]:
         self.loaded.append((params, in_flight))
+        live: Future[int] = Future()
+        live.set_result(len(self.loaded))
+        return live
 
     def cancel(self, ticket: Ticket) -> None:
         with self._lock:

@@ -3,6 +3,8 @@
 What a family calls its tensors and settings is data in `families.py`; the decoder never learns a
 family's name.
 
->>> folder = HuggingFaceFolder.open(Path("Qwen3-0.6B"))
->>> params = load_params(folder, profile, mesh)
+    from tpu_stack.models.hf.folder import HuggingFaceFolder
+    from tpu_stack.models.hf.load import load_params
+    folder = HuggingFaceFolder.open(Path("Qwen3-0.6B"))
+    params = load_params(folder, profile, mesh)
 """

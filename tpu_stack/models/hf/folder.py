@@ -3,9 +3,8 @@
 Opening reads config.json and the headers of the weight files only, and compares every name and
 shape with what the model needs, so that a wrong folder is refused before any weight is read.
 
->>> folder = HuggingFaceFolder.open(Path("Qwen3-0.6B"))
->>> folder.config.n_layers
-28
+    folder = HuggingFaceFolder.open(Path("Qwen3-0.6B"))
+    folder.config.n_layers  # 28
 """
 
 import json

@@ -4,7 +4,7 @@ Our tensors are stacked over layers. Each is created in its layout, and every la
 written into its place on the devices: beside the model, the host never holds more than one tensor
 of the folder in the file's dtype and in float32.
 
->>> params = load_params(HuggingFaceFolder.open(path), profile, mesh)
+    params = load_params(HuggingFaceFolder.open(path), profile, mesh)
 """
 
 from collections.abc import Callable

@@ -3,8 +3,10 @@
 Theirs are one per layer and expert, products [out, in]; ours are stacked over layers (and experts),
 [in, out]. The embedding table is [V, D] in both.
 
->>> next(pieces(family, config)).source
-'model.embed_tokens.weight'
+>>> from tpu_stack.models.hf.families import family_of
+>>> family = family_of({"architectures": ["Qwen3ForCausalLM"]})
+>>> next(iter(pieces(family, config))).source
+'model.layers.0.self_attn.k_norm.weight'
 """
 
 from collections.abc import Iterator

@@ -3,7 +3,7 @@
 `transformers` 4 wrote `rope_theta` and `rope_scaling`; 5 writes `rope_parameters`, which Gemma
 3 has per kind of layer. What this project has no code for is refused by the name of its key.
 
->>> family, config = read_config(json.loads(Path("config.json").read_text()))
+    family, config = read_config(json.loads(Path("config.json").read_text()))
 """
 
 import math

@@ -3,9 +3,8 @@
 The library's own writer wants all tensors of a file at once. The format is a length, a JSON header
 and the bytes (https://github.com/huggingface/safetensors#format).
 
->>> entries = read_header(Path("model.safetensors"))
->>> entries["model.norm.weight"].read().shape
-(4096,)
+    entries = read_header(Path("model.safetensors"))
+    entries["model.norm.weight"].read().shape  # (4096,)
 """
 
 import json

@@ -1,6 +1,6 @@
 """Parameters as a Hugging Face folder: the exact inverse of `load.py`, one tensor at a time.
 
->>> write_weights(out, family, config, params, dtypes={})
+write_weights(out, family, config, params, dtypes={})
 """
 
 import json

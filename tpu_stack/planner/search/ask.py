@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from tpu_stack.errors import UserError
 from tpu_stack.hardware.chips import Chip
+from tpu_stack.hardware.slices import is_slice
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.models.presets import get_preset
 from tpu_stack.planner.aot.asked import PROGRAMS, nearest
@@ -65,7 +66,7 @@ class Ask:
             raise UserError(f"goal {self.goal} is about {programs[0]}, not {program}")
         self._check_sizes(program)
         profiles = self._profiles("train" if program == "train" else "serve")
-        one = get_profile(f"{profiles[0].chip}:1", profiles[0].role)
+        one = get_profile(profiles[0].chip, profiles[0].role)
         work = Workload.of(
             config, one, one, seq_len=self.seq_len, context=self.context, prompt=self.prompt
         )
@@ -87,7 +88,7 @@ class Ask:
                 raise UserError(f"--format {name}: the simulator serves 16 bits a weight at most")
 
     def _profiles(self, role: Role) -> tuple[Profile, ...]:
-        """The slices to search; for the cost, also of half, a quarter ... as many chips."""
+        """The slices to search; for the cost, also those of half, a quarter ... as many chips."""
         if not self.chips:
             raise UserError("--chips names no chip; write NAME:COUNT, as in v6e:64")
         found = {}
@@ -97,8 +98,9 @@ class Ask:
             chips = profile.chips or 1
             while self.goal == "cost" and chips % 2 == 0:
                 chips //= 2
-                smaller = get_profile(f"{profile.chip}:{chips}", role)
-                found.setdefault(smaller.name, smaller)
+                if is_slice(profile.chip_facts, (chips,)):
+                    smaller = get_profile(f"{profile.chip}:{chips}", role)
+                    found.setdefault(smaller.name, smaller)
         if self.goal == "cost":
             for profile in found.values():
                 if profile.chip_facts.price_usd_per_hour is None:

@@ -79,10 +79,10 @@ def program_alone(engine: Engine) -> float:
     engine.drain()
     active = np.zeros(engine.shapes.slots, bool)
     for sequence in engine.running:
-        if not engine.residents.grow(sequence, len(sequence.tokens) + PROBE + 1):
+        if not engine.blocks.grow(sequence, len(sequence.tokens) + PROBE + 1):
             raise RuntimeError(f"no pages for {PROBE} more tokens of each sequence")
         active[sequence.slot] = sequence.decoding
-    tables = engine.residents.tables.copy()
+    tables = engine.blocks.tables.copy()
     return engine.programs.seconds_per_step(engine.params, tables, active, PROBE)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from tpu_stack.serving.engine.sequence import Sequence
 from tpu_stack.serving.engine.shapes import Shapes
-from tpu_stack.serving.engine.state import Arrivals, arrivals_of
+from tpu_stack.serving.engine.state import InsertRows, insert_rows_of
 
 
 class Chunk(NamedTuple):
@@ -45,13 +45,25 @@ def next_chunk(
     return batch, chunk
 
 
+def targets_of(batch: list[Sequence], chunk: Chunk) -> np.ndarray:
+    """[R, C], the token after each of a chunk's, to be scored; 0 after the prompt's last."""
+    targets = np.zeros_like(chunk.tokens)
+    for row, sequence in enumerate(batch):
+        first = chunk.starts[row] + 1
+        part = sequence.request.prompt[first : first + chunk.lengths[row]]
+        targets[row, : len(part)] = part
+    return targets
+
+
 def _width(sequence: Sequence, shapes: Shapes) -> int:
     """The narrowest program that takes the rest of a prompt, or the widest there is."""
     left = len(sequence.request.prompt) - sequence.computed
     return next((chunk for chunk in shapes.chunks if chunk >= left), shapes.chunks[-1])
 
 
-def arrivals(sequences: list[Sequence | None], rows: int, vocab: int, shapes: Shapes) -> Arrivals:
+def rows_to_insert(
+    sequences: list[Sequence | None], rows: int, vocab: int, shapes: Shapes
+) -> InsertRows:
     """Rows for sequences that begin to decode; None, or one without a slot, takes none."""
     entries = [
         (shapes.slots, [0], 1, None)
@@ -59,4 +71,4 @@ def arrivals(sequences: list[Sequence | None], rows: int, vocab: int, shapes: Sh
         else (s.slot, s.tokens, len(s.request.prompt), s.request.sampling)
         for s in sequences
     ]
-    return arrivals_of(shapes.slots, shapes.length, vocab, rows, entries)
+    return insert_rows_of(shapes.slots, shapes.length, vocab, rows, entries)

@@ -46,7 +46,8 @@ def draft_tokens(
         outputs = model.hidden(token_B[:, None], positions_B[:, None], cache=cache, dtype=dtype)
         assert outputs.cache is not None
         logits_BV = constrain(model.logits(outputs.hidden[:, 0]), BATCH, None)
-        chosen_B = choose(logits_BV, state.rows, counts_BV, state.seen, places_B + 1, active_B)
+        now = (state.rows, counts_BV, state.seen, places_B + 1, active_B)
+        chosen_B = choose(logits_BV, *now).tokens
         return (outputs.cache, chosen_B, counts_BV.at[rows, chosen_B].add(1)), chosen_B
 
     start = (cache, state.tokens, state.counts)

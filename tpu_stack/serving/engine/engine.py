@@ -1,9 +1,10 @@
-"""The engine's loop: admit, prefill a chunk, decode a step, hand out tokens; nobody is lost.
+"""The engine's loop: admit, prefill a chunk, decode a step, hand out tokens.
 
-One step is always on its way while the host reads the tokens of the one before. When pages run
-out, the sequence that ranks last leaves with its pages saved on the host, and comes back exactly
-as it was. A sequence's tokens do not depend on the others: every program has a fixed shape, and a
-row reads its own pages only.
+Continuous batching (Orca, Yu et al. 2022) over a paged cache. One step runs on the device while the
+host reads the tokens of the one before. When blocks run out, the sequence of lowest priority is
+preempted: its blocks are swapped out to the host, and it resumes exactly where it was. A sequence's
+tokens do not depend on the others: every program has a fixed shape, and a row reads its own pages
+only.
 
 >>> engine = Engine(programs, params)
 >>> engine.submit(ticket, listener)
@@ -12,14 +13,17 @@ row reads its own pages only.
 
 import time
 from collections import Counter, deque
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from tpu_stack.serving.engine.batches import arrivals, next_chunk
-from tpu_stack.serving.engine.pool import PagePool
+from tpu_stack.errors import UserError
+from tpu_stack.serving.engine.batches import next_chunk, rows_to_insert, targets_of
+from tpu_stack.serving.engine.block_manager import BlockManager
+from tpu_stack.serving.engine.block_pool import BlockPool
 from tpu_stack.serving.engine.programs import Prefilled, Programs
-from tpu_stack.serving.engine.residents import Residents
 from tpu_stack.serving.engine.results import Results
 from tpu_stack.serving.engine.sequence import (
     OUTPUT_WEIGHT,
@@ -32,15 +36,24 @@ from tpu_stack.serving.requests import Finished, FinishReason, Restarted
 from tpu_stack.serving.service import InFlight, Listener, Stats, Ticket
 
 
+@dataclass(frozen=True)
+class _Load:
+    """Weights that wait to go live."""
+
+    params: Any
+    in_flight: InFlight
+    live: Future[int]
+
+
 class Engine:
-    """Sequences, pages and slots of one set of programs. Not thread-safe: one thread steps it."""
+    """Sequences, blocks and slots of one set of programs. Not thread-safe: one thread steps it."""
 
     def __init__(self, programs: Programs | TwoMeshes, params: Any):
         self.programs, self.params, self.shapes = programs, params, programs.shapes
-        self.residents = Residents(self.shapes)
+        self.blocks = BlockManager(self.shapes)
         self.queue = WaitingQueue()
-        self._landing: deque[tuple[Prefilled, list[Sequence], list[Sequence | None]]] = deque()
-        self._next: tuple[Any, InFlight] | None = None
+        self._prefilling: deque[tuple[Prefilled, list[Sequence], list[Sequence | None]]] = deque()
+        self._next: _Load | None = None
         self._counters: Counter[str] = Counter()
         self._finished: Counter[str] = Counter()
         self._seconds = {"step_s": 0.0, "host_s": 0.0}
@@ -50,8 +63,11 @@ class Engine:
 
     def submit(self, ticket: Ticket, listener: Listener) -> Sequence:
         """Queues a request that `GenerationRequest.check` has passed."""
-        prompt = ticket.request.prompt
-        sequence = Sequence(ticket, listener, list(prompt), self.pool.names(prompt))
+        prompt, score_from = ticket.request.prompt, ticket.request.score_from
+        hashes = self.pool.block_hashes(prompt)
+        if score_from is not None:  # the token before the first that is scored is computed
+            hashes = hashes[: (score_from - 1) // self.shapes.page]
+        sequence = Sequence(ticket, listener, list(prompt), hashes)
         self.queue.add(sequence)
         self._counters["submitted"] += 1
         return sequence
@@ -61,22 +77,30 @@ class Engine:
         if not sequence.done:
             self._finish(sequence, reason, detail)
 
-    def load(self, params: Any, in_flight: InFlight) -> None:
-        """Replaces the weights between two steps.
+    def load(self, params: Any, in_flight: InFlight, live: Future[int] | None = None) -> None:
+        """Replaces the weights between two steps; `live` then gets their generation.
 
-        Sequences in flight finish on the old ones, while new ones wait; or all start anew.
+        Sequences in flight finish on the old ones, while new ones wait; or all start anew. A load
+        that a later one overtakes is dropped, and its future raises UserError.
         """
-        self._next = (params, in_flight)
+        self.drop_load("other weights were loaded before these were live")
+        self._next = _Load(params, in_flight, live or Future())
+
+    def drop_load(self, why: str) -> None:
+        """Forgets weights that are not live yet; their future raises UserError."""
+        if self._next is not None:
+            self._next.live.set_exception(UserError(f"the weights were not loaded: {why}"))
+        self._next = None
 
     @property
-    def pool(self) -> PagePool:
-        """The pages of the key/value cache."""
-        return self.residents.pool
+    def pool(self) -> BlockPool:
+        """The blocks of the key/value cache."""
+        return self.blocks.pool
 
     @property
     def running(self) -> list[Sequence]:
         """Sequences in slots, prefilling or decoding."""
-        return self.residents.all
+        return self.blocks.running
 
     def stats(self) -> Stats:
         """A snapshot, but for what the service counts."""
@@ -86,7 +110,7 @@ class Engine:
             slots=self.shapes.slots,
             pages=self.pool.total,
             pages_free=self.pool.free,
-            pages_cached=self.pool.kept,
+            pages_cached=self.pool.evictable,
             finished=dict(self._finished),
             programs=self.programs.compiled,
             recompilations=self.programs.recompilations,
@@ -103,10 +127,10 @@ class Engine:
         self._replace_weights()
         self._admit()
         worked = self._prefill()
-        self._land(wait=not worked and not any(s.decoding for s in self.running))
+        self._finish_prefills(wait=not worked and not any(s.decoding for s in self.running))
         worked |= self._decode()
         while len(self._results) > (1 if worked else 0):
-            waited += self._results.read_oldest()
+            waited += self._results.pop()
             worked = True
         if worked:
             took = time.perf_counter() - started
@@ -124,26 +148,26 @@ class Engine:
     def _replace_weights(self) -> None:
         if self._next is None:
             return
-        params, in_flight = self._next
-        begun = self.running or self.queue.best(begun=True)
-        if in_flight == "finish" and begun:
+        load, begun = self._next, self.running or self.queue.best(begun=True)
+        if load.in_flight == "finish" and begun:
             return
         self.drain()
         for sequence in self.running:
-            self.residents.leave(sequence)
+            self.blocks.free(sequence)
             self._restart(sequence)
             self.queue.add(sequence, first=True)
         for sequence in self.queue:  # preempted ones hold what the old weights computed
-            if sequence.saved is not None:
+            if sequence.swapped is not None:
                 self._restart(sequence)
-        self.pool.flush()
-        self.params, self._next = params, None
+        self.pool.reset()
+        self.params, self._next = load.params, None
         self._counters["generation"] += 1
+        load.live.set_result(self._counters["generation"])
 
     def _restart(self, sequence: Sequence) -> None:
-        sequence.saved = None
-        sequence.computed = sequence.cached = 0
-        if sequence.new_tokens:
+        sequence.swapped = None
+        sequence.restart_prefill()
+        if sequence.new_tokens or sequence.request.score_from is not None:
             sequence.tokens = list(sequence.request.prompt)
             sequence.listener(Restarted())
 
@@ -155,15 +179,15 @@ class Engine:
             if not self._make_room(best):
                 return
             self.queue.remove(best)
-            self.residents.seat(best)
-            if best.saved is not None:
-                self.programs.restore(self.residents.filled_pages(best), best.saved)
-                best.saved = None
+            self.blocks.assign_slot(best)
+            if best.swapped is not None:
+                self.programs.swap_in(self.blocks.filled_blocks(best), best.swapped)
+                best.swapped = None
                 self._insert(None, 1, [best])
 
     def _make_room(self, sequence: Sequence) -> bool:
-        """Whether there is a slot, and pages are held for it; lower priorities make way."""
-        while not self.residents.has_slot or not self.residents.hold(sequence):
+        """Whether there is a slot, and blocks are allocated; lower priorities are preempted."""
+        while not self.blocks.has_slot or not self.blocks.allocate(sequence):
             victim = max(self.running, key=lambda each: each.rank, default=None)
             if victim is None or victim.request.priority <= sequence.request.priority:
                 return False
@@ -171,15 +195,15 @@ class Engine:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Takes a sequence out of its slot, its pages kept on the host, and queues it again."""
+        """Swaps a sequence out of its slot to the host, and queues it again."""
         self.drain()
         if sequence.slot is None:
             return  # its last token was among those just read
         if sequence.decoding:
-            sequence.saved = self.programs.save(self.residents.filled_pages(sequence))
+            sequence.swapped = self.programs.swap_out(self.blocks.filled_blocks(sequence))
         else:
-            sequence.computed = sequence.cached = 0
-        self.residents.leave(sequence)
+            sequence.restart_prefill()
+        self.blocks.free(sequence)
         self.queue.add(sequence, first=True)
         self._counters["preempted"] += 1
 
@@ -190,42 +214,53 @@ class Engine:
         able = [s for s in sorted(self.running, key=lambda s: s.rank) if self._prefills(s)]
         if not able:
             return False
-        batch, arrays = next_chunk(able, self.residents.tables, self.shapes)
-        prefilled = self.programs.prefill(self.params, *arrays)
-        for sequence, length in zip(batch, arrays.lengths, strict=False):
-            self.residents.computed(sequence, int(length))
+        batch, arrays = next_chunk(able, self.blocks.tables, self.shapes)
+        if any(s.request.score_from is not None for s in batch):
+            targets = targets_of(batch, arrays)
+            prefilled = self.programs.score(self.params, *arrays, targets)
+        else:
+            prefilled = self.programs.prefill(self.params, *arrays)
+        for row, (sequence, length) in enumerate(zip(batch, arrays.lengths, strict=False)):
+            if sequence.request.score_from is not None:
+                sequence.scores.append((prefilled.scores, row, int(length)))
+            self.blocks.mark_computed(sequence, int(length))
             self.queue.charge(sequence.request.client, PROMPT_WEIGHT * int(length))
         done = [s if s.computed == len(s.request.prompt) else None for s in batch]
-        self._landing.append((prefilled, batch, done))
+        self._prefilling.append((prefilled, batch, done))
         self._counters["prefill_steps"] += 1
         return True
 
     def _prefills(self, sequence: Sequence) -> bool:
         left = sequence.computed < len(sequence.request.prompt)
-        return left and self.residents.can_compute(sequence)
+        return left and self.blocks.can_prefill(sequence)
 
-    def _land(self, *, wait: bool) -> None:
+    def _finish_prefills(self, *, wait: bool) -> None:
         """Hands chunks that are done to decoding, in order; those to come too, to `wait`."""
-        while self._landing and (wait or self.programs.arrived(self._landing[0][0])):
-            prefilled, _, done = self._landing.popleft()
-            logits = self.programs.land(prefilled)
-            if any(done):
-                self._insert(logits, logits.shape[0], done)
+        while self._prefilling and (wait or self.programs.is_ready(self._prefilling[0][0])):
+            prefilled, _, done = self._prefilling.popleft()
+            logits = self.programs.finish_prefill(prefilled)
+            for sequence in done:
+                if sequence is not None:
+                    self._counters["prompt_tokens"] += len(sequence.request.prompt)
+                    self._counters["cached_prompt_tokens"] += sequence.cached
+                    if sequence.scores and sequence.slot is not None:
+                        self._results.push_scores(sequence)
+            decode = [s if s is not None and s.request.max_tokens else None for s in done]
+            if any(decode):
+                self._insert(logits, logits.shape[0], decode)
 
     def _insert(self, logits: Any, rows: int, sequences: list[Sequence | None]) -> None:
         """Gives prompts that are done, and sequences that resume, their rows of the batch."""
         vocab = self.programs.config.vocab_size
-        output = self.programs.insert(logits, arrivals(sequences, rows, vocab, self.shapes))
+        output = self.programs.insert(logits, rows_to_insert(sequences, rows, vocab, self.shapes))
         fresh = [(r, s) for r, s in enumerate(sequences) if s is not None and not s.new_tokens]
         for sequence in sequences:
             if sequence is not None:
                 sequence.decoding = True
         for _, sequence in fresh:
             sequence.pending = 1
-            self._counters["prompt_tokens"] += len(sequence.request.prompt)
-            self._counters["cached_prompt_tokens"] += sequence.cached
         if fresh:
-            self._results.send(output, fresh)
+            self._results.push(output, fresh)
 
     # Decode -----------------------------------------------------------------------------------
 
@@ -241,8 +276,8 @@ class Engine:
         for slot, sequence in batch:
             active[slot] = True
             sequence.pending += 1 + self.shapes.guesses
-        output = self.programs.decode(self.params, self.residents.tables.copy(), active)
-        self._results.send(output, batch)
+        output = self.programs.decode(self.params, self.blocks.tables.copy(), active)
+        self._results.push(output, batch)
         self._counters["decode_steps"] += 1
         self._counters["decode_rows"] += len(batch)
         return True
@@ -255,7 +290,7 @@ class Engine:
         """Sees that the next step's keys have a page, if need be by preempting the last in rank."""
         while True:
             known = len(sequence.tokens) + sequence.pending + self.shapes.guesses
-            if self.residents.grow(sequence, known):
+            if self.blocks.grow(sequence, known):
                 return
             self._preempt(max(self.running, key=lambda each: each.rank))
             if sequence.slot is None or not self._goes_on(sequence):
@@ -265,9 +300,9 @@ class Engine:
 
     def drain(self) -> None:
         """Waits for all that was sent off."""
-        self._land(wait=True)
+        self._finish_prefills(wait=True)
         while self._results:
-            self._results.read_oldest()
+            self._results.pop()
 
     def _charge_output(self, sequence: Sequence) -> None:
         self.queue.charge(sequence.request.client, OUTPUT_WEIGHT)
@@ -276,10 +311,10 @@ class Engine:
         if sequence.slot is None:
             self.queue.remove(sequence)
         else:
-            if any(sequence in batch for _, batch, _ in self._landing):
-                self._land(wait=True)  # its pages go to others, who must not find it landing there
-            self.residents.leave(sequence)
-        sequence.done, sequence.saved = True, None
+            if any(sequence in batch for _, batch, _ in self._prefilling):
+                self._finish_prefills(wait=True)  # before its blocks become another's
+            self.blocks.free(sequence)
+        sequence.done, sequence.swapped = True, None
         self._finished[reason] += 1
         prompt = len(sequence.request.prompt)
         event = Finished(reason, prompt, sequence.new_tokens, sequence.cached, detail)

@@ -26,17 +26,18 @@ from tpu_stack.models.transposed import transpose_weights
 from tpu_stack.serving.engine.page_io import Contents, read_pages, write_pages
 from tpu_stack.serving.engine.shapes import Shapes
 from tpu_stack.serving.engine.state import (
-    Arrivals,
+    InsertRows,
     StepOutput,
-    arrivals_of,
     empty_state,
     insert,
+    insert_rows_of,
 )
 from tpu_stack.serving.engine.steps import (
     Caches,
     cache_dtype,
     jit_decode,
     jit_prefill,
+    jit_score,
     page_sharding,
     whole_sharding,
 )
@@ -46,10 +47,16 @@ from tpu_stack.sharding.profiles import Profile
 
 @dataclass(frozen=True)
 class Prefilled:
-    """What a prefill program left: `logits`, [R, V], after the last token of each row, and on two
-    meshes the pages that are on their way from one to the other."""
+    """What a prefill program left.
+
+    Attributes:
+      logits: [R, V], after the last token of each row. scores: [R, C], log-probabilities of the
+        targets, of a program that scores.
+      pages: on two meshes, what is on its way from one to the other.
+    """
 
     logits: jax.Array
+    scores: jax.Array | None = None
     pages: Any = None
 
 
@@ -86,6 +93,7 @@ class Programs:
         vocab = config.vocab_size
         self._state = jax.device_put(empty_state(shapes.slots, shapes.length, vocab), self.whole)
         self._prefill = jit_prefill(configs, profile, mesh)
+        self._score = jit_score(configs, profile, mesh)
         self._decode = jit_decode(configs, profile, mesh, shapes.guesses)
         # partial: each engine counts its own compilations
         self._insert = jax.jit(partial(insert), donate_argnums=0, out_shardings=self.whole)
@@ -120,12 +128,16 @@ class Programs:
     def compiled(self) -> int:
         """Programs compiled so far."""
         programs = (self._prefill, self._decode, self._insert, self._read, self._write)
-        return sum(program._cache_size() for program in programs)  # type: ignore[attr-defined]
+        return sum(map(_compiled, programs)) + _compiled(self._score)
 
     @property
     def recompilations(self) -> int:
-        """Programs compiled since `warm_up`; anything but 0 is a defect."""
-        return 0 if self._warm is None else self.compiled - self._warm
+        """Programs compiled since `warm_up`; anything but 0 is a defect. Those that score are
+        compiled when they are first asked for, one for each shape of a prefill."""
+        due = len(self.shapes.rows) * len(self.shapes.chunks)
+        scoring = _compiled(self._score)
+        late = 0 if self._warm is None else self.compiled - scoring - self._warm
+        return late + max(0, scoring - due)
 
     # What an engine calls ---------------------------------------------------------------------
 
@@ -137,22 +149,31 @@ class Programs:
             )
         return Prefilled(logits)
 
-    def arrived(self, prefilled: Prefilled) -> bool:
+    def score(
+        self, params: Any, tokens_RC, starts_R, lengths_R, tables_RM, targets_RC
+    ) -> Prefilled:
+        """As `prefill`, with the log-probabilities of `targets_RC`; see `state.score_step`."""
+        chunk = (tables_RM, tokens_RC, starts_R, lengths_R, targets_RC)
+        with sharding_scope(self.mesh, self.profile.rules):
+            self._caches, logits, scores = self._score(self._models(params), self._caches, *chunk)
+        return Prefilled(logits, scores)
+
+    def is_ready(self, prefilled: Prefilled) -> bool:
         """Whether decoding could go on from it without waiting."""
         return True
 
-    def land(self, prefilled: Prefilled) -> jax.Array:
+    def finish_prefill(self, prefilled: Prefilled) -> jax.Array:
         """The logits, where decoding needs them; afterwards its pages are there too."""
         return prefilled.logits
 
-    def insert(self, logits_RV: jax.Array | None, arrivals: Arrivals) -> StepOutput:
+    def insert(self, logits_RV: jax.Array | None, new: InsertRows) -> StepOutput:
         """Puts sequences into their slots, with the first tokens of fresh ones.
 
         Without logits, there is one sequence, which has output already.
         """
         logits_RV = self._blank if logits_RV is None else logits_RV
         with sharding_scope(self.mesh, self.profile.rules):
-            self._state, output = self._insert(self._state, logits_RV, arrivals)
+            self._state, output = self._insert(self._state, logits_RV, new)
         return output
 
     def decode(self, params: Any, tables_BM, active_B) -> StepOutput:
@@ -178,20 +199,20 @@ class Programs:
         self._state = kept
         return took / count
 
-    def save(self, ids: list[int]) -> tuple[Contents, ...]:
-        """The pages' contents, on the host."""
-        saved = self.read(padded_ids(ids, self.shapes.entries, self.shapes.pages))
+    def swap_out(self, ids: list[int]) -> tuple[Contents, ...]:
+        """The contents of pages, on the host."""
+        swapped = self.read(padded_ids(ids, self.shapes.entries, self.shapes.pages))
         return tuple(
             {name: np.asarray(array)[:, :, : len(ids)].copy() for name, array in each.items()}
-            for each in saved
+            for each in swapped
         )
 
-    def restore(self, ids: list[int], saved: tuple[Contents, ...]) -> None:
-        """Puts saved contents into other pages."""
+    def swap_in(self, ids: list[int], swapped: tuple[Contents, ...]) -> None:
+        """Writes contents that were swapped out to other pages."""
         missing = self.shapes.entries - len(ids)
         pads = [(0, 0), (0, 0), (0, missing), (0, 0), (0, 0)]
         contents = tuple(
-            {name: np.pad(array, pads) for name, array in each.items()} for each in saved
+            {name: np.pad(array, pads) for name, array in each.items()} for each in swapped
         )
         self.write(padded_ids(ids, self.shapes.entries, self.shapes.pages), contents)
 
@@ -209,7 +230,7 @@ class Programs:
         """Runs every program once, changing nothing that a sequence will see."""
         self.warm_prefill(params)
         self.warm_decode(params)
-        self.settle()
+        self.mark_warm()
 
     def warm_prefill(self, params: Any) -> None:
         """The prefill programs."""
@@ -224,15 +245,19 @@ class Programs:
         shapes, vocab = self.shapes, self.config.vocab_size
         for rows in shapes.rows:
             logits = jax.device_put(jnp.zeros((rows, vocab)), self.whole)
-            self.insert(logits, arrivals_of(shapes.slots, shapes.length, vocab, rows, []))
+            self.insert(logits, insert_rows_of(shapes.slots, shapes.length, vocab, rows, []))
         tables = np.zeros((shapes.slots, shapes.entries), np.int32)
         self.decode(params, tables, np.zeros(shapes.slots, bool))
-        self.restore([], self.save([]))
+        self.swap_in([], self.swap_out([]))
 
-    def settle(self) -> None:
+    def mark_warm(self) -> None:
         """From here on, compilations are defects."""
         jax.block_until_ready((self._caches, self._state))
-        self._warm = self.compiled
+        self._warm = self.compiled - _compiled(self._score)
+
+
+def _compiled(program: Any) -> int:
+    return program._cache_size()
 
 
 def padded_ids(ids: list[int], count: int, pages: int) -> np.ndarray:

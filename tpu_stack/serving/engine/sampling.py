@@ -4,19 +4,20 @@ A row's token depends on its own logits, parameters, output and position only. W
 asks for is skipped at run time, so that one compiled program serves every mix.
 
 >>> rows = SamplingRows.of([SamplingParams(temperature=0.8, seed=1)], vocab=32000)
->>> tokens_B = choose(logits_BV, rows, counts_BV, seen_BV, positions_B, active_B)
+>>> choice = choose(logits_BV, rows, counts_BV, seen_BV, positions_B, active_B)
+>>> choice.tokens, choice.logprobs
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from tpu_stack.serving.requests import MAX_BIASES, MAX_LOGPROBS, SamplingParams
+from tpu_stack.serving.requests import MAX_BIASES, SamplingParams
 
 _OUT = -jnp.inf
 
@@ -24,7 +25,8 @@ _OUT = -jnp.inf
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SamplingRows:
-    """`SamplingParams` of every row, as arrays; `bias_ids` of V or more are no bias."""
+    """`SamplingParams` of every row, as arrays; `bias_ids` of V or more are no bias, and
+    `logprobs` is -1 where none are asked for."""
 
     temperature: Float[Array, " B"]
     top_k: Int[Array, " B"]
@@ -34,7 +36,7 @@ class SamplingRows:
     presence: Float[Array, " B"]
     frequency: Float[Array, " B"]
     seed: UInt32[Array, " B"]
-    logprobs: Bool[Array, " B"]
+    logprobs: Int[Array, " B"]
     bias_ids: Int[Array, "B biases"]
     bias_values: Float[Array, "B biases"]
 
@@ -58,13 +60,23 @@ class SamplingRows:
         for name in ("temperature", "top_k", "top_p", "min_p", "seed", *names):
             column = [getattr(each, name) for each in params]
             columns[names.get(name, name)] = np.array(column, whole.get(name, np.float32))
-        return cls(logprobs=np.array([each.logprobs is not None for each in params]), **columns)  # type: ignore
+        asked = [-1 if each.logprobs is None else each.logprobs for each in params]
+        return cls(logprobs=np.array(asked, np.int32), **columns)  # type: ignore
 
     @property
     def adjusted(self) -> Bool[Array, " B"]:
         """Rows whose logits change before the draw."""
         penalties = (self.repetition != 1) | (self.presence != 0) | (self.frequency != 0)
         return penalties | jnp.any(self.bias_values != 0, axis=-1)
+
+
+class Choice(NamedTuple):
+    """The next token of every row, int32, and its log-probability under the distribution that it
+    was drawn from, float32: after bias, penalties, temperature and truncation. 0 for a greedy row,
+    which draws nothing, and where no active row asks for log-probabilities."""
+
+    tokens: Int[Array, " B"]
+    logprobs: Float[Array, " B"]
 
 
 def choose(
@@ -74,8 +86,8 @@ def choose(
     seen_BV: Bool[Array, "B V"],
     positions_B: Int[Array, " B"],
     active_B: Bool[Array, " B"],
-) -> Int[Array, " B"]:
-    """The next token of every row, int32.
+) -> Choice:
+    """The next token of every row.
 
     Args:
       logits_BV: float32. counts_BV: how often each token is in the row's output.
@@ -92,12 +104,13 @@ def choose(
         seen_BV,
     )
     greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    drawn_B = jax.lax.cond(
-        jnp.any((rows.temperature > 0) & active_B),
-        lambda: _draw(logits_BV, rows, positions_B),
-        lambda: greedy_B,
+    draws = rows.temperature > 0
+    drawn_B, logprobs_B = jax.lax.cond(
+        jnp.any(draws & active_B),
+        lambda: _draw(logits_BV, rows, positions_B, active_B),
+        lambda: (greedy_B, jnp.zeros(greedy_B.shape)),
     )
-    return jnp.where(rows.temperature > 0, drawn_B, greedy_B)
+    return Choice(jnp.where(draws, drawn_B, greedy_B), jnp.where(draws, logprobs_B, 0.0))
 
 
 def _adjust(logits_BV, rows: SamplingRows, counts_BV, seen_BV):
@@ -112,7 +125,7 @@ def _adjust(logits_BV, rows: SamplingRows, counts_BV, seen_BV):
     return logits_BV - rows.frequency[:, None] * counts_BV
 
 
-def _draw(logits_BV, rows: SamplingRows, positions_B):
+def _draw(logits_BV, rows: SamplingRows, positions_B, active_B):
     scaled_BV = logits_BV / jnp.maximum(rows.temperature, 1e-6)[:, None]
     truncates = (rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0)
     kept_BV = jax.lax.cond(
@@ -125,7 +138,13 @@ def _draw(logits_BV, rows: SamplingRows, positions_B):
         key = jax.random.fold_in(jax.random.key(seed), position)
         return jax.random.categorical(key, logits_V)
 
-    return jax.vmap(one)(kept_BV, rows.seed, positions_B).astype(jnp.int32)
+    drawn_B = jax.vmap(one)(kept_BV, rows.seed, positions_B).astype(jnp.int32)
+    logprobs_B = jax.lax.cond(
+        jnp.any((rows.logprobs >= 0) & active_B),
+        lambda: token_logprobs(kept_BV, drawn_B),
+        lambda: jnp.zeros(drawn_B.shape),
+    )
+    return drawn_B, logprobs_B
 
 
 def truncate(
@@ -181,11 +200,17 @@ def _threshold(
     return jax.lax.fori_loop(0, 32, bit, jnp.zeros(keys_BV.shape[0], jnp.uint32))
 
 
-def log_probabilities(
-    logits_BV: Float[Array, "B V"], tokens_B: Int[Array, " B"]
-) -> tuple[Float[Array, " B"], Int[Array, "B n"], Float[Array, "B n"]]:
-    """The tokens' log-probabilities, and the likeliest tokens with theirs; n is MAX_LOGPROBS."""
+def token_logprobs(
+    logits_BV: Float[Array, "*B V"], tokens_B: Int[Array, "*B"]
+) -> Float[Array, "*B"]:
+    """The log-probability of one token of each row, float32."""
     logprobs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
-    chosen = jnp.take_along_axis(logprobs_BV, tokens_B[:, None], axis=-1)[:, 0]
-    top, ids = jax.lax.top_k(logprobs_BV, min(MAX_LOGPROBS, logits_BV.shape[1]))
-    return chosen, ids, top
+    return jnp.take_along_axis(logprobs_BV, tokens_B[..., None], axis=-1)[..., 0]
+
+
+def top_logprobs(
+    logits_BV: Float[Array, "B V"], count: int
+) -> tuple[Int[Array, "B n"], Float[Array, "B n"]]:
+    """The `count` likeliest tokens of each row, and their log-probabilities, likeliest first."""
+    top, ids = jax.lax.top_k(jax.nn.log_softmax(logits_BV, axis=-1), count)
+    return ids, top

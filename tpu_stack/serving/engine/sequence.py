@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from tpu_stack.serving.engine.pool import Page
+from tpu_stack.serving.engine.block_pool import Block
 from tpu_stack.serving.requests import GenerationRequest
 from tpu_stack.serving.service import Listener, Ticket
 
@@ -24,26 +24,31 @@ class Sequence:
     """A request on its way through the engine.
 
     Attributes:
-      tokens: prompt and output so far. pages: what it holds, in order.
-      computed: prompt tokens whose keys and values are in pages. cached: those that were there.
+      tokens: prompt and output so far. blocks: of its tokens, in order. block_hashes: of the
+        prompt's blocks that it may share.
+      computed: prompt tokens whose keys and values are in the cache. cached: those of them that
+        the prefix cache had.
       slot: its row of the batch. decoding: past its prompt.
       pending: new tokens, at most, that steps sent off will bring.
-      saved: its pages' contents on the host, while preempted.
+      swapped: what its blocks held, on the host, while preempted.
+      scores: of a prompt that is scored, the chunks so far: (log-probabilities on the device, row,
+        tokens).
     """
 
     ticket: Ticket
     listener: Listener
     tokens: list[int]
-    names: list[bytes]
+    block_hashes: list[bytes]
     submitted: float = field(default_factory=time.monotonic)
-    pages: list[Page] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
     computed: int = 0
     cached: int = 0
     slot: int | None = None
     decoding: bool = False
     done: bool = False
     pending: int = 0
-    saved: Any = None
+    swapped: Any = None
+    scores: list[tuple[Any, int, int]] = field(default_factory=list)
 
     @property
     def request(self) -> GenerationRequest:
@@ -54,6 +59,11 @@ class Sequence:
     def new_tokens(self) -> int:
         """Tokens of the output so far."""
         return len(self.tokens) - len(self.request.prompt)
+
+    def restart_prefill(self) -> None:
+        """Forgets what was computed of the prompt."""
+        self.computed = self.cached = 0
+        self.scores = []
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -91,7 +101,7 @@ class WaitingQueue:
     def best(self, *, begun: bool = False) -> Sequence | None:
         """The one to serve next, of those that were preempted when `begun`; it stays queued."""
         heads = (
-            next((s for s in line if s.saved is not None or not begun), None)
+            next((s for s in line if s.swapped is not None or not begun), None)
             for line in self._lines.values()
         )
         return min((head for head in heads if head is not None), key=self._order, default=None)

@@ -3,7 +3,7 @@
 A row is a slot of the batch. All that a step needs to know about its request is on the device, so
 that the host may send off the next step before it has read the last one's tokens.
 
->>> state = insert(state, logits_RV, Arrivals(...))
+>>> state = insert(state, logits_RV, InsertRows(...))
 >>> cache, state, output = decode_step(config, dtype, params, cache, state, active_B, drafts_BK)
 """
 
@@ -18,10 +18,19 @@ from jaxtyping import Array, Bool, Float, Int
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.models.decoder import Params, bind
 from tpu_stack.models.paged_cache import PagedCache
-from tpu_stack.serving.engine.sampling import SamplingRows, choose, log_probabilities
+from tpu_stack.serving.engine.sampling import (
+    Choice,
+    SamplingRows,
+    choose,
+    token_logprobs,
+    top_logprobs,
+)
 from tpu_stack.serving.requests import MAX_LOGPROBS
 from tpu_stack.sharding.axes import BATCH
 from tpu_stack.sharding.constrain import constrain
+
+SCORED_ROWS = 64
+"""Tokens whose logits are computed at once when scoring; divides every chunk of a prompt."""
 
 
 @jax.tree_util.register_dataclass
@@ -46,7 +55,7 @@ class DecodeState:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Arrivals:
+class InsertRows:
     """Sequences that take slots.
 
     Attributes:
@@ -68,7 +77,8 @@ class Arrivals:
 class StepOutput:
     """What a step chose, for the host: `tokens[b, :counts[b]]` are row b's new tokens.
 
-    `guessed[b]` counts what speculation proposed for it, right or wrong. Log-probabilities are
+    `guessed[b]` counts what speculation proposed for it, right or wrong. `logprobs` are the
+    model's own, `sampling_logprobs` those of the distribution that the tokens were drawn from;
     zeros where no row asked for them.
     """
 
@@ -76,6 +86,7 @@ class StepOutput:
     counts: Int[Array, " B"]
     guessed: Int[Array, " B"]
     logprobs: Float[Array, "B T"]
+    sampling_logprobs: Float[Array, "B T"]
     top_ids: Int[Array, "B T n"]
     top_logprobs: Float[Array, "B T n"]
 
@@ -103,41 +114,82 @@ def prefill_step(
     Args:
       starts_R: position of the chunk's first token. lengths_R: its tokens, 0 for an unused row.
     """
+    outputs, model = _run_chunk(config, dtype, params, cache, tokens_RC, starts_R, lengths_R)
+    assert outputs.cache is not None
+    return outputs.cache, _last_logits(model, outputs.hidden, lengths_R)
+
+
+def score_step(
+    config: ModelConfig,
+    dtype: Any,
+    params: Params,
+    cache: PagedCache,
+    tokens_RC: Int[Array, "R C"],
+    starts_R: Int[Array, " R"],
+    lengths_R: Int[Array, " R"],
+    targets_RC: Int[Array, "R C"],
+) -> tuple[PagedCache, Float[Array, "R V"], Float[Array, "R C"]]:
+    """`prefill_step`, and the log-probability of `targets_RC[r, c]` as the token after token c."""
+    outputs, model = _run_chunk(config, dtype, params, cache, tokens_RC, starts_R, lengths_R)
+    assert outputs.cache is not None
+    rows, chunk, _ = outputs.hidden.shape
+    width = max(1, SCORED_ROWS // rows)
+
+    def block(start: Int[Array, ""]) -> Float[Array, "R w"]:
+        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, width, axis=1)  # noqa: E731
+        logits_RwV = constrain(model.logits(cut(outputs.hidden)), BATCH, None, None)
+        return token_logprobs(logits_RwV, cut(targets_RC))
+
+    scores = jax.lax.map(block, jnp.arange(0, chunk, width))
+    scores_RC = jnp.moveaxis(scores, 0, 1).reshape(rows, chunk)
+    return outputs.cache, _last_logits(model, outputs.hidden, lengths_R), scores_RC
+
+
+def _run_chunk(config, dtype, params, cache, tokens_RC, starts_R, lengths_R):
+    """The decoder's outputs on one chunk of each row, and the decoder."""
     offsets = jnp.arange(tokens_RC.shape[1])
     positions = jnp.where(offsets < lengths_R[:, None], starts_R[:, None] + offsets, -1)
     model = bind(config, params)
-    outputs = model.hidden(tokens_RC, positions, cache=cache, dtype=dtype)
-    assert outputs.cache is not None
+    return model.hidden(tokens_RC, positions, cache=cache, dtype=dtype), model
+
+
+def _last_logits(model, hidden_RCD, lengths_R) -> Float[Array, "R V"]:
+    """After the last token of each row."""
     last = jnp.maximum(lengths_R - 1, 0)[:, None, None]
-    last_RD = jnp.take_along_axis(outputs.hidden, last, axis=1)[:, 0]
-    return outputs.cache, constrain(model.logits(last_RD), BATCH, None)
+    last_RD = jnp.take_along_axis(hidden_RCD, last, axis=1)[:, 0]
+    return constrain(model.logits(last_RD), BATCH, None)
 
 
 def insert(
-    state: DecodeState, logits_RV: Float[Array, "R V"], arrivals: Arrivals
+    state: DecodeState, logits_RV: Float[Array, "R V"], new: InsertRows
 ) -> tuple[DecodeState, StepOutput]:
     """The state with the sequences in their slots, and the first tokens of the fresh ones."""
-    vocab, length = logits_RV.shape[1], arrivals.history.shape[1]
-    fresh_R = arrivals.lengths == arrivals.prompts
+    vocab, length = logits_RV.shape[1], new.history.shape[1]
+    fresh_R = new.lengths == new.prompts
     offsets = jnp.arange(length)
-    in_prompt = offsets < arrivals.prompts[:, None]
-    in_output = ~in_prompt & (offsets < arrivals.lengths[:, None])
+    in_prompt = offsets < new.prompts[:, None]
+    in_output = ~in_prompt & (offsets < new.lengths[:, None])
     add = jax.vmap(lambda ids: jnp.zeros(vocab, jnp.int32).at[ids].add(1, mode="drop"))
-    seen_RV = add(jnp.where(in_prompt, arrivals.history, vocab)) > 0
-    counts_RV = add(jnp.where(in_output, arrivals.history, vocab))
-    drawn_R = choose(logits_RV, arrivals.rows, counts_RV, seen_RV, arrivals.prompts, fresh_R)
-    known_R = jnp.take_along_axis(arrivals.history, arrivals.lengths[:, None] - 1, axis=1)[:, 0]
-    tokens_R = jnp.where(fresh_R, drawn_R, known_R)
-    positions_R = jnp.where(fresh_R, arrivals.lengths, arrivals.lengths - 1)
+    seen_RV = add(jnp.where(in_prompt, new.history, vocab)) > 0
+    counts_RV = add(jnp.where(in_output, new.history, vocab))
+    choice = choose(logits_RV, new.rows, counts_RV, seen_RV, new.prompts, fresh_R)
+    known_R = jnp.take_along_axis(new.history, new.lengths[:, None] - 1, axis=1)[:, 0]
+    tokens_R = jnp.where(fresh_R, choice.tokens, known_R)
+    positions_R = jnp.where(fresh_R, new.lengths, new.lengths - 1)
     each = jnp.arange(tokens_R.shape[0])
-    history_RS = arrivals.history.at[each, positions_R].set(tokens_R, mode="drop")
+    history_RS = new.history.at[each, positions_R].set(tokens_R, mode="drop")
     counts_RV = counts_RV.at[each, tokens_R].add(fresh_R)
-    new = DecodeState(tokens_R, positions_R, history_RS, counts_RV, seen_RV, arrivals.rows)
-    put = lambda old, row: old.at[arrivals.slots].set(row, mode="drop")  # noqa: E731
+    inserted = DecodeState(tokens_R, positions_R, history_RS, counts_RV, seen_RV, new.rows)
+    put = lambda old, row: old.at[new.slots].set(row, mode="drop")  # noqa: E731
     output = _output(
-        logits_RV[:, None], tokens_R[:, None], fresh_R, fresh_R & False, arrivals.rows, fresh_R
+        logits_RV[:, None],
+        Choice(tokens_R[:, None], choice.logprobs[:, None]),
+        fresh_R,
+        fresh_R & False,
+        new.rows,
+        fresh_R,
     )
-    return jax.tree.map(put, state, new), output
+    return jax.tree.map(put, state, inserted), output
 
 
 def decode_step(
@@ -174,11 +226,12 @@ def decode_step(
             counts_BV = counts_BV.at[jnp.arange(B), tokens[:, t]].add(1)
         now = (state.rows, counts_BV, state.seen, places_BT[:, t] + 1, active_B)
         chosen.append(choose(logits_BTV[:, t], *now))
-    chosen_BT = jnp.stack(chosen, axis=1)
+    choice = Choice(*(jnp.stack(each, axis=1) for each in zip(*chosen, strict=True)))
+    chosen_BT = choice.tokens
     true_BK = jnp.cumprod((chosen_BT[:, :-1] == drafts_BK).astype(jnp.int32), axis=1)
     new_B = jnp.where(active_B, 1 + jnp.sum(true_BK, axis=1), 0)
     guessed_B = jnp.where(active_B, jnp.sum(drafts_BK >= 0, axis=1), 0)
-    output = _output(logits_BTV, chosen_BT, new_B, guessed_B, state.rows, active_B)
+    output = _output(logits_BTV, choice, new_B, guessed_B, state.rows, active_B)
     return outputs.cache, _advance(state, chosen_BT, new_B), output
 
 
@@ -203,37 +256,46 @@ def _advance(
     )
 
 
-def _output(logits_BTV, chosen_BT, new_B, guessed_B, rows: SamplingRows, active_B) -> StepOutput:
-    """With log-probabilities where an active row wants them."""
+def _output(
+    logits_BTV: Float[Array, "B T V"],
+    choice: Choice,
+    new_B: Int[Array, " B"],
+    guessed_B: Int[Array, " B"],
+    rows: SamplingRows,
+    active_B: Bool[Array, " B"],
+) -> StepOutput:
+    """With log-probabilities where an active row wants them; `choice` is [B, T]."""
     B, T, V = logits_BTV.shape
-    flat = logits_BTV.reshape(B * T, V)
     n = min(MAX_LOGPROBS, V)
 
-    def wanted():
-        return log_probabilities(flat, chosen_BT.reshape(-1))
+    def top() -> tuple[Array, Array]:
+        ids, logprobs = top_logprobs(logits_BTV.reshape(B * T, V), n)
+        return ids.reshape(B, T, n), logprobs.reshape(B, T, n)
 
-    def none():
-        zeros = jnp.zeros((B * T, n))
-        return zeros[:, 0], zeros.astype(jnp.int32), zeros
+    def asked_for(least: int, wanted: Any, *none: Array) -> Any:
+        asked = jnp.any((rows.logprobs >= least) & active_B)
+        return jax.lax.cond(asked, wanted, lambda: none if len(none) > 1 else none[0])
 
-    chosen, ids, top = jax.lax.cond(jnp.any(rows.logprobs & active_B), wanted, none)
+    zeros = jnp.zeros((B, T, n))
+    ids, top_values = asked_for(1, top, zeros.astype(jnp.int32), zeros)
     return StepOutput(
-        chosen_BT,
+        choice.tokens,
         new_B.astype(jnp.int32),
         guessed_B.astype(jnp.int32),
-        chosen.reshape(B, T),
-        ids.reshape(B, T, n),
-        top.reshape(B, T, n),
+        asked_for(0, lambda: token_logprobs(logits_BTV, choice.tokens), jnp.zeros((B, T))),
+        choice.logprobs,
+        ids,
+        top_values,
     )
 
 
-def arrivals_of(
+def insert_rows_of(
     slots: int,
     length: int,
     vocab: int,
     rows: int,
     sequences: list[tuple[int, list[int], int, Any]],
-) -> Arrivals:
+) -> InsertRows:
     """Host arrays for up to `rows` sequences: (slot, tokens, prompt length, SamplingParams)."""
     slot_R = np.full(rows, slots, np.int32)
     history = np.zeros((rows, length), np.int32)
@@ -243,4 +305,4 @@ def arrivals_of(
         slot_R[row], prompts[row], lengths[row], params[row] = slot, prompt, len(tokens), sampling
         history[row, : len(tokens)] = tokens
     arrays: Any = {"slots": slot_R, "history": history, "prompts": prompts, "lengths": lengths}
-    return Arrivals(rows=SamplingRows.of(params, vocab), **arrays)
+    return InsertRows(rows=SamplingRows.of(params, vocab), **arrays)

@@ -17,7 +17,7 @@ from tpu_stack.models.config import ModelConfig
 from tpu_stack.models.paged_cache import PAGES_AXES, PagedCache
 from tpu_stack.serving.engine.draft import draft_tokens
 from tpu_stack.serving.engine.guess import guess
-from tpu_stack.serving.engine.state import decode_step, prefill_step
+from tpu_stack.serving.engine.state import decode_step, prefill_step, score_step
 from tpu_stack.sharding.profiles import Profile
 
 Caches = tuple[PagedCache, ...]
@@ -33,6 +33,17 @@ def jit_prefill(configs: Configs, profile: Profile, mesh: Mesh) -> Any:
         partial(_prefill, configs, profile.precision.compute),
         donate_argnums=1,
         out_shardings=(page_sharding(profile, mesh), whole_sharding(mesh)),
+    )
+
+
+def jit_score(configs: Configs, profile: Profile, mesh: Mesh) -> Any:
+    """As `jit_prefill`, with targets_RC as the last argument and their log-probabilities, [R, C],
+    as the last result; see `state.score_step`."""
+    whole = whole_sharding(mesh)
+    return jax.jit(
+        partial(_score, configs, profile.precision.compute),
+        donate_argnums=1,
+        out_shardings=(page_sharding(profile, mesh), whole, whole),
     )
 
 
@@ -69,6 +80,18 @@ def _prefill(configs, dtype, params, caches: Caches, tables, *args):
         done.append(replace(cache, tables=None))
         logits.append(last)
     return tuple(done), logits[0]
+
+
+def _score(configs, dtype, params, caches: Caches, tables, *args):
+    *chunk, targets = args
+    target, *drafts = caches
+    cache = replace(target, tables=tables)
+    cache, logits, scores = score_step(configs[0], dtype, params[0], cache, *chunk, targets)
+    done = (replace(cache, tables=None),)
+    if drafts:  # later prompts may share these blocks, and draft from them
+        rest, _ = _prefill(configs[1:], dtype, params[1:], tuple(drafts), tables, *chunk)
+        done += rest
+    return done, logits, scores
 
 
 def _decode(configs, dtype, guesses, params, caches: Caches, state, tables, active):

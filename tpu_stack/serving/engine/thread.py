@@ -1,4 +1,4 @@
-"""The thread that drives an engine, and the door to it for every other thread.
+"""The thread that runs an engine, and its thread-safe interface.
 
 >>> service = EngineThread(Engine(programs, params), queue_limit=256, facts={})
 """
@@ -86,15 +86,25 @@ class EngineThread:
 
         self._command(end)
 
-    def load(self, params: Any, in_flight: InFlight = "finish") -> None:
+    def load(self, params: Any, in_flight: InFlight = "finish") -> Future[int]:
         """Replaces the weights between two steps; does not wait for it.
 
         While others finish on the old ones, new requests wait. Raises UserError where shapes or
-        dtypes differ: the programs are compiled for one model.
+        dtypes differ, for the programs are compiled for one model, and when the engine is closing.
+
+        Returns: a future of their generation, done when they are live. It raises UserError where
+          later weights overtook these or the engine closed.
         """
         params = self._engine.programs.prepared(params)
         check_same_shapes(self._engine.params, params)
-        self._command(lambda: self._engine.load(params, in_flight))
+        live: Future[int] = Future()
+        live.set_running_or_notify_cancel()  # cannot be cancelled
+        with self._wake:
+            if self._closing:
+                raise UserError("the engine is shutting down and takes no weights")
+            self._commands.append(lambda: self._engine.load(params, in_flight, live))
+            self._wake.notify()
+        return live
 
     def between_steps[T](self, call: Callable[[Engine], T]) -> Future[T]:
         """Calls on the engine's thread, between two steps: to measure, not to change the engine."""
@@ -133,6 +143,7 @@ class EngineThread:
         def stop() -> None:
             for sequence in [*self._engine.queue, *self._engine.running]:
                 self._engine.cancel(sequence)
+            self._engine.drop_load("the engine was closed")
             self._stopped = True
 
         self._command(stop)
@@ -141,7 +152,7 @@ class EngineThread:
     def _run(self) -> None:
         while not self._stopped:
             try:
-                self._obey()
+                self._run_commands()
                 worked = self._engine.step()
             except Exception as error:
                 logging.getLogger(__name__).exception("the engine's step failed")
@@ -155,7 +166,7 @@ class EngineThread:
                     self._idle = not self._stats.waiting
                     self._wake.wait(timeout=0.05 if self._stats.waiting else None)
 
-    def _obey(self) -> None:
+    def _run_commands(self) -> None:
         with self._wake:
             commands, self._commands = self._commands, deque()
         for command in commands:
@@ -165,10 +176,11 @@ class EngineThread:
         self._sequences = {n: s for n, s in self._sequences.items() if not s.done}
 
     def _fail(self, error: Exception) -> None:
-        """After an error the device's state is unknown: everyone is told, and the engine stops."""
+        """The device's state is unknown after an error: every request ends, the engine stops."""
         with self._wake:
             self._closing = self._stopped = self._idle = True
-        self._obey()  # who submitted meanwhile is told too
+        self._run_commands()  # requests that came meanwhile fail too
+        self._engine.drop_load(f"the engine failed: {error}")
         for sequence in self._sequences.values():
             if not sequence.done:
                 sequence.done = True

@@ -16,7 +16,7 @@ import numpy as np
 
 from tpu_stack.serving.engine.page_io import Contents
 from tpu_stack.serving.engine.programs import Prefilled, Programs, padded_ids
-from tpu_stack.serving.engine.state import Arrivals, StepOutput
+from tpu_stack.serving.engine.state import InsertRows, StepOutput
 
 
 class TwoMeshes:
@@ -26,8 +26,8 @@ class TwoMeshes:
         assert prefill.shapes == decode.shapes
         self._from, self._to = prefill, decode
         self.config, self.profile, self.shapes = decode.config, decode.profile, decode.shapes
-        self.handed_over = 0
-        """Pages copied so far."""
+        self.transferred = 0
+        """Pages transferred so far."""
 
     @property
     def compiled(self) -> int:
@@ -45,17 +45,28 @@ class TwoMeshes:
 
     def prefill(self, params: Any, tokens_RC, starts_R, lengths_R, tables_RM) -> Prefilled:
         """Runs a chunk of each row, and sends its pages and logits on their way."""
-        done = self._from.prefill(params[0], tokens_RC, starts_R, lengths_R, tables_RM)
+        chunk = (tokens_RC, starts_R, lengths_R, tables_RM)
+        return self._transfer(self._from.prefill(params[0], *chunk), *chunk)
+
+    def score(
+        self, params: Any, tokens_RC, starts_R, lengths_R, tables_RM, targets_RC
+    ) -> Prefilled:
+        """As `Programs.score`, on the prefill mesh."""
+        chunk = (tokens_RC, starts_R, lengths_R, tables_RM)
+        return self._transfer(self._from.score(params[0], *chunk, targets_RC), *chunk)
+
+    def _transfer(self, done: Prefilled, tokens_RC, starts_R, lengths_R, tables_RM) -> Prefilled:
         page = self.shapes.page
         ids = [
             int(id)
             for start, length, table in zip(starts_R, lengths_R, tables_RM, strict=True)
             for id in table[start // page : -(-(start + length) // page)]
         ]
-        self.handed_over += len(ids)
+        self.transferred += len(ids)
         padded = padded_ids(ids, self._pages_of(*tokens_RC.shape), self.shapes.pages)
         contents = self._moved(self._from.read(padded))
-        return Prefilled(jax.device_put(done.logits, self._to.whole), (padded, contents))
+        logits = jax.device_put(done.logits, self._to.whole)
+        return Prefilled(logits, done.scores, (padded, contents))
 
     def _pages_of(self, rows: int, chunk: int) -> int:
         """Pages that a chunk of each row touches at most: it may begin within one."""
@@ -64,20 +75,20 @@ class TwoMeshes:
     def _moved(self, contents: tuple[Contents, ...]) -> tuple[Contents, ...]:
         return jax.device_put(contents, self._to.page_sharding)
 
-    def arrived(self, prefilled: Prefilled) -> bool:
+    def is_ready(self, prefilled: Prefilled) -> bool:
         """Whether decoding could go on from it without waiting."""
         return all(
             array.is_ready() for array in jax.tree.leaves((prefilled.logits, prefilled.pages[1]))
         )
 
-    def land(self, prefilled: Prefilled) -> jax.Array:
+    def finish_prefill(self, prefilled: Prefilled) -> jax.Array:
         """The logits on the decode mesh; its pages are put into that mesh's cache."""
         self._to.write(*prefilled.pages)
         return prefilled.logits
 
-    def insert(self, logits_RV: jax.Array | None, arrivals: Arrivals) -> StepOutput:
+    def insert(self, logits_RV: jax.Array | None, new: InsertRows) -> StepOutput:
         """As `Programs.insert`, on the decode mesh."""
-        return self._to.insert(logits_RV, arrivals)
+        return self._to.insert(logits_RV, new)
 
     def decode(self, params: Any, tables_BM, active_B) -> StepOutput:
         """As `Programs.decode`, on the decode mesh."""
@@ -87,13 +98,13 @@ class TwoMeshes:
         """As `Programs.seconds_per_step`, on the decode mesh."""
         return self._to.seconds_per_step(params[1], tables_BM, active_B, count)
 
-    def save(self, ids: list[int]) -> tuple[Contents, ...]:
-        """As `Programs.save`: the decode mesh has all of a decoding sequence's pages."""
-        return self._to.save(ids)
+    def swap_out(self, ids: list[int]) -> tuple[Contents, ...]:
+        """As `Programs.swap_out`: the decode mesh has all of a decoding sequence's pages."""
+        return self._to.swap_out(ids)
 
-    def restore(self, ids: list[int], saved: tuple[Contents, ...]) -> None:
-        """As `Programs.restore`: what resumes only decodes."""
-        self._to.restore(ids, saved)
+    def swap_in(self, ids: list[int], swapped: tuple[Contents, ...]) -> None:
+        """As `Programs.swap_in`: what resumes only decodes."""
+        self._to.swap_in(ids, swapped)
 
     def warm_up(self, params: Any) -> None:
         """Runs every program once, changing nothing that a sequence will see."""
@@ -102,7 +113,7 @@ class TwoMeshes:
             tables, none = np.zeros((rows, shapes.entries), np.int32), np.zeros(rows, np.int32)
             for chunk in shapes.chunks:
                 tokens = np.zeros((rows, chunk), np.int32)
-                self.land(self.prefill(params, tokens, none, none, tables))
+                self.finish_prefill(self.prefill(params, tokens, none, none, tables))
         self._to.warm_decode(params[1])
-        self._from.settle()
-        self._to.settle()
+        self._from.mark_warm()
+        self._to.mark_warm()
