@@ -23,13 +23,13 @@ from tpu_stack.quant.formats import FORMATS as EVERY_FORMAT
 from tpu_stack.quant.formats import get_format
 from tpu_stack.quant.packing import pack_values
 from tpu_stack.quant.policy import stored_format
-from tpu_stack.quant.qtensor import QTensor
-from tpu_stack.serving import bundle as bundle_module
+from tpu_stack.quant.qtensor import PARTS, QTensor
 from tpu_stack.serving import pack as pack_module
-from tpu_stack.serving.bundle import PARTS, Bundle
+from tpu_stack.serving.bundle import Bundle, write
 from tpu_stack.serving.layout import PackedLayout, bytes_per_device, packed_bytes_per_device
 from tpu_stack.serving.manifest import Manifest
 from tpu_stack.serving.pack import pack
+from tpu_stack.serving.weights import stored_tensor
 from tpu_stack.sharding.profiles import get_profile
 
 FORMATS = [name for name in EVERY_FORMAT if "_g" not in name]
@@ -158,7 +158,7 @@ def test_a_bundle_stands_alone(trained, bundles):
 
 
 def test_large_bundles_are_several_files(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(bundle_module, "FILE_BYTES", 8000)
+    monkeypatch.setattr(write, "FILE_BYTES", 8000)
     pack(trained.run, "int8", *serving(MESH), tmp_path / "bundle")
     bundle = Bundle.open(tmp_path / "bundle")
     files = {part.file for e in bundle.manifest.tensors.values() for part in e.parts.values()}
@@ -183,9 +183,9 @@ def test_a_failed_pack_leaves_nothing(trained, tmp_path, monkeypatch, failure):
         calls.append(1)
         if len(calls) == 3:
             raise failure
-        return quantize(*args, **kwargs)
+        return stored_tensor(*args, **kwargs)
 
-    monkeypatch.setattr(pack_module, "quantize", failing)
+    monkeypatch.setattr(pack_module, "stored_tensor", failing)
     raised = UserError if isinstance(failure, OSError) else KeyboardInterrupt
     with pytest.raises(raised):
         pack(trained.run, "int4", *serving(MESH), tmp_path / "bundle")

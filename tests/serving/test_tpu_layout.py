@@ -70,7 +70,7 @@ def test_every_part_of_every_layer_is_laid_out_and_the_numbers_stay(bundles, mon
     def everywhere(sharding, part, contract_axis, ndim):
         return Format(Layout(major_to_minor=major_to_minor(part, contract_axis, ndim)), sharding)
 
-    for module in ("serving.bundle", "models.per_layer"):
+    for module in ("serving.weights", "models.per_layer"):
         monkeypatch.setattr(f"tpu_stack.{module}.tpu_layout", everywhere)
     if how == "split later":
         params = per_layer(bundle.load(profile, mesh))

@@ -179,6 +179,32 @@ class CheckpointStore:
             raise UserError(f"checkpoint {self._name(step)} is damaged: {item} {', '.join(wrong)}")
         return tree
 
+    def restore_tensor(self, step: int, item: str, name: str, abstract: Any) -> jax.Array:
+        """One tensor of the tree `item`, for callers that have no room for the whole tree.
+
+        Args:
+          name: its dotted path. abstract: a ShapeDtypeStruct with a sharding.
+
+        Raises UserError when it is missing, damaged, or cannot be read.
+        """
+        expected = self.meta(step)["checksums"].get(item, {}).get(name)
+        if expected is None:
+            raise UserError(f"checkpoint {self._name(step)}: {item} holds no tensor {name}")
+        tree: Any = abstract
+        for key in reversed(name.split(".")):
+            tree = {key: tree}
+        args = ocp.args.PyTreeRestore(
+            item=tree,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
+            partial_restore=True,
+        )
+        with self._reading(step, item):
+            handler = ocp.PyTreeCheckpointHandler()
+            found = handler.restore(epath.Path(self._name(step)) / item, args=args)
+        if damaged({name: jax.tree.leaves(found)[0]}, {name: expected}):
+            raise UserError(f"checkpoint {self._name(step)} is damaged: {item} {name}")
+        return jax.tree.leaves(found)[0]
+
     def digest(self, step: int) -> str:
         """One BLAKE3 hash over names, dtypes, shapes and bytes of every item's tensors.
 

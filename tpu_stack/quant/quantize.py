@@ -80,15 +80,19 @@ def quantize(
     if rotation and contract_axis == -1:
         raise UserError(f"{name}: a table of rows (contract_axis=-1) cannot be rotated")
     check_rotation(rotation, w.shape[-2], fmt.bits, name)
-    _check_finite(w, name)
+    check_finite(w, name)
     return _quantize(jnp.asarray(w), fmt, contract_axis, shape, method, rotation)
 
 
-def _check_finite(w, name: str) -> None:
-    if isinstance(w, Tracer):
-        return
-    finite = jnp.isfinite(jnp.asarray(w))
-    if not bool(finite.all()):
+@jax.jit
+def _all_finite(w: Array) -> Array:
+    return jnp.isfinite(w).all()
+
+
+def check_finite(w: Array | np.ndarray, name: str) -> None:
+    """Raises UserError, naming the tensor, when `w` holds NaN or infinity and is not traced."""
+    if not isinstance(w, Tracer) and not bool(_all_finite(w)):
+        finite = jnp.isfinite(w)
         first = np.unravel_index(int(jnp.argmin(finite)), w.shape)
         count = int((~finite).sum())
         raise UserError(

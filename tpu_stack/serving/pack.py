@@ -1,9 +1,9 @@
-"""From a checkpoint to a bundle: restore in the serving layout, quantize, write.
+"""From a checkpoint to a bundle, a tensor at a time: restore, store in a format, write.
 
 >>> manifest = pack(Path("runs/a"), "int4", profile, mesh, Path("bundle"))
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,14 @@ from jax.sharding import Mesh, NamedSharding
 from tpu_stack.checkpoint.store import CheckpointStore
 from tpu_stack.data.chat_format import ChatFormat
 from tpu_stack.data.tokenizer import Tokenizer
-from tpu_stack.models.abstract import map_specs, tensor_of, tensor_specs
+from tpu_stack.models.abstract import map_specs, tensor_specs
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.quant.formats import get_format
-from tpu_stack.quant.policy import stored_format, stored_rotation
-from tpu_stack.quant.quantize import quantize
-from tpu_stack.serving.bundle import Tensor, write_bundle
+from tpu_stack.serving.bundle import write_bundle
 from tpu_stack.serving.layout import PackedLayout
 from tpu_stack.serving.manifest import Manifest
-from tpu_stack.sharding.axes import TensorSpec
+from tpu_stack.serving.weights import Tensor, stored_tensor, work_sharding
+from tpu_stack.sharding.axes import LAYERS, TensorSpec
 from tpu_stack.sharding.profiles import Profile
 
 Listener = Callable[[str], None]
@@ -69,26 +68,34 @@ def pack(
         config = ModelConfig.from_dict(meta["model"])
         # Refuses what would not load, before any work.
         PackedLayout.of(config, format, profile, mesh, rotation)
-        params = restore_for_serving(store, step, config, profile, mesh)
-    tokenizer = Tokenizer.from_json(meta["tokenizer"], where=f"the tokenizer of {run}")
-    chat = ChatFormat.read(run)
-    source = {"step": step, "profile": profile.name, "mesh": dict(profile.mesh)}
-    tensors = _quantized(config, params, format, rotation, listener)
-    return write_bundle(out, config, format, tokenizer, source, tensors, rotation, chat)
+        tokenizer = Tokenizer.from_json(meta["tokenizer"], where=f"the tokenizer of {run}")
+        chat = ChatFormat.read(run)
+        source = {"step": step, "profile": profile.name, "mesh": dict(profile.mesh)}
+
+        def tensors() -> Iterator[tuple[str, Tensor]]:
+            for spec in tensor_specs(config):
+                weight = restore_tensor(store, step, spec, profile, mesh)
+                yield (
+                    spec.name,
+                    _on_host(spec, stored_tensor(spec, weight, format, profile, mesh, rotation)),
+                )
+                listener(spec.name)
+
+        return write_bundle(out, config, format, tokenizer, source, tensors(), rotation, chat)
 
 
-def _quantized(
-    config: ModelConfig, params: dict[str, Any], format: str, rotation: int, listener: Listener
-) -> Iterator[tuple[str, Tensor]]:
-    for spec in tensor_specs(config):
-        weight = tensor_of(params, spec.name)
-        fmt = stored_format(spec, format)
-        if fmt.quantized:
-            assert spec.contract_axis is not None
-            block = stored_rotation(spec, format, rotation)
-            packed = quantize(weight, fmt, spec.contract_axis, rotation=block, name=spec.name)
-            tensor: Tensor = jax.tree.map(np.asarray, jax.device_get(packed))
-        else:
-            tensor = np.asarray(jax.device_get(weight.astype(fmt.dtype)))
-        listener(spec.name)
-        yield spec.name, tensor
+def restore_tensor(
+    store: CheckpointStore, step: int, spec: TensorSpec, profile: Profile, mesh: Mesh
+) -> jax.Array:
+    """One float32 parameter of `step`, where it is to be quantized."""
+    place = work_sharding(spec, profile, mesh)
+    abstract = jax.ShapeDtypeStruct(spec.shape, jnp.float32, sharding=place)
+    return store.restore_tensor(step, "params", spec.name, abstract)
+
+
+def _on_host(spec: TensorSpec, layers: Iterable[Tensor]) -> Tensor:
+    """A stored tensor with its layers stacked, as arrays of the host."""
+    each = [jax.device_get(layer) for layer in layers]
+    if spec.axes[0] != LAYERS:
+        return each[0]
+    return jax.tree.map(lambda *parts: np.stack(parts), *each)

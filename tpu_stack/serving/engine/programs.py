@@ -21,8 +21,6 @@ from jax.sharding import Mesh
 from tpu_stack.errors import UserError
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.models.paged_cache import PagedCache, init_paged_cache
-from tpu_stack.models.per_layer import per_layer
-from tpu_stack.models.transposed import transpose_weights
 from tpu_stack.serving.engine.page_io import Contents, read_pages, write_pages
 from tpu_stack.serving.engine.shapes import Shapes
 from tpu_stack.serving.engine.state import (
@@ -41,6 +39,7 @@ from tpu_stack.serving.engine.steps import (
     page_sharding,
     whole_sharding,
 )
+from tpu_stack.serving.weights import prepare
 from tpu_stack.sharding.constrain import sharding_scope
 from tpu_stack.sharding.profiles import Profile
 
@@ -118,7 +117,7 @@ class Programs:
         """`params` as the programs take them: the blocks' weights in layers, transposed for one
         CPU device."""
         pairs = zip(self._configs, self._models(params), strict=True)
-        each = tuple(transpose_weights(config, per_layer(one), self.mesh) for config, one in pairs)
+        each = tuple(prepare(config, one, self.mesh) for config, one in pairs)
         return each if self._has_draft else each[0]
 
     def _models(self, params: Any) -> tuple[Any, ...]:
