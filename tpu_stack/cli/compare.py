@@ -1,8 +1,5 @@
 """`tpu-stack compare`: one model under a training and a serving profile, side by side."""
 
-import contextlib
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,15 +66,20 @@ def run(options: Options) -> None:
 
 
 def compare_profiles(options: Options) -> dict[str, Any]:
-    """The comparison, JSON-ready. Raises UserError for anything that cannot be compared."""
-    # XLA's partitioner warns of layouts it finds costly; the collectives below count that cost.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    """The comparison behind a progress bar; see `api.planning.compare`."""
+    from tpu_stack.api import planning
     from tpu_stack.planner import compare as planner
 
-    _start_devices(planner.devices_wanted(options.train, options.serve))
-    request = _request(options)
-    with _bar(len(planner.STEPS) + len(planner.PROGRAMS)) as done:
-        return planner.compare(request, done)
+    total = len(planner.STEPS) + len(planner.PROGRAMS)
+    with progress() as bar:
+        task = bar.add_task("compare", total=total, note="")
+        return planning.compare(
+            options.model,
+            train=options.train,
+            serve=options.serve,
+            progress=lambda name: bar.update(task, advance=1, note=name),
+            **_sizes(options),
+        )
 
 
 def why_sharded(options: Options, name: str) -> dict[str, Any]:
@@ -102,31 +104,10 @@ def why_sharded(options: Options, name: str) -> dict[str, Any]:
 def _request(options: Options) -> Any:
     from tpu_stack.planner.request import make_request
 
-    return make_request(
-        options.model,
-        options.train,
-        options.serve,
-        train_mesh=options.train_mesh,
-        serve_mesh=options.serve_mesh,
-        format=options.format,
-        batch_size=options.batch_size,
-        seq_len=options.seq_len,
-        serve_batch=options.serve_batch,
-        context=options.context,
-        prompt=options.prompt,
-    )
+    return make_request(options.model, options.train, options.serve, **_sizes(options))
 
 
-def _start_devices(count: int) -> None:
-    """As many virtual CPU devices, unless JAX has started: then the planner makes do with those."""
-    import jax
-
-    with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", count)
-
-
-@contextlib.contextmanager
-def _bar(total: int) -> Iterator[Any]:
-    with progress() as bar:
-        task = bar.add_task("compare", total=total, note="")
-        yield lambda name: bar.update(task, advance=1, note=name)
+def _sizes(options: Options) -> dict[str, Any]:
+    names = ("train_mesh", "serve_mesh", "format", "batch_size", "seq_len", "serve_batch",
+             "context", "prompt")  # fmt: skip
+    return {name: getattr(options, name) for name in names}

@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional
 
 from tpu_stack.cli.console import print_table, progress, save_json
-from tpu_stack.cli.eval import open_target
 from tpu_stack.cli.placement import Unprefixed
 from tpu_stack.errors import UserError
 from tpu_stack.sharding.placement import PlacementOptions, devices_for, place
@@ -50,6 +49,7 @@ def write_logits(options: Options) -> dict[str, Any]:
     import jax
     import numpy as np
 
+    from tpu_stack.api.evaluation import open_target
     from tpu_stack.files import replacing_file
     from tpu_stack.models.decoder import forward
     from tpu_stack.serving.layout import with_groups

@@ -8,7 +8,7 @@ from tyro.conf import Positional
 
 from tpu_stack.cli.console import print_table, progress, save_json
 from tpu_stack.cli.placement import Unprefixed
-from tpu_stack.sharding.placement import PlacementOptions, devices_for, place
+from tpu_stack.sharding.placement import PlacementOptions
 from tpu_stack.units import bytes_text
 
 
@@ -49,41 +49,29 @@ def run(options: Options) -> None:
 
 def pack_run(options: Options) -> dict[str, Any]:
     """Packs behind a progress bar; returns the bundle in JSON-ready fields."""
-    from tpu_stack.checkpoint.store import CheckpointStore
-    from tpu_stack.models.config import ModelConfig
-    from tpu_stack.quant.formats import get_format
-    from tpu_stack.serving.layout import with_groups
-    from tpu_stack.serving.pack import pack
+    from tpu_stack.api import packing
 
-    get_format(options.format)
-    devices_for(options.profile, "serve", options.place)
-    with CheckpointStore(options.run, read_only=True) as store:
-        step = store.latest() if options.step is None else options.step
-        config = ModelConfig.from_dict(store.meta(step)["model"])
-        specs = with_groups(config, options.format)
-    profile, mesh = place(options.profile, "serve", options.place, specs)
     with progress() as bar:
-        task = bar.add_task("pack", total=len(specs), note="")
+        task = bar.add_task("pack", total=None, note="")
 
-        def listener(name: str) -> None:
-            bar.update(task, advance=1, note=name)
+        def listener(name: str, count: int) -> None:
+            bar.update(task, advance=1, total=count, note=name)
 
-        manifest = pack(
+        bundle = packing.pack(
             options.run,
             options.format,
-            profile,
-            mesh,
-            options.out,
-            step=step,
+            out=options.out,
+            profile=options.profile,
+            step=options.step,
             rotation=options.rotation,
+            where=options.place,
             listener=listener,
         )
+    manifest = bundle.manifest
     return {
         "bundle": str(options.out),
         "format": options.format,
-        "step": step,
-        "profile": profile.name,
-        "mesh": dict(profile.mesh),
+        **{name: manifest.source[name] for name in ("step", "profile", "mesh")},
         "bytes": manifest.nbytes,
         "tensors": [
             [name, entry.format, sum(part.nbytes for part in entry.parts.values())]

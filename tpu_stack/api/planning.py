@@ -1,0 +1,35 @@
+"""`ts.compare`: what a model would cost on chips that are not here.
+
+compare("llama3_70b", train="8t:4x4x4", serve="8i:8")["two_by_two"]
+plan("llama3_8b", "v5p:4x4x4")["train_step"]["tokens_per_s_per_chip"]  # projected
+"""
+
+import contextlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+from tpu_stack.planner import compare as comparing
+
+
+def compare(
+    model: str,
+    *,
+    train: str = "8t:4x4x4",
+    serve: str = "8i:8",
+    progress: Callable[[str], None] = lambda name: None,
+    **options: Any,
+) -> dict[str, Any]:
+    """One model under a training and a serving profile, JSON-ready: tensors, moves, programs.
+
+    Nothing is allocated; speeds are projected. `options` are those of
+    `planner.request.make_request`, such as format="int8"; `progress` is told each part that is
+    done. Raises UserError for anything that cannot be compared.
+    """
+    # XLA's partitioner warns of layouts it finds costly; the collectives below count that cost.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    import jax
+
+    with contextlib.suppress(RuntimeError):  # JAX has started: make do with its devices
+        jax.config.update("jax_num_cpu_devices", comparing.devices_wanted(train, serve))
+    return comparing.compare(comparing.make_request(model, train, serve, **options), progress)
