@@ -148,7 +148,7 @@ def golden(result) -> str:
         )
         for move in result["reshard"]["tensors"][tensor["name"]]:
             lines.append(
-                f"  {move['kind']} {move['axes']} {move['dims']} by {move['ways']}:"
+                f"  {move['kind']} {move['axes']} {move['dims']} by {move['shards']}:"
                 f" {move['bytes']} B, {move['wire_bytes']} B sent"
             )
     return "\n".join(lines) + "\n"

@@ -81,7 +81,7 @@ def test_a_split_that_both_sides_have_stays_and_fsdp_is_gathered():
     gather, send = moves(row, train, serve)
     size = 4 * 6 * 192 * 512 // 2  # float32, in two parts over tensor
     assert (gather.kind, gather.axes, gather.dims) == ("all-gather", ("fsdp",), (1,))
-    assert gather.ways == 4
+    assert gather.shards == 4
     assert (gather.bytes, gather.wire_bytes) == (size, size * 3 // 4)
     # fsdp=4 lies on two axes of the 2x2x2 torus, both too short to wrap: two lines of 200 GB/s
     assert gather.seconds == pytest.approx(size * 3 / 4 / 400e9)
@@ -96,8 +96,8 @@ def test_a_split_that_changes_dimension_is_an_all_to_all_and_the_rest_is_gathere
     exchange, gather, _ = moves(row, train, serve)
     held = 4 * 6 * 192 * 512 // 8
     assert (exchange.kind, exchange.axes, exchange.dims) == ("all-to-all", ("fsdp",), (2, 1))
-    assert (exchange.ways, exchange.bytes, exchange.wire_bytes) == (2, held, held // 2)
-    assert (gather.kind, gather.ways, gather.bytes) == ("all-gather", 4, 4 * held)
+    assert (exchange.shards, exchange.bytes, exchange.wire_bytes) == (2, held, held // 2)
+    assert (gather.kind, gather.shards, gather.bytes) == ("all-gather", 4, 4 * held)
 
 
 def test_a_replicated_tensor_is_only_sent():
@@ -142,21 +142,21 @@ def test_replaying_the_moves_ends_in_the_serving_layout(fsdp, tensor, parts, dat
     serve = get_profile("v6e:" + str(parts * data), "serve")
     serve = serve.with_mesh(f"data={data},tensor={parts}")
     for row in tensor_rows(NANO, train, serve, "int4"):
-        state = [link.ways for link in chain(row.spec, train)]
+        state = [link.shards for link in chain(row.spec, train)]
         for move in moves(row, train, serve):
             before = 4 * row.spec.size // prod(state)
             if move.kind == "all-to-all":
                 source, target = move.dims
-                state[source] //= move.ways
-                state[target] *= move.ways
+                state[source] //= move.shards
+                state[target] *= move.shards
                 assert move.bytes == before
             elif move.kind == "all-gather":
-                state[move.dims[0]] //= move.ways
+                state[move.dims[0]] //= move.shards
             elif move.kind == "slice":
-                state[move.dims[0]] *= move.ways
+                state[move.dims[0]] *= move.shards
             if move.kind in ("all-gather", "slice"):
                 assert move.bytes == 4 * row.spec.size // prod(state)
-        assert state == [link.ways for link in chain(row.spec, serve)]
+        assert state == [link.shards for link in chain(row.spec, serve)]
 
 
 def test_tiles_and_support_on_both_sides():

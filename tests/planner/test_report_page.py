@@ -149,10 +149,10 @@ def test_words_for_specs_and_moves():
     assert spec_text([None, "fsdp", ["data", "tensor"]], {"fsdp": 4, "data": 1, "tensor": 2}) == (
         "-, fsdp, (data)+tensor"
     )
-    move = {"kind": "all-gather", "axes": ["fsdp"], "ways": 8}
+    move = {"kind": "all-gather", "axes": ["fsdp"], "shards": 8}
     assert move_text(move, {"fsdp": 64}) == "all-gather fsdp 8 of 64"
     assert move_text(move, {"fsdp": 8}) == "all-gather fsdp"
-    assert move_text({"kind": "send", "axes": None, "ways": 16}, {}) == "send to 16"
+    assert move_text({"kind": "send", "axes": None, "shards": 16}, {}) == "send to 16"
 
 
 def test_the_verb_writes_the_page_whole(tmp_path, monkeypatch, nano, page, capsys):

@@ -15,7 +15,7 @@ from tpu_stack.planner.search.check import request_of, settle
 from tpu_stack.planner.search.goals import COST_OF_TRAINING, goal_of
 from tpu_stack.planner.search.score import Scorer, read_as
 from tpu_stack.planner.search.space import MAX_TOKENS, batches, legal_meshes, meshes
-from tpu_stack.planner.tensors import ways
+from tpu_stack.planner.tensors import shard_count
 from tpu_stack.sharding.axes import BATCH
 from tpu_stack.sharding.profiles import get_profile
 
@@ -48,7 +48,7 @@ def test_every_mesh_is_looked_at_and_the_legal_ones_kept():
 def test_a_batch_divides_its_mesh_and_stays_within_the_tokens():
     question = TRAIN.read()
     for profile in legal_meshes(question.profiles[0], tensor_specs(LLAMA)):
-        split = ways(profile, BATCH)
+        split = shard_count(profile, BATCH)
         for batch in batches(question, profile):
             assert batch % split == 0
             assert batch == split or batch * question.length <= MAX_TOKENS

@@ -36,11 +36,11 @@ class Options:
     seq_len: int | None = None
     """Tokens per training sequence (default 4096)."""
     serve_batch: int | None = None
-    """Rows decoded together (default 16 per way of the data axis)."""
+    """Sequences decoded together (default 16 for each slice of the data axis)."""
     context: int | None = None
     """Positions that the cache holds per row (default 4096)."""
     prompt: int | None = None
-    """Tokens of each row that prefill runs (default 1024)."""
+    """Tokens of a prompt (default 1024), which prefill runs in chunks of at most 256."""
     why: str | None = None
     """Say only why this tensor is sharded as it is on both sides, such as blocks.mlp.w_up."""
     html: Path | None = None

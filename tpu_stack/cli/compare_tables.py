@@ -132,7 +132,7 @@ def print_why(found: dict[str, Any]) -> None:
                 f"({axis}={size})" if axis in link["idle"] else f"{axis}={size}"
                 for axis, size in link["mesh"].items()
             ]
-            parts = f"{link['ways']} x {link['per_device']}" if link["ways"] > 1 else "whole"
+            parts = f"{link['shards']} x {link['per_device']}" if link["shards"] > 1 else "whole"
             rows.append(
                 [f"{role} {found['profiles'][role]}", link["dim"], link["size"],
                  link["logical_axis"] or "none", "+".join(link["rule"]) or "no rule",

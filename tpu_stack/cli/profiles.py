@@ -108,9 +108,9 @@ def _rows(config: "ModelConfig", profile: "Profile", format: str) -> list[dict[s
 
     rows = []
     for spec in tensor_specs(config):
-        ways = prod(profile.mesh[a] for axis in spec.axes for a in profile.rules.mesh_axes(axis))
+        shards = prod(profile.mesh[a] for axis in spec.axes for a in profile.rules.mesh_axes(axis))
         if profile.role == "train":
-            stored, size = "float32", 4 * spec.size // ways
+            stored, size = "float32", 4 * spec.size // shards
         else:
             stored, size = packed_bytes_per_device(spec, format, profile)
         rows.append(

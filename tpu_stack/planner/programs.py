@@ -26,7 +26,7 @@ from tpu_stack.data.token_batches import token_spec
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.planner.flops import FlopCount, count_jaxpr
 from tpu_stack.planner.hlo import Collective, collectives
-from tpu_stack.planner.tensors import ways
+from tpu_stack.planner.tensors import shard_count
 from tpu_stack.quant.select import use_implementation
 from tpu_stack.sharding.axes import BATCH
 from tpu_stack.sharding.constrain import sharding_scope
@@ -122,7 +122,7 @@ def _placed(
     if mesh is not None:
         return profile, mesh, batch
     small = shrink(profile, limit)
-    batch_now = batch // ways(profile, BATCH) * ways(small, BATCH)
+    batch_now = batch // shard_count(profile, BATCH) * shard_count(small, BATCH)
     return small, make_mesh(small.mesh, jax.devices("cpu")), batch_now
 
 

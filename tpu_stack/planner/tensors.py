@@ -67,7 +67,7 @@ def abstract_mesh(profile: Profile) -> AbstractMesh:
     return AbstractMesh(tuple(profile.mesh.values()), axes, axis_types=(AxisType.Auto,) * len(axes))
 
 
-def ways(profile: Profile, axis: str | None) -> int:
+def shard_count(profile: Profile, axis: str | None) -> int:
     """How many parts the mesh splits a logical axis into."""
     return prod(profile.mesh[name] for name in profile.rules.mesh_axes(axis))
 

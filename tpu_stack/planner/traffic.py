@@ -34,7 +34,7 @@ from tpu_stack.models.flops import (
     mean_keys,
     train_flops_per_token,
 )
-from tpu_stack.planner.tensors import TensorRow, ways
+from tpu_stack.planner.tensors import TensorRow, shard_count
 from tpu_stack.planner.workload import PrefillStep
 from tpu_stack.sharding.axes import BATCH, FFW, HEADS, KV_HEADS, VOCAB
 from tpu_stack.sharding.profiles import Profile
@@ -47,7 +47,7 @@ def train_traffic(
     config: ModelConfig, profile: Profile, rows: Sequence[TensorRow], *, batch: int, seq_len: int
 ) -> Bytes:
     """Bytes of one train step, one micro-batch, by term."""
-    tokens = batch * seq_len // ways(profile, BATCH)
+    tokens = batch * seq_len // shard_count(profile, BATCH)
     compute = dtype(profile.precision.compute).itemsize
     kept = sum(row.train_elements for row in rows)
     gathered = sum(row.gathered_elements for row in rows)
@@ -74,12 +74,12 @@ def saved_activation_bytes(
     remat "full": the input of every layer. "dots", and as a lower bound "none": the outputs of its
     matmuls too.
     """
-    tokens = batch * seq_len // ways(profile, BATCH)
+    tokens = batch * seq_len // shard_count(profile, BATCH)
     width = config.d_model
     if profile.remat != "full":
-        heads = config.n_heads * config.head_dim // ways(profile, HEADS)
-        kv_heads = config.n_kv_heads * config.head_dim // ways(profile, KV_HEADS)
-        hidden = (2 if config.gated_mlp else 1) * config.d_ff // ways(profile, FFW)
+        heads = config.n_heads * config.head_dim // shard_count(profile, HEADS)
+        kv_heads = config.n_kv_heads * config.head_dim // shard_count(profile, KV_HEADS)
+        hidden = (2 if config.gated_mlp else 1) * config.d_ff // shard_count(profile, FFW)
         width += heads + 2 * kv_heads + config.d_model + hidden + config.d_model
     return config.n_layers * tokens * width * dtype(profile.precision.compute).itemsize
 
@@ -97,7 +97,7 @@ def decode_traffic(
     config: ModelConfig, profile: Profile, rows: Sequence[TensorRow], *, batch: int, context: int
 ) -> Bytes:
     """Bytes of one more token for every row, each with a full context."""
-    local = batch // ways(profile, BATCH)
+    local = batch // shard_count(profile, BATCH)
     seen = local * _positions_in_sight(config, context, 1)
     return _serve_traffic(config, profile, rows, local, seen, local)
 
@@ -129,7 +129,7 @@ def _positions_in_sight(config: ModelConfig, end: int, tokens: int) -> Fraction:
 
 def _position_bytes(config: ModelConfig, profile: Profile) -> int:
     """Of a position's key and value in one layer."""
-    heads = config.n_kv_heads // ways(profile, KV_HEADS)
+    heads = config.n_kv_heads // shard_count(profile, KV_HEADS)
     itemsize = dtype(profile.precision.cache or profile.precision.compute).itemsize
     return 2 * heads * config.head_dim * itemsize
 
@@ -138,7 +138,7 @@ def train_memory(
     config: ModelConfig, profile: Profile, rows: Sequence[TensorRow], *, batch: int, seq_len: int
 ) -> Bytes:
     """What a training device must hold at once, temporaries of a layer aside."""
-    tokens = batch * seq_len // ways(profile, BATCH)
+    tokens = batch * seq_len // shard_count(profile, BATCH)
     kept = sum(row.train_elements for row in rows)
     return {
         "weights and optimizer state": sum(row.state_bytes for row in rows),
@@ -181,4 +181,4 @@ def _served_weights(config: ModelConfig, rows: Sequence[TensorRow], tokens: int)
 
 
 def _logits_bytes(config: ModelConfig, profile: Profile, tokens: int) -> int:
-    return _F32 * tokens * config.vocab_size // ways(profile, VOCAB)
+    return _F32 * tokens * config.vocab_size // shard_count(profile, VOCAB)

@@ -9,13 +9,13 @@ from fractions import Fraction
 
 from tpu_stack.errors import UserError
 from tpu_stack.models.config import ModelConfig
-from tpu_stack.planner.tensors import ways
+from tpu_stack.planner.tensors import shard_count
 from tpu_stack.serving.engine.build import CHUNKS, PROMPTS
 from tpu_stack.sharding.axes import BATCH
 from tpu_stack.sharding.profiles import Profile, require_batch_divides
 
 TOKENS_PER_DEVICE = 8192
-ROWS_PER_WAY = 16
+ROWS_PER_SHARD = 16
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,8 @@ class Workload:
         context: int | None = None,
         prompt: int | None = None,
     ) -> "Workload":
-        """What is not given gets a default: 8192 training tokens a device in sequences of 4096, 16
-        rows per way of the serving batch axes, a context of 4096 and a prompt of 1024, each cut to
-        what the model is meant for.
+        """Fills in what is not given: 8192 training tokens a device in sequences of 4096, 16 rows
+        for each engine, a context of 4096 and a prompt of 1024, each cut to the model's window.
 
         Raises UserError for a value out of range or a batch that the mesh does not divide.
         """
@@ -109,14 +108,14 @@ class Workload:
                 )
         if prompt >= context:
             raise UserError(f"--prompt {prompt} leaves no room in --context {context}")
-        train_ways = ways(train, BATCH)
+        train_shards = shard_count(train, BATCH)
         wanted = TOKENS_PER_DEVICE * train.devices // seq_len
-        batch_size = batch_size or max(1, wanted // train_ways) * train_ways
-        serve_batch = serve_batch or ROWS_PER_WAY * ways(serve, BATCH)
+        batch_size = batch_size or max(1, wanted // train_shards) * train_shards
+        serve_batch = serve_batch or ROWS_PER_SHARD * shard_count(serve, BATCH)
         require_batch_divides(train, batch_size)
         require_batch_divides(serve, serve_batch)
         return cls(batch_size, seq_len, serve_batch, context, prompt)
 
     def prefill_step(self, serve: Profile) -> PrefillStep:
         """What each replica's prefill program runs at a time."""
-        return PrefillStep.of(self.prompt, self.serve_batch // ways(serve, BATCH))
+        return PrefillStep.of(self.prompt, self.serve_batch // shard_count(serve, BATCH))

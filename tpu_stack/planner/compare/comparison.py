@@ -28,8 +28,8 @@ from tpu_stack.planner.tensors import (
     MASTER_DTYPE,
     RESHARD_DEFINITION,
     TensorRow,
+    shard_count,
     tensor_rows,
-    ways,
 )
 from tpu_stack.quant.formats import get_format
 from tpu_stack.sharding.axes import BATCH
@@ -142,7 +142,7 @@ def _costs(request: Request, rows: list[TensorRow]) -> dict[str, ProgramCost]:
     memory = ServeMemory(config, serve, request.format)
     held = {name: memory.predict(name, prompt=work.prompt, **serving).held
             for name in SERVE_PROGRAMS}  # fmt: skip
-    step, replicas = work.prefill_step(serve), ways(serve, BATCH)
+    step, replicas = work.prefill_step(serve), shard_count(serve, BATCH)
     return {
         "train_step": ProgramCost(
             tokens=work.batch_size * work.seq_len,

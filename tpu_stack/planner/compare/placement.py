@@ -22,14 +22,14 @@ from tpu_stack.sharding.profiles import Profile
 class Link:
     """One dimension's way to the mesh.
 
-    Invariants: `ways` is the product of the mesh sizes, `per_device * ways == size`.
+    Invariants: `shards` is the product of the mesh sizes, `per_device * shards == size`.
 
     Attributes:
       dim, size: the dimension and its elements. granule: elements that stay together.
       logical_axis: what the dimension means; None: never sharded.
       rule: the mesh axes that the profile's rules name for it; empty: there is no rule.
       mesh: size of each of these mesh axes. idle: those of size 1, which split nothing.
-      ways: parts in all. per_device: elements of a part.
+      shards: parts in all. per_device: elements of a part.
     """
 
     dim: int
@@ -39,7 +39,7 @@ class Link:
     rule: tuple[str, ...]
     mesh: dict[str, int]
     idle: tuple[str, ...]
-    ways: int
+    shards: int
     per_device: int
 
     @property
@@ -54,7 +54,7 @@ class Link:
             f"({axis}={size})" if axis in self.idle else f"{axis}={size}"
             for axis, size in self.mesh.items()
         ]
-        found = f"{self.ways} x {self.per_device}" if self.ways > 1 else "whole"
+        found = f"{self.shards} x {self.per_device}" if self.shards > 1 else "whole"
         return start + f"{self.logical_axis} -> {' + '.join(sizes)} -> {found}"
 
     def as_json(self) -> dict[str, Any]:
@@ -70,10 +70,10 @@ def chain(spec: TensorSpec, profile: Profile) -> list[Link]:
     for dim, (size, axis) in enumerate(zip(spec.shape, spec.axes, strict=True)):
         rule = profile.rules.mesh_axes(axis)
         mesh = {name: profile.mesh[name] for name in rule}
-        ways = prod(mesh.values())
+        shards = prod(mesh.values())
         idle = tuple(name for name, count in mesh.items() if count == 1)
         links.append(
-            Link(dim, size, spec.granules[dim], axis, rule, mesh, idle, ways, size // ways)
+            Link(dim, size, spec.granules[dim], axis, rule, mesh, idle, shards, size // shards)
         )
     return links
 

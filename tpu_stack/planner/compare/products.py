@@ -18,7 +18,7 @@ from tpu_stack.errors import UserError
 from tpu_stack.hardware import get_chip
 from tpu_stack.kernels.quantized_matmul import Plan, make_plan
 from tpu_stack.models.config import ModelConfig
-from tpu_stack.planner.tensors import TensorRow, ways
+from tpu_stack.planner.tensors import TensorRow, shard_count
 from tpu_stack.planner.traffic import lookup_only
 from tpu_stack.planner.workload import Workload
 from tpu_stack.quant.formats import get_format
@@ -60,7 +60,7 @@ def serve_product(
 def rows_per_device(spec: TensorSpec, profile: Profile, work: Workload) -> dict[str, int]:
     """Rows of activations that a serving device multiplies by a weight, by program: every token's,
     but that a table which unembeds sees one of each sequence."""
-    step, slots = work.prefill_step(profile), work.serve_batch // ways(profile, BATCH)
+    step, slots = work.prefill_step(profile), work.serve_batch // shard_count(profile, BATCH)
     unembeds = spec.contract_axis == -1 or spec.name == "unembed"
     return {"prefill": step.rows * (1 if unembeds else step.chunk), "decode": slots}
 
@@ -77,7 +77,7 @@ def _support(profile: Profile, operands: tuple[str, str]) -> dict[str, Any]:
 def _kernel(row: TensorRow, profile: Profile, m: int) -> dict[str, Any]:
     """The kernel's plan for one device's part of the tensor, or its reason to refuse."""
     first, last = (
-        size // ways(profile, axis)
+        size // shard_count(profile, axis)
         for size, axis in zip(row.spec.shape[-2:], row.spec.axes[-2:], strict=True)
     )
     shape = (first, last)

@@ -39,10 +39,10 @@ class Move:
 
     Attributes:
       kind: "all-to-all", "all-gather", "slice", "collective-permute" or "send".
-      axes: axes of the training mesh it spans, of which `ways` members make a group, fewer than the
-        axes have where only a part is needed; None: no axis.
+      axes: axes of the training mesh it spans; None: no axis. A group has `shards` members, fewer
+        than the axes have where only a part is needed.
       dims: the dimensions it changes, (from, to) for an all-to-all.
-      ways: members of a group, or parts of a slice; serving devices of a send.
+      shards: members of a group, or parts of a slice; serving devices of a send.
       bytes: payload as `planner.hlo` counts it: the gathered result of an all-gather, what a
         device holds for an all-to-all; of a send, what one serving device receives.
       wire_bytes: what a device puts on the links; 0 for a slice.
@@ -52,7 +52,7 @@ class Move:
     kind: str
     axes: tuple[str, ...] | None
     dims: tuple[int, ...]
-    ways: int
+    shards: int
     bytes: int
     wire_bytes: int
     seconds: float | None
@@ -66,7 +66,7 @@ class Move:
 class _Layout:
     """A tensor's parts on the training mesh while moves are applied to it.
 
-    `splits[d]` is the dimension's factors, most significant first: (mesh axis, ways). The axis is
+    `splits[d]` is the dimension's factors, most significant first: (mesh axis, shards). The axis is
     "" for a split that an all-to-all or a slice brought, which is never taken off again.
     """
 
@@ -78,23 +78,23 @@ class _Layout:
             for axis in row.spec.axes
         ]
 
-    def ways(self, dim: int) -> int:
-        return prod(ways for _, ways in self.splits[dim])
+    def shards(self, dim: int) -> int:
+        return prod(shards for _, shards in self.splits[dim])
 
     @property
     def held(self) -> int:
         """Bytes that a device holds."""
-        return _ITEMSIZE * self.size // prod(self.ways(d) for d in range(len(self.splits)))
+        return _ITEMSIZE * self.size // prod(self.shards(d) for d in range(len(self.splits)))
 
-    def take(self, dim: int, ways: int) -> tuple[str, ...]:
-        """Takes the least significant `ways` off a dimension's split; the mesh axes they lay on."""
-        rest, axes, left = list(self.splits[dim]), [], ways
+    def take(self, dim: int, shards: int) -> tuple[str, ...]:
+        """Takes the least significant `shards` off a dimension; the mesh axes they lay on."""
+        rest, axes, left = list(self.splits[dim]), [], shards
         while left > 1:
             axis, size = rest.pop()
             shared = gcd(size, left)
             if shared < min(size, left):  # sizes that do not divide each other: over all its axes
                 every = tuple(name for name, _ in self.splits[dim])
-                self.splits[dim] = [(every[0], self.ways(dim) // ways)]
+                self.splits[dim] = [(every[0], self.shards(dim) // shards)]
                 return every
             axes += [axis] if shared > 1 else []
             rest += [(axis, size // shared)] if shared < size else []
@@ -102,10 +102,10 @@ class _Layout:
         self.splits[dim] = rest
         return tuple(reversed(axes))
 
-    def links(self, links: MeshLinks, axes: tuple[str, ...], ways: int) -> AxisLinks:
-        """The links of groups of `ways` along these axes; a part of them counts as one link."""
-        whole = prod(self.mesh[axis] for axis in axes) == ways
-        return links.links(axes if whole else None, ways)
+    def links(self, links: MeshLinks, axes: tuple[str, ...], shards: int) -> AxisLinks:
+        """The links of groups of `shards` along these axes; a part of them counts as one link."""
+        whole = prod(self.mesh[axis] for axis in axes) == shards
+        return links.links(axes if whole else None, shards)
 
 
 def moves(row: TensorRow, train: Profile, serve: Profile) -> list[Move]:
@@ -115,16 +115,16 @@ def moves(row: TensorRow, train: Profile, serve: Profile) -> list[Move]:
         prod(serve.mesh[name] for name in serve.rules.mesh_axes(axis)) for axis in row.spec.axes
     ]
     dims = range(len(wanted))
-    surplus = [layout.ways(d) // gcd(layout.ways(d), wanted[d]) for d in dims]
-    lacking = [wanted[d] // gcd(layout.ways(d), wanted[d]) for d in dims]
+    surplus = [layout.shards(d) // gcd(layout.shards(d), wanted[d]) for d in dims]
+    lacking = [wanted[d] // gcd(layout.shards(d), wanted[d]) for d in dims]
     found = []
     for source in dims:
         for target in dims:
-            ways = gcd(surplus[source], lacking[target])
-            if source != target and ways > 1:
-                surplus[source] //= ways
-                lacking[target] //= ways
-                found.append(_all_to_all(layout, links, source, target, ways))
+            shards = gcd(surplus[source], lacking[target])
+            if source != target and shards > 1:
+                surplus[source] //= shards
+                lacking[target] //= shards
+                found.append(_all_to_all(layout, links, source, target, shards))
     found += [_all_gather(layout, links, d, surplus[d]) for d in dims if surplus[d] > 1]
     for dim in dims:
         if lacking[dim] > 1:
@@ -133,20 +133,20 @@ def moves(row: TensorRow, train: Profile, serve: Profile) -> list[Move]:
     return found + _hand_over(row, train, serve, links, bool(found))
 
 
-def _all_to_all(layout: _Layout, links: MeshLinks, source: int, target: int, ways: int) -> Move:
-    axes, held = layout.take(source, ways), layout.held // ways
-    layout.splits[target].append(("", ways))
-    seconds = one_execution_s("all-to-all", held, layout.links(links, axes, ways))
-    wire = held * (ways - 1) // ways
-    return Move("all-to-all", axes, (source, target), ways, held, wire, seconds)
+def _all_to_all(layout: _Layout, links: MeshLinks, source: int, target: int, shards: int) -> Move:
+    axes, held = layout.take(source, shards), layout.held // shards
+    layout.splits[target].append(("", shards))
+    seconds = one_execution_s("all-to-all", held, layout.links(links, axes, shards))
+    wire = held * (shards - 1) // shards
+    return Move("all-to-all", axes, (source, target), shards, held, wire, seconds)
 
 
-def _all_gather(layout: _Layout, links: MeshLinks, dim: int, ways: int) -> Move:
-    axes = layout.take(dim, ways)
+def _all_gather(layout: _Layout, links: MeshLinks, dim: int, shards: int) -> Move:
+    axes = layout.take(dim, shards)
     gathered = layout.held
-    seconds = one_execution_s("all-gather", gathered, layout.links(links, axes, ways))
-    wire = gathered * (ways - 1) // ways
-    return Move("all-gather", axes, (dim,), ways, gathered, wire, seconds)
+    seconds = one_execution_s("all-gather", gathered, layout.links(links, axes, shards))
+    wire = gathered * (shards - 1) // shards
+    return Move("all-gather", axes, (dim,), shards, gathered, wire, seconds)
 
 
 def _hand_over(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from tpu_stack.errors import UserError
 from tpu_stack.planner.aot.request import CompileRequest
 from tpu_stack.planner.memory.predict import Verdict
-from tpu_stack.planner.tensors import ways
+from tpu_stack.planner.tensors import shard_count
 from tpu_stack.quant.formats import get_format
 from tpu_stack.sharding.axes import BATCH
 from tpu_stack.sharding.mesh import mesh_text
@@ -75,7 +75,7 @@ def _remat(request: CompileRequest) -> Iterator[Candidate]:
 
 
 def _micro_batches(request: CompileRequest) -> Iterator[Candidate]:
-    rows = request.batch // ways(request.profile, BATCH)
+    rows = request.batch // shard_count(request.profile, BATCH)
     for parts in range(request.accumulate + 1, rows + 1):
         if rows % parts == 0:
             changed = dataclasses.replace(request, accumulate=parts)
@@ -119,7 +119,7 @@ def _contexts(request: CompileRequest) -> Iterator[Candidate]:
 
 
 def _batches(request: CompileRequest) -> Iterator[Candidate]:
-    step = ways(request.profile, BATCH) * request.accumulate
+    step = shard_count(request.profile, BATCH) * request.accumulate
     flag = "--batch-size" if request.program == "train" else "--serve-batch"
     rows = request.batch // step
     for fewer in sorted({rows * k // 16 for k in range(15, 0, -1)} | {1}, reverse=True):

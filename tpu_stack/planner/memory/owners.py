@@ -14,7 +14,7 @@ from tpu_stack.planner.aot.request import CompileRequest
 from tpu_stack.planner.hlo_frames import Frames
 from tpu_stack.planner.memory.buffers import Buffer
 from tpu_stack.planner.memory.prediction import axes_text
-from tpu_stack.planner.tensors import ways
+from tpu_stack.planner.tensors import shard_count
 from tpu_stack.planner.workload import PrefillStep
 from tpu_stack.serving.engine.build import PAGE
 from tpu_stack.sharding.axes import BATCH, EMBED, FFW, HEADS, KV_HEADS, VOCAB
@@ -52,8 +52,8 @@ def axis_names(request: CompileRequest) -> dict[int, str]:
     for size, name, axis in axes:
         split = axes_text((axis,), profile) if axis else "unsplit"
         text = name if split == "unsplit" else f"{name} ({split})"
-        if size > 1 and text not in found.setdefault(size // ways(profile, axis), []):
-            found[size // ways(profile, axis)].append(text)
+        if size > 1 and text not in found.setdefault(size // shard_count(profile, axis), []):
+            found[size // shard_count(profile, axis)].append(text)
     return {size: " or ".join(names) for size, names in found.items()}
 
 
@@ -61,9 +61,9 @@ def _tokens_and_pages(request: CompileRequest) -> list[tuple[int, str, str | Non
     """What a train step counts in tokens, and the engine's programs in chunks and pages."""
     if request.program == "train":
         return [(request.seq_len, "tokens", None)]
-    step = PrefillStep.of(request.prompt, request.batch // ways(request.profile, BATCH))
+    step = PrefillStep.of(request.prompt, request.batch // shard_count(request.profile, BATCH))
     pages, page = -(-request.context // PAGE["tpu"]), PAGE["tpu"]
-    slots = request.batch // ways(request.profile, BATCH)
+    slots = request.batch // shard_count(request.profile, BATCH)
     return [
         (step.chunk, "tokens of a chunk", None),
         (step.rows * step.chunk, "tokens", None),

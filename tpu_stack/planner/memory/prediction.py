@@ -93,8 +93,8 @@ def total(terms: Sequence[Term]) -> int:
 
 def shard(shape: Sequence[int], axes: Sequence[str | None], profile: Profile) -> tuple[int, ...]:
     """What one device holds of an array with these logical axes."""
-    ways = (prod(profile.mesh[name] for name in profile.rules.mesh_axes(axis)) for axis in axes)
-    return tuple(size // n for size, n in zip(shape, ways, strict=True))
+    shards = (prod(profile.mesh[name] for name in profile.rules.mesh_axes(axis)) for axis in axes)
+    return tuple(size // n for size, n in zip(shape, shards, strict=True))
 
 
 def local(spec: TensorSpec, profile: Profile) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from tpu_stack.models.paged_attention import BLOCK
 from tpu_stack.planner.aot.target import PROXY
 from tpu_stack.planner.memory.prediction import Prediction, Term, array, axes_text, local, shard
 from tpu_stack.planner.memory.tiles import padded_bytes, row_major_bytes
-from tpu_stack.planner.tensors import ways
+from tpu_stack.planner.tensors import shard_count
 from tpu_stack.planner.workload import PrefillStep
 from tpu_stack.quant.policy import stored_format
 from tpu_stack.quant.qtensor import abstract_qtensor
@@ -104,7 +104,7 @@ class ServeMemory:
     def _pages(self, pages: int) -> Term:
         """[K, L*P, page, H] of keys and of values."""
         config = self.config
-        heads = config.n_kv_heads // ways(self.profile, KV_HEADS)
+        heads = config.n_kv_heads // shard_count(self.profile, KV_HEADS)
         shape = (heads, config.n_layers * pages, PAGE["tpu"], config.head_dim)
         dtype = self.profile.precision.cache or self.profile.precision.compute
         size = 2 * row_major_bytes(shape, 8 * jax.numpy.dtype(dtype).itemsize)
@@ -132,7 +132,7 @@ class ServeMemory:
         """One layer's attention of a chunk, a block of pages at a time: queries, the running
         output, and the scores of a block, of which the softmax makes two more arrays."""
         config, profile = self.config, self.profile
-        heads = config.n_heads // ways(profile, HEADS)
+        heads = config.n_heads // shard_count(profile, HEADS)
         split = f"one layer, {axes_text((HEADS,), profile)}"
         out = (rows, chunk * heads, config.head_dim)
         return (
@@ -146,7 +146,7 @@ class ServeMemory:
         """One layer's MLP or experts over `tokens` of each row."""
         config, profile = self.config, self.profile
         each = config.experts_per_token if config.n_experts else 1
-        ffw = (rows * tokens * each, config.d_ff // ways(profile, FFW))
+        ffw = (rows * tokens * each, config.d_ff // shard_count(profile, FFW))
         wide = f"one layer, {axes_text((FFW,), profile)}"
         hidden = (rows * tokens, config.d_model)
         terms = (

@@ -16,7 +16,7 @@ from tpu_stack.planner.aot.request import CompileRequest
 from tpu_stack.planner.aot.target import PROXY
 from tpu_stack.planner.memory.prediction import Prediction, Term, array, axes_text, local, shard
 from tpu_stack.planner.memory.tiles import padded_bytes
-from tpu_stack.planner.tensors import ways
+from tpu_stack.planner.tensors import shard_count
 from tpu_stack.sharding.axes import BATCH, EMBED, FFW, HEADS, KV_HEADS, LAYERS, VOCAB
 from tpu_stack.sharding.profiles import Profile
 
@@ -30,7 +30,7 @@ where the others' computes it inside both products that read it (libtpu 0.0.52).
 def predict_train(request: CompileRequest) -> Prediction:
     """The terms of a train step of `request`."""
     config, profile = request.config, request.profile
-    rows = request.batch // request.accumulate // ways(profile, BATCH)
+    rows = request.batch // request.accumulate // shard_count(profile, BATCH)
     size = (rows, request.seq_len)
     held = _weights_held(request)
     saved = _saved(config, profile, size)
@@ -50,7 +50,7 @@ def _arguments(request: CompileRequest) -> list[Term]:
     bytes_ = sum(padded_bytes(local(spec, profile), 32) for spec in specs)
     count = f"{sum(prod(local(spec, profile)) for spec in specs):,} float32"
     split = axes_text((EMBED, FFW), profile)
-    rows = (request.batch // ways(profile, BATCH), request.seq_len)
+    rows = (request.batch // shard_count(profile, BATCH), request.seq_len)
     batch = 4 * padded_bytes(rows, 32) + padded_bytes(rows, 8)
     where = axes_text((BATCH,), profile)
     return [
@@ -90,12 +90,12 @@ def _saved(config: ModelConfig, profile: Profile, size: tuple[int, int]) -> list
              "MLP widths": (FFW, config.d_ff, 2 if config.gated_mlp else 1)}  # fmt: skip
     again = 2 if profile.remat == "none" else 1  # before and after norm, rotation or activation
     for name, (axis, width, count) in names.items():
-        shape = (L, *size, width // ways(profile, axis))
+        shape = (L, *size, width // shard_count(profile, axis))
         terms.append(
             array(f"saved {name}", "bfloat16", shape, f"{L} layers, {wide}", count * again)
         )
     if profile.remat == "none" and not _chunked(size[1]):
-        heads = config.n_heads // ways(profile, HEADS)
+        heads = config.n_heads // shard_count(profile, HEADS)
         shape = (L, size[0], heads, size[1], size[1])
         terms.append(array("saved attention weights", "bfloat16", shape, f"{L} layers, {wide}"))
     return terms
@@ -104,14 +104,14 @@ def _saved(config: ModelConfig, profile: Profile, size: tuple[int, int]) -> list
 def _loss(config: ModelConfig, profile: Profile, size: tuple[int, int]) -> tuple[Term, ...]:
     """At the logits. The table that makes them is gathered over fsdp, and its gradient is made in
     that size before it is scattered: the heap has room for both."""
-    V, D = config.vocab_size // ways(profile, VOCAB), config.d_model
+    V, D = config.vocab_size // shard_count(profile, VOCAB), config.d_model
     split = axes_text((BATCH, VOCAB), profile)
     terms = [array("logits", "float32", (*size, V), split)]
     chip = PROXY.get(profile.chip, profile.chip)
     if chip in SPLIT_LOGITS_GRADIENT:
         terms.append(array("gradient of the logits", "bfloat16", (*size, V), split))
     table = axes_text((VOCAB,), profile)
-    gathered = ways(profile, EMBED) > 1
+    gathered = shard_count(profile, EMBED) > 1
     name = "unembedding, gathered, and its gradient" if gathered else "unembedding"
     terms.append(array(name, "bfloat16", (V, D), table, 2 if gathered else 1))
     if gathered:
@@ -125,7 +125,7 @@ def _layer(config: ModelConfig, profile: Profile, size: tuple[int, int]) -> tupl
     """One layer's backward pass: its scores and activations made again, the gradients so far."""
     rows, length = size
     split, wide = axes_text((BATCH, HEADS), profile), axes_text((BATCH, FFW), profile)
-    heads = config.n_heads // ways(profile, HEADS)
+    heads = config.n_heads // shard_count(profile, HEADS)
     queries = CHUNK if _chunked(length) else length
     specs = tensor_specs(config)
     stacked = [spec for spec in specs if spec.axes[0] == LAYERS]
@@ -133,7 +133,7 @@ def _layer(config: ModelConfig, profile: Profile, size: tuple[int, int]) -> tupl
     kept = prod(profile.mesh[name] for name in profile.rules.mesh_axes(EMBED))
     gathered = sum(prod(local(s, profile)) * kept for s in stacked) // config.n_layers
     all_axes = axes_text((EMBED, FFW), profile)
-    D, F = config.d_model, config.d_ff // ways(profile, FFW)
+    D, F = config.d_model, config.d_ff // shard_count(profile, FFW)
     terms = [
         Term("gradients", grads, "bfloat16, stacked", f"all layers, {all_axes}"),
         array("attention scores", "float32", (rows, heads, queries, length), f"one layer, {split}"),

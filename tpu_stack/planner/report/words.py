@@ -20,9 +20,9 @@ def spec_text(spec: list[Any], mesh: dict[str, int]) -> str:
 def move_text(move: dict[str, Any], mesh: dict[str, int]) -> str:
     """ "all-gather fsdp 8 of 64": what moves, over which mesh axes, and how much of them."""
     if move["kind"] in ("slice", "send"):
-        return f"{move['kind']} to {move['ways']}"
+        return f"{move['kind']} to {move['shards']}"
     axes, whole = move["axes"] or [], 1
     for axis in axes:
         whole *= mesh[axis]
-    part = f" {move['ways']} of {whole}" if axes and whole != move["ways"] else ""
+    part = f" {move['shards']} of {whole}" if axes and whole != move["shards"] else ""
     return f"{move['kind']} {'+'.join(axes)}{part}".strip()

@@ -24,7 +24,7 @@ from tpu_stack.planner.search.memory import (
 )
 from tpu_stack.planner.search.score import Scorer, notes
 from tpu_stack.planner.search.space import batches, legal_meshes, meshes, training_choices
-from tpu_stack.planner.tensors import ways
+from tpu_stack.planner.tensors import shard_count
 from tpu_stack.serving.layout import with_groups
 from tpu_stack.sharding.axes import BATCH
 from tpu_stack.sharding.profiles import Profile
@@ -94,7 +94,7 @@ class _Tally:
         self.meshes = self.legal = self.candidates = 0
         self.plans: list[Plan] = []
         self.smallest: tuple[Candidate, Bytes, int] | None = None
-        self.ways: set[int] = set()
+        self.shard_counts: set[int] = set()
         self.refusals: list[str] = []
 
     def not_after_all(self, plan: Plan) -> None:
@@ -171,7 +171,7 @@ def _try_slice(question: Question, profile: Profile, format: str, tally: _Tally)
             tally.refusals.append(str(error))
             continue
         tally.legal += 1
-        tally.ways.add(ways(placed, BATCH))
+        tally.shard_counts.add(shard_count(placed, BATCH))
         scorer = Scorer.of(config, placed, question.ask.flash)
         capacity = limit_of(placed)
         for candidate, memory in tried:
@@ -219,7 +219,7 @@ def _quick_enough(question: Question, tally: _Tally) -> list[Plan]:
     if not tally.legal:
         raise UserError(f"no mesh is legal: {tally.refusals[0]}")
     if not tally.candidates:
-        raise UserError(_nearest_batch(question.ask.batches, tally.ways))
+        raise UserError(_nearest_batch(question.ask.batches, tally.shard_counts))
     if not tally.plans:
         raise UserError(tally.nothing_fits())
     limit = question.ask.latency_s

@@ -18,7 +18,7 @@ from math import prod
 from tpu_stack.models.abstract import tensor_specs
 from tpu_stack.models.attention import CHUNK
 from tpu_stack.models.config import ModelConfig
-from tpu_stack.planner.tensors import tensor_rows, ways
+from tpu_stack.planner.tensors import shard_count, tensor_rows
 from tpu_stack.planner.traffic import saved_activation_bytes
 from tpu_stack.sharding.axes import BATCH, FFW, HEADS, KV_HEADS, LAYERS, VOCAB, TensorSpec
 from tpu_stack.sharding.profiles import Profile, get_profile
@@ -63,8 +63,8 @@ class TrainMemory:
 
     def held(self, profile: Profile, *, batch: int, accumulate: int) -> Bytes:
         """Bytes by term. `profile` is the mesh's, with a remat of its own."""
-        rows = batch // accumulate // ways(profile, BATCH)
-        logits = F32 * rows * self.seq_len * self.config.vocab_size // ways(profile, VOCAB)
+        rows = batch // accumulate // shard_count(profile, BATCH)
+        logits = F32 * rows * self.seq_len * self.config.vocab_size // shard_count(profile, VOCAB)
         layer = self.layer * (2 * BF16 + F32)  # this layer's, the next one's, and its gradient
         layer += _layer_activations(self.config, profile, rows, self.seq_len)
         return {
@@ -88,9 +88,9 @@ class TrainMemory:
 def _layer_activations(config: ModelConfig, profile: Profile, rows: int, length: int) -> int:
     """Bytes that one layer holds at once in training: its matmuls' results, one chunk's scores, and
     the gradient of each."""
-    width = 3 * config.d_model + config.n_heads * config.head_dim // ways(profile, HEADS)
-    width += 2 * config.n_kv_heads * config.head_dim // ways(profile, KV_HEADS)
-    width += (2 if config.gated_mlp else 1) * config.d_ff // ways(profile, FFW)
+    width = 3 * config.d_model + config.n_heads * config.head_dim // shard_count(profile, HEADS)
+    width += 2 * config.n_kv_heads * config.head_dim // shard_count(profile, KV_HEADS)
+    width += (2 if config.gated_mlp else 1) * config.d_ff // shard_count(profile, FFW)
     return 2 * (BF16 * rows * length * width + _score_bytes(config, profile, rows, length))
 
 
@@ -102,7 +102,7 @@ def _chunked(length: int) -> bool:
 def _score_bytes(config: ModelConfig, profile: Profile, rows: int, length: int) -> int:
     """The scores that one layer of training holds at once."""
     queries = CHUNK if _chunked(length) else length
-    return F32 * rows * config.n_heads // ways(profile, HEADS) * queries * length
+    return F32 * rows * config.n_heads // shard_count(profile, HEADS) * queries * length
 
 
 def _elements(spec: TensorSpec, profile: Profile) -> tuple[int, int]:

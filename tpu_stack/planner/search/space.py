@@ -12,7 +12,7 @@ from math import prod
 from tpu_stack.errors import UserError
 from tpu_stack.planner.aot.asked import REMAT
 from tpu_stack.planner.search.ask import Question
-from tpu_stack.planner.tensors import ways
+from tpu_stack.planner.tensors import shard_count
 from tpu_stack.sharding.axes import BATCH, TensorSpec
 from tpu_stack.sharding.profiles import Profile
 
@@ -22,7 +22,7 @@ a larger batch is hardly faster."""
 TRAIN_ROWS = (1, 2, 4, 8, 16, 32, 64)
 PREFILL_ROWS = (1, 2, 4, 8, 16, 32, 64)
 DECODE_ROWS = tuple(sorted(n for power in range(11) for n in (2**power, 3 * 2**power) if n <= 1024))
-"""Rows per way of the batch axes that are tried."""
+"""Rows per shard of the batch axes that are tried."""
 
 
 def meshes(profile: Profile) -> list[Profile]:
@@ -52,7 +52,7 @@ def legal_meshes(profile: Profile, specs: Iterable[TensorSpec]) -> list[Profile]
 
 def batches(question: Question, profile: Profile) -> Iterator[int]:
     """Batches to try on a mesh: those given that it divides, else the ladder."""
-    split = ways(profile, BATCH)
+    split = shard_count(profile, BATCH)
     if question.ask.batches:
         yield from (batch for batch in question.ask.batches if batch % split == 0)
         return
@@ -66,7 +66,7 @@ def batches(question: Question, profile: Profile) -> Iterator[int]:
 
 def training_choices(profile: Profile, batch: int) -> Iterator[tuple[Profile, int]]:
     """(profile with its remat, micro-batches) for a batch: powers of two that divide its rows."""
-    rows = batch // ways(profile, BATCH)
+    rows = batch // shard_count(profile, BATCH)
     for remat in REMAT:
         chosen, parts = dataclasses.replace(profile, remat=remat), 1
         while rows % parts == 0:
