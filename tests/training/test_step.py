@@ -8,7 +8,7 @@ import pytest
 
 from tpu_stack.data.pipeline import eval_batches, train_iterator
 from tpu_stack.models.abstract import map_specs
-from tpu_stack.models.decoder import forward
+from tpu_stack.models.decoder import forward, init_params
 from tpu_stack.sharding.mesh import batch_sharding
 from tpu_stack.training.evaluate import Evaluator
 from tpu_stack.training.losses import NextTokenLoss, negative_log_likelihood
@@ -143,3 +143,39 @@ def test_evaluation_covers_the_whole_split(bench, params, losses):
     one = evaluator.run(params, eval_batches(bench.corpus, bench.data), stream, limit=1)
     assert one.tokens == int(parts[0][1])
     assert one.bits_per_byte is None
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_mixture_adds_its_balance_loss(bench, batch, quick_options, accumulate):
+    """The mean over micro-batches of the decoder's own `aux`, beside the loss and not in it; the
+    step's gradient is that of their sum, written out."""
+    config = bench.model.replace(
+        n_layers=1, n_experts=4, experts_per_token=2, balance_loss=0.5, d_ff=16
+    )
+    loss, sgd = NextTokenLoss(config), optax.sgd(1.0)
+    params = jax.jit(lambda key: init_params(config, key))(jax.random.key(0))
+    tokens = batch["loss_mask"].sum()
+    parts = [
+        {name: array[rows] for name, array in batch.items()}
+        for rows in np.split(np.arange(8), accumulate)
+    ]
+
+    def objective(params):
+        found = [loss.summed(params, part) for part in parts]
+        balance = 0.5 * sum(aux["balance_loss"] for _, aux in found) / accumulate
+        mean = sum(total for total, _ in found) / tokens
+        return mean + balance, (mean, balance)
+
+    with_gradient = jax.jit(
+        jax.value_and_grad(objective, has_aux=True), compiler_options=quick_options
+    )
+    (_, (mean, balance)), grads = with_gradient(params)
+    assert float(balance) >= 0.5 * 2  # k at the least
+    state = TrainState.first(params, sgd.init(params), jax.random.key(0))
+    step = jax.jit(make_train_step(loss, sgd, accumulate), compiler_options=quick_options)
+    new, metrics = step(state, (), batch)
+    np.testing.assert_allclose(metrics["loss"], mean, rtol=1e-6)
+    np.testing.assert_allclose(metrics["balance_loss"], balance, rtol=1e-6)
+    for after, before, grad in zip(*map(jax.tree.leaves, (new.params, params, grads)), strict=True):
+        # Gradients near 1e-2 read off parameters near 1: float32 leaves 1e-7 of noise.
+        np.testing.assert_allclose(np.asarray(before) - after, grad, atol=3e-6)

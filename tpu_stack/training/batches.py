@@ -3,7 +3,7 @@
 A batch is any tree of arrays with one leading axis. `data.token_batches.TokenBatches` is one
 source; a sampler of rollouts or a reader of video is another.
 
->>> placed = place_batch(next(batches), layout.batch)
+    placed = place_batch(batch, layout.batch)
 """
 
 from typing import Any, Protocol

@@ -3,8 +3,9 @@
 Each part configures one thing, and functions ask for the part that they read. `TrainConfig` is all
 of them in one, whose fields are a run's flags (`--train.NAME`).
 
->>> train = TrainConfig(steps=200, batch_size=16, seq_len=256)
->>> make_optimizer(train, train.steps, config)  # an OptimizerConfig is all that it reads
+>>> train = TrainConfig(steps=200, batch_size=16, schedule="cosine")
+>>> train.decay_end(train.steps)
+200
 """
 
 from dataclasses import asdict, dataclass

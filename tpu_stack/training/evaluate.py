@@ -1,7 +1,11 @@
 """Validation loss of any parameters, float or packed, over a whole split.
 
->>> result = Evaluator(config, dtype="bfloat16").run(params, eval_batches(corpus, data), corpus.val)
->>> result.perplexity
+Batches are read while the next one is computed; packed parameters are evaluated as they are.
+
+    from tpu_stack.data.pipeline import eval_batches
+
+    evaluator = Evaluator(config, dtype="bfloat16", batch=layout.batch)
+    evaluator.run(params, eval_batches(corpus, data), corpus.val).perplexity
 """
 
 import math

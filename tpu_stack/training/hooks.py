@@ -1,7 +1,9 @@
 """The hooks that runs are made of: checkpoints, evaluation, metrics, stopping.
 
->>> hooks = [StopHook(request), CheckpointHook(store, 100, describe), EvaluationHook(evaluate, 50)]
->>> Trainer(program, batches, hooks).run(state, steps=200)
+A system of its own adds hooks of its own: see `trainer.Hook`.
+
+    hooks = [StopHook(request), CheckpointHook(store, 100, describe), EvaluationHook(evaluate, 50)]
+    Trainer(program, batches, hooks).run(state, steps=200)
 """
 
 from collections.abc import Callable, Mapping

@@ -1,7 +1,9 @@
 """Where the training state lives: shapes and shardings of every leaf, without allocating any.
 
->>> layout = StateLayout.of(config, optimizer, profile, mesh)
->>> state = layout.init(seed=0)
+`of` is a decoder's; `of_params` any tree's.
+
+    layout = StateLayout.of(config, optimizer, profile, mesh)
+    state = layout.init(seed=0)
 """
 
 from collections.abc import Callable

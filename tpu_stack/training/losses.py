@@ -5,7 +5,9 @@ global batch, however it splits the batch. Distillation, policy gradients or a m
 each one more class.
 
 >>> loss = NextTokenLoss(config, dtype="bfloat16", remat="full")
->>> step = make_train_step(loss, optimizer, accumulate=4)
+>>> batch = {"tokens": tokens_BT, "loss_mask": tokens_BT > 2}
+>>> float(loss.denominator(batch))
+3.0
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """The optimizer and its schedule, assembled from optax.
 
->>> optimizer = make_optimizer(OptimizerConfig(schedule="cosine"), 200, config)
+>>> optimizer = make_optimizer(OptimizerConfig(schedule="cosine"), steps=200, config=config)
 """
 
 import jax

@@ -1,7 +1,9 @@
 """The train step compiled for a mesh, together with what it reads and never changes.
 
->>> program = TrainProgram.compile(loss, layout, batches.element_spec, accumulate=2)
->>> state, metrics = program(state, program.place(next(batches)))
+Frozen trees (a teacher, a reference policy) are arguments of the program, never donated.
+
+    program = TrainProgram.compile(loss, layout, batches.element_spec, accumulate=2)
+    state, metrics = program(state, program.place(batch))
 """
 
 import time

@@ -1,7 +1,10 @@
 """What a checkpoint says about its run, and continuing that run bit for bit.
 
->>> meta = checkpoint_meta(trainer, {"train.seed": 0, **batches.fingerprint()})
->>> state = restore_state(store, layout, batches, settings)
+A run may go on only with the settings that decided its states so far.
+
+    settings = {"train.seed": 0, **batches.fingerprint()}
+    store.save(trainer.step, {"params": params}, checkpoint_meta(trainer, settings))
+    state = restore_state(store, layout, batches, settings)
 """
 
 from collections.abc import Mapping

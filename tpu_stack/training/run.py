@@ -1,8 +1,10 @@
 """What `tpu-stack train` does, without its options and tables: a job, and running it.
 
->>> job = make_job("nano", "8t", DataConfig(), TrainConfig(steps=200))
->>> result = train(job, out=Path("runs/a"))
->>> result.to_dict()["loss_last"]
+The verb is these two calls.
+
+    job = make_job("nano", "8t", DataConfig(), TrainConfig(steps=200))
+    result = train(job, out=Path("runs/a"))
+    result.to_dict()["loss_last"]
 """
 
 import shutil

@@ -1,7 +1,9 @@
 """The train step: a pure function from (state, frozen, batch) to (state, metrics).
 
->>> step = make_train_step(loss, optimizer, accumulate=2)
->>> state, metrics = jax.jit(step, donate_argnums=0)(state, frozen, batch)
+It knows no model: what is minimized is a `losses.Loss`.
+
+    step = make_train_step(loss, optimizer, accumulate=2)
+    state, metrics = jax.jit(step, donate_argnums=0)(state, frozen, batch)
 """
 
 from collections.abc import Callable
@@ -12,7 +14,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from tpu_stack.sharding.axes import BATCH
 from tpu_stack.sharding.constrain import constrain
@@ -28,17 +30,17 @@ class TrainState:
     """All that changes from step to step.
 
     Attributes:
-      step: int32, steps taken. params: float32 master weights. opt_state: of the optimizer.
+      step: int32 scalar, steps taken. params: float32 master weights. opt_state: the optimizer's.
       key: PRNG key; step-specific keys are folded in from `step`, so it never changes.
-      finite: False once a step's loss or gradient was not; from then on nothing changes, so that
-        the state stays that of the last good step however late the host looks.
+      finite: bool scalar, False once a step's loss or gradient was not; from then on nothing
+        changes, so that the state stays that of the last good step however late the host looks.
     """
 
-    step: Int[Array, ""]
+    step: Any  # not annotated as arrays: the same tree holds shapes, or shardings
     params: Any
     opt_state: Any
-    key: PRNGKeyArray
-    finite: Bool[Array, ""]
+    key: Any
+    finite: Any
 
     @classmethod
     def first(cls, params: Any, opt_state: Any, key: PRNGKeyArray, step: int = 0) -> Self:

@@ -3,8 +3,11 @@
 A step counts when it has ended on the devices, not when it was dispatched, so figures are of work
 done.
 
->>> clock.ended(step=12)  # after waiting for what step 12 computed
+>>> clock = StepClock(now=iter([0.0, 60.0, 62.0]).__next__)
+>>> clock.ended(step=1)
+>>> clock.ended(step=9)
 >>> clock.steps_per_s
+4.0
 """
 
 import time

@@ -4,8 +4,10 @@ All that a run does besides stepping is a hook (see `hooks`): checkpoints, evalu
 progress bar. The loop never makes the devices wait: it dispatches a step, prepares the next batch
 while that step runs, and reads metrics when they are logged, at least one dispatch later.
 
->>> trainer = Trainer(program, batches, [CheckpointHook(...), EvaluationHook(...)])
->>> state = trainer.run(state, steps=200)
+    from tpu_stack.training.hooks import CheckpointHook
+
+    trainer = Trainer(program, batches, [CheckpointHook(store, 100, describe)])
+    state = trainer.run(state, steps=200)
 """
 
 import math
