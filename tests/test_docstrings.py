@@ -168,8 +168,41 @@ def tokenizer() -> Any:
     return build_tokenizer("chars", documents())
 
 
+NEIGHBOURS = {
+    "get_chip": "tpu_stack.hardware",
+    "get_preset": "tpu_stack.models.presets",
+    "get_profile": "tpu_stack.sharding.profiles",
+    "tensor_specs": "tpu_stack.models.abstract",
+    "write_text": "tpu_stack.files",
+    "make_optimizer": "tpu_stack.training.optimizer",
+    "make_train_step": "tpu_stack.training.step",
+    "Calibration": "tpu_stack.planner.backtest.calibration",
+    "start_engine": "tpu_stack.serving.launch",
+    "Engine": "tpu_stack.serving.engine.engine",
+    "Token": "tpu_stack.serving.requests",
+    "start_service": "tpu_stack.serving.engine.build",
+    "parse_body": "tpu_stack.serving.http.fields",
+    "arrival_times": "tpu_stack.serving.bench.workload",
+    "make_request": "tpu_stack.planner.request",
+    "summarize": "tpu_stack.planner.hlo_collective",
+    "parse": "tpu_stack.planner.hlo_text",
+    "predict": "tpu_stack.planner.memory.predict",
+    "compare": "tpu_stack.planner.compare",
+    "two_by_two": "tpu_stack.planner.compare.crossing",
+    "compile_all": "tpu_stack.planner.programs",
+    "read_rows": "tpu_stack.planner.backtest.table",
+    "compile_target": "tpu_stack.planner.kernels.targets",
+    "get_case": "tpu_stack.planner.kernels.case_registry",
+    "find_cases": "tpu_stack.planner.kernels.case_registry",
+    "verify_cases": "tpu_stack.planner.kernels",
+    "main": "tpu_stack.cli.main",
+}
+"""Functions of other modules that an example need not import, and their homes."""
+
+
+@functools.cache
 def extras() -> dict[str, Any]:
-    """Libraries that an example need not import."""
+    """What an example need not import: libraries, and `NEIGHBOURS`."""
     import json
 
     import jax
@@ -177,13 +210,11 @@ def extras() -> dict[str, Any]:
     import numpy as np
     from jax.sharding import PartitionSpec
 
-    from tpu_stack.hardware import get_chip
-    from tpu_stack.models.presets import get_preset
-    from tpu_stack.sharding.profiles import get_profile
-
-    named = (get_chip, get_preset, get_profile)
     libraries = {"jax": jax, "jnp": jnp, "np": np, "json": json, "P": PartitionSpec, "Path": Path}
-    return libraries | {function.__name__: function for function in named}
+    named = {
+        name: getattr(importlib.import_module(home), name) for name, home in NEIGHBOURS.items()
+    }
+    return libraries | named
 
 
 def names_in(code: str) -> set[str]:
@@ -244,16 +275,7 @@ def wrong_calls(tree: ast.Module, namespace: dict[str, Any]) -> list[str]:
     return wrong
 
 
-ROOMS = ("kernels", "hardware", "data", "checkpoint", "quant", "sharding", "models")
-"""The rooms whose examples run."""
-
-
-def in_rooms(module: str) -> bool:
-    parts = module.split(".")
-    return len(parts) <= 2 or parts[1] in ROOMS
-
-
-MODULES = {name: docstrings(name) for name in sources() if in_rooms(name)}
+MODULES = {name: docstrings(name) for name in sources()}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """The tables of `tpu-stack compare`. Apart from the verb because there are nine of them.
 
->>> print_comparison(compare(request))
+print_comparison(compare(request))
 """
 
 from collections.abc import Sequence

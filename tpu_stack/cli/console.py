@@ -1,6 +1,8 @@
 """What the verbs print: tables, progress bars, and the `--json` file.
 
 >>> print_table("chips", ["chip", "HBM"], [["8i", "288 GB"]])
+chips...
+8i   │ 288 GB
 """
 
 import sys

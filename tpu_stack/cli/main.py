@@ -5,7 +5,7 @@ text and ends in an example) and a function `run(options)`; or a package with `A
 module, and perhaps a `DEFAULT` for when the next word is none of them. Modules are imported only
 when called, so `tpu-stack --help` needs no JAX.
 
->>> main(["chips", "8i"])
+    main(["chips", "8i"])
 """
 
 import contextlib

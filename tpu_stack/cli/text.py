@@ -1,6 +1,7 @@
 """The options that say which text is used, shared by train, eval and demo.
 
->>> data = data_config(("plays.txt",), TextOptions(), seq_len=64, batch_size=12, seed=0)
+>>> data_config((Path("plays.txt"),), TextOptions(), seq_len=64, batch_size=12).paths
+('plays.txt',)
 """
 
 from dataclasses import dataclass

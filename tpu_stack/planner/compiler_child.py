@@ -3,10 +3,10 @@
 A bad program can abort the compiler, and the whole process with it, so nothing here compiles in
 the process that asks. `planner.kernels` and `planner.aot` both start their compilers through this.
 
->>> with CompilerChild("tpu_stack.planner.aot.child", folder) as child:
-...     while line := child.next_line(timeout_s=60, prefix="{"):
-...         print(line)
-...     print(child.death().message)
+    with CompilerChild("tpu_stack.planner.aot.child", folder) as child:
+        while line := child.next_line(timeout_s=60, prefix="{"):
+            print(line)
+        print(child.death().message)
 """
 
 import os

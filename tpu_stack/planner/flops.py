@@ -4,8 +4,8 @@ The function is traced with abstract arguments and its jaxpr walked, loops multi
 train step is counted in seconds on a laptop. Dtypes are kept per operand pair, because a chip's
 peak depends on them.
 
->>> count = count_flops(step, state, batch)  # ShapeDtypeStructs or arrays
->>> count.matmul_flops, count.by_operand_dtypes[("bfloat16", "bfloat16")]
+    count = count_flops(step, state, batch)  # ShapeDtypeStructs or arrays
+    count.matmul_flops, count.by_operand_dtypes[("bfloat16", "bfloat16")]
 
 Conventions: a multiply-add is 2 operations; figures are for all devices together (a `shard_map`
 body is multiplied by the devices it runs on); recomputation under `jax.checkpoint` counts, since it

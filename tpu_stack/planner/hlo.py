@@ -4,9 +4,9 @@ Sharding rules say where tensors live; only the compiled program says what that 
 the program is walked from its entry through loops, calls and fusions, so a gather inside a scan of
 32 layers counts 32 times. It reads XLA:CPU (the emulated mesh) and XLA:TPU (ahead of time).
 
->>> compiled = jax.jit(step).lower(state, batch).compile()
->>> for row in summarize(collectives(compiled.as_text(), mesh)):
-...     print(row.kind, row.axes_label, row.count, row.bytes)
+    compiled = jax.jit(step).lower(state, batch).compile()
+    for row in summarize(collectives(compiled.as_text(), mesh)):
+        print(row.kind, row.axes_label, row.count, row.bytes)
 
 Bytes are the payload of one device in one execution, without padding:
 

@@ -1,8 +1,7 @@
 """What one collective is, what it sends, and how a program's collectives add up.
 
->>> rows = summarize(found)
->>> [(row.kind, row.axes_label, row.count, row.bytes) for row in rows]
-[('all-gather', 'fsdp', 12, 3145728)]
+rows = summarize(found)
+[(row.kind, row.axes_label, row.count, row.bytes) for row in rows]
 """
 
 from collections.abc import Sequence

@@ -4,8 +4,8 @@ XLA:TPU writes `"estimated_cycles"` beside most fusions, copies and convolutions
 model; collectives and Pallas kernels have none. What lies between the start and the end of an
 asynchronous collective can hide it: its *cover*.
 
->>> costs = operations(module, frames)
->>> costs[0].name, costs[0].total_cycles
+    costs = operations(module, frames)
+    costs[0].name, costs[0].total_cycles
 """
 
 import re

@@ -3,9 +3,8 @@
 XLA prints `stack_frame_id=N` with an instruction and the frames once per module. A frame's parent
 is printed plus one, so 1 has no caller (libtpu 0.0.52 and XLA:CPU of jaxlib 0.12).
 
->>> frames = Frames.of(compiled.as_text())
->>> frames.source(instruction.attributes)
-Source(function='Attention.__call__', place='models/layers.py:88')
+    frames = Frames.of(compiled.as_text())
+    frames.source(instruction.attributes)
 """
 
 import re

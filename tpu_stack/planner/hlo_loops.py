@@ -4,8 +4,7 @@ XLA:CPU prints `known_trip_count`; XLA:TPU does not, so the count is read from t
 constant its condition compares with, the constant it starts from and the constant it steps by,
 followed through copies, fusions, tuples and values that outer loops carry unchanged.
 
->>> trip_count(module, Scope(module.entry), while_instruction)
-3
+    trip_count(module, Scope(module.entry), while_instruction)  # 3
 """
 
 import re

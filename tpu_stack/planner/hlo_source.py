@@ -5,8 +5,7 @@ bfloat16 are promoted to float32, gathers of bfloat16 and int4 are widened, and 
 stays an all-reduce followed by a slice at the device's own offset. Each rule below asks for the
 marks that the rewrite leaves; when they are missing the collective is reported as compiled.
 
->>> as_written(module, Site(scope, instruction), "all-reduce", buffers, group_size=2)
-(Part(kind='reduce-scatter', dtype='bf16', bytes=131072),)
+    as_written(module, Site(scope, instruction), "all-reduce", buffers, group_size=2)
 """
 
 from typing import NamedTuple

@@ -4,8 +4,8 @@ The planner learns from the compiler's own output what a program moves. `compile
 only form that every backend gives, XLA:CPU and the ahead-of-time XLA:TPU alike, so it is read here
 once and the other planner modules work on the parsed `Module`.
 
->>> module = parse(jax.jit(f).lower(x).compile().as_text())
->>> [i.opcode for i in module.entry.instructions.values()]
+    module = parse(jax.jit(f).lower(x).compile().as_text())
+    [i.opcode for i in module.entry.instructions.values()]
 """
 
 import re

@@ -6,7 +6,7 @@ as fast). Where those axes wrap round it is a ring of both directions, else a li
 fits no set of torus axes is taken to use one link. Devices of one chip are neighbours on the last
 mesh axis that has an even size.
 
->>> seconds = collective_seconds(found, MeshLinks(get_chip("8t"), (4, 4, 4), profile.mesh))
+    seconds = collective_seconds(found, MeshLinks(get_chip("8t"), (4, 4, 4), profile.mesh))
 """
 
 import dataclasses

@@ -4,7 +4,7 @@ A program keeps its mesh on whatever chip it is priced on, so the number of JAX 
 and the number of chips may not be. All matmul FLOPs are charged at the rate of one operand pair,
 the activations by the weights as stored.
 
->>> price(program, cost, get_chip("8i"))["time_s"]
+    price(program, cost, get_chip("8i"))["time_s"]
 """
 
 import dataclasses

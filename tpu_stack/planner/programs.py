@@ -5,9 +5,9 @@ abstract arguments. XLA:CPU compiles them for as many virtual devices as the mes
 collectives are what the planner reads. LLVM's optimizations are off: they change no collective and
 take longer.
 
->>> traced = trace_train(config, profile, batch=128, seq_len=4096, limit=512)
->>> program = compile_all([traced])[0]
->>> program.flops.matmul_flops, summarize(program.collectives, as_written=True)
+    traced = trace_train(config, profile, batch=128, seq_len=4096, limit=512)
+    program = compile_all([traced])[0]
+    program.flops.matmul_flops, summarize(program.collectives, as_written=True)
 """
 
 import dataclasses

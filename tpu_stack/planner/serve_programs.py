@@ -7,8 +7,8 @@ engine on each of its slices; what is traced is one of them.
 On the emulated mesh the layers' weights stay stacked, which the same functions scan: a program of
 80 layers compiles as quickly as one of two, and its collectives are those of layers run in turn.
 
->>> prefill, decode = trace_serve(config, profile, "int4", batch=16, context=4096, prompt=1024)
->>> compile_all([decode])[0].collectives
+    prefill, decode = trace_serve(config, profile, "int4", batch=16, context=4096, prompt=1024)
+    compile_all([decode])[0].collectives
 """
 
 from collections.abc import Sequence

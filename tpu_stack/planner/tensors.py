@@ -2,8 +2,8 @@
 
 Arithmetic over shapes and specs alone: no device is used and nothing is allocated.
 
->>> row = tensor_rows(config, get_profile("8t:4x4x4"), get_profile("8i:8"), "int4")[0]
->>> row.train_spec, row.state_bytes, row.serve_format, row.serve_bytes
+    row = tensor_rows(config, get_profile("8t:4x4x4"), get_profile("8i:8"), "int4")[0]
+    row.train_spec, row.state_bytes, row.serve_format, row.serve_bytes
 """
 
 from collections.abc import Mapping

@@ -19,7 +19,7 @@ Decode, and one run of prefill, which takes a chunk of each of a few prompts (`P
 - kv cache write: the new positions;
 - logits, float32, of one position per row: written and read.
 
->>> sum(decode_traffic(config, profile, rows, batch=16, context=4096).values())
+    sum(decode_traffic(config, profile, rows, batch=16, context=4096).values())
 """
 
 from collections.abc import Sequence

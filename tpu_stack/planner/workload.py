@@ -1,5 +1,6 @@
 """How much each program is asked to do: batches and lengths, with defaults that fit a profile.
 
+>>> config = get_preset("llama3_8b")
 >>> Workload.of(config, get_profile("8t:4x4x4"), get_profile("8i:8")).batch_size
 128
 """

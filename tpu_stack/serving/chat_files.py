@@ -3,8 +3,7 @@
 The chat template lies in chat_template.jinja (transformers 5) or in tokenizer_config.json; what
 ends an answer in generation_config.json, else in config.json.
 
->>> read_chat(Path("Qwen3-0.6B"), tokenizer).eos_token
-'<|im_end|>'
+    read_chat(Path("Qwen3-0.6B"), tokenizer).eos_token  # '<|im_end|>'
 """
 
 from pathlib import Path

@@ -4,9 +4,9 @@ What reinforcement learning, evaluation and distillation ask of an engine: token
 log-probabilities under the distribution that they were drawn from and under the model's own, and
 the generation of the weights that computed them. No HTTP, no text.
 
->>> group = rollout(service, [GenerationRequest(prompt, 64, sampling)], samples=8)
->>> group.logprobs.sum(axis=1)
->>> reference = score(other, [(*prompt, *tokens) for tokens in group.rows()], start=len(prompt))
+    group = rollout(service, [GenerationRequest(prompt, 64, sampling)], samples=8)
+    group.logprobs.sum(axis=1)
+    reference = score(other, [(*prompt, *tokens) for tokens in group.rows()], start=len(prompt))
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """How an engine is built: what the command line offers and `engine.build` reads.
 
->>> start_service(config, params, profile, mesh, EngineOptions(slots=16, cache_dtype="int8"))
+start_service(config, params, profile, mesh, EngineOptions(slots=16, cache_dtype="int8"))
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """Text from prompts, streamed as an engine decodes it.
 
->>> for row, piece in stream_text(service, tokenizer, ["def "], max_tokens=32): ...
+for row, piece in stream_text(service, tokenizer, ["def "], max_tokens=32): ...
 """
 
 import dataclasses

@@ -4,8 +4,8 @@ An imported run folder is a checkpoint of step 0 with parameters and no optimize
 `eval` and `train --init` read it as their own. The folder's small files are kept beside it in
 `huggingface/`, so that `export` gives back what came in.
 
->>> imported = import_folder(Path("Qwen3-0.6B"), Path("runs/qwen"), profile, mesh)
->>> export_folder(Path("runs/qwen"), Path("Qwen3-0.6B-again"), profile, mesh)
+    imported = import_folder(Path("Qwen3-0.6B"), Path("runs/qwen"), profile, mesh)
+    export_folder(Path("runs/qwen"), Path("Qwen3-0.6B-again"), profile, mesh)
 """
 
 import json

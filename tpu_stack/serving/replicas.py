@@ -3,9 +3,9 @@
 A request goes to the replica that has least to do and stays there, so its tokens are what any one
 engine would give. Prefixes are shared within a replica, not between two.
 
->>> slices = split_mesh(mesh)
->>> services = [start_service(config, on_slice(params, each), profile, each, o) for each in slices]
->>> service = Replicas(services, slices, facts)
+    slices = split_mesh(mesh)
+    services = [start_service(config, on_slice(params, each), profile, each, o) for each in slices]
+    service = Replicas(services, slices, facts)
 """
 
 import itertools

@@ -3,8 +3,8 @@
 Text, stop strings and chat templates live above (`text_stream.py`, `http/`); the engine knows ids
 only.
 
->>> request = GenerationRequest(prompt=(1, 2, 3), max_tokens=16)
->>> ticket = service.submit(request, listener)  # listener(Event) runs on the engine's thread
+    request = GenerationRequest(prompt=(1, 2, 3), max_tokens=16)
+    ticket = service.submit(request, listener)  # listener(Event) runs on the engine's thread
 """
 
 import itertools

@@ -2,8 +2,8 @@
 
 The HTTP server, the benchmark and the client in process use this protocol, never an engine's parts.
 
->>> ticket = service.submit(GenerationRequest(prompt), listener)
->>> service.cancel(ticket)
+    ticket = service.submit(GenerationRequest(prompt), listener)
+    service.cancel(ticket)
 """
 
 from collections.abc import Callable

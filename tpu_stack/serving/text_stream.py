@@ -1,8 +1,9 @@
 """Tokens of one answer to text that may be shown: no half characters, no half stop strings.
 
->>> stream = TextStream(tokenizer, stops=("\\n\\n",))
->>> for token in tokens: print(stream.feed(token).text, end="")
->>> print(stream.flush().text)
+>>> stream = TextStream(tokenizer, stops=(".",))
+>>> tokens = [Token(id) for id in tokenizer.encode("is short. is")]
+>>> "".join(stream.feed(token).text for token in tokens) + stream.flush().text
+'is short'
 """
 
 from collections.abc import Sequence

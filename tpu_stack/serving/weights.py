@@ -6,8 +6,8 @@ A layer at a time: beside the parameters and the result there is one layer of wo
 goes as far as a format, which `pack` writes to a bundle; `held_tensor` goes on from there, which is
 where `Bundle.load` begins. In process one follows the other, without a disk:
 
->>> service = start_service(config, engine_weights(config, params, "int4", profile, mesh), ...)
->>> service.load(engine_weights(config, newer_params, "int4", profile, mesh))
+    service = start_service(config, engine_weights(config, params, "int4", profile, mesh), ...)
+    service.load(engine_weights(config, newer_params, "int4", profile, mesh))
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping

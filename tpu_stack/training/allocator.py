@@ -5,7 +5,7 @@ free, so the next step faults the pages in again. With the thresholds raised, fr
 reused; a step of a 0.8M-parameter model went from 57 to 49.5 ms (one pair of runs, in
 experiments/LOG.md).
 
->>> keep_freed_memory()
+    keep_freed_memory()
 """
 
 import ctypes

@@ -1,6 +1,6 @@
 """Metrics to `metrics.jsonl` (one object a line) and to TensorBoard event files.
 
->>> with MetricsWriter(out, resume_at=0) as metrics:
+>>> with MetricsWriter(Path("runs"), resume_at=0) as metrics:
 ...     metrics.write(10, {"loss": 3.2})
 """
 

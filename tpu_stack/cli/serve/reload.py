@@ -3,9 +3,9 @@
 A training loop writes a bundle beside the old one, turns a link to it, and sends the signal; no
 request is lost and nothing is compiled. What does not fit is said, and the old weights go on.
 
->>> wanted = catch_reloads()
->>> served = build()  # a signal that comes meanwhile is not lost
->>> reload_when(wanted, lambda: served.reload("finish"))
+    wanted = catch_reloads()
+    served = start_engine(weights, where, options)  # a signal that comes meanwhile is not lost
+    reload_when(wanted, lambda: served.reload("finish"))
 """
 
 import signal

@@ -4,6 +4,6 @@
 through a cache on disk), `result` is what comes of it. Only rung 3: nothing here runs a program.
 Modules are imported one by one, so that a cached answer needs no JAX.
 
->>> from tpu_stack.planner.aot.compile import compile_program
->>> compile_program(request).memory.total_bytes
+    from tpu_stack.planner.aot.compile import compile_program
+    compile_program(request).memory.total_bytes
 """

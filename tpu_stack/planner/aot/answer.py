@@ -3,7 +3,7 @@
 Reading names and choosing meshes needs JAX, which takes seconds to import. What those words came to
 is therefore kept, under a digest of the words, the versions and all of the project's sources.
 
->>> compile_asked(Asked("llama3_8b", "v5p:4x4x4", "train"))
+    compile_asked(Asked("llama3_8b", "v5p:4x4x4", "train"))
 """
 
 import json

@@ -5,8 +5,8 @@ scheduled between its start and its end is taken at its own estimate of cycles. 
 that is exposed; a collective that is not asynchronous is exposed whole. Two collectives in flight
 at once are each given all of what lies between, so the sum is a lower bound.
 
->>> for item, time in zip(result.report.collectives, result.exposures):
-...     print(item.serves, time.exposed_s)
+    for item, time in zip(result.report.collectives, result.exposures):
+        print(item.serves, time.exposed_s)
 """
 
 from collections.abc import Sequence

@@ -3,8 +3,7 @@
 The readable dict is the cache key (its digest names the file), so two results can be laid side by
 side to see why the second needed a compile of its own.
 
->>> changed(first.key, second.key)
-{'shapes.batch': (128, 256)}
+    changed(first.key, second.key)  # {'shapes.batch': (128, 256)}
 """
 
 import hashlib

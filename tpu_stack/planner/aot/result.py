@@ -3,9 +3,9 @@
 An abort, a refusal or too large a program is an answer to the question asked, not a crash. JAX is
 not imported here, so that an answer from the cache is quick.
 
->>> match result:
-...     case Compiled(): print(result.memory.total_bytes)
-...     case OutOfMemory(): print(result.used_bytes, "of", result.limit_bytes)
+    match result:
+        case Compiled(): print(result.memory.total_bytes)
+        case OutOfMemory(): print(result.used_bytes, "of", result.limit_bytes)
 """
 
 import gzip

@@ -4,7 +4,7 @@
 it, `report.json`. The report is read again from the text when its reader has changed: a better
 reader costs no compile.
 
->>> Store(None).read(digest_of(key))
+    Store(None).read(digest_of(key))
 """
 
 import dataclasses

@@ -4,7 +4,7 @@ Each predicts a row's metric from arithmetic on its columns: the pure roofline; 
 for decode and serving half of the HBM bandwidth); and the median share of the roofline that the
 *other* rows of the chip and kind reach.
 
->>> baselines(rows)["half"][row.id]
+    baselines(rows)["half"][row.id]
 """
 
 from statistics import median

@@ -4,7 +4,7 @@
 rows it was fitted on. A row that is among them is predicted with the constants fitted without its
 family, so that its error is one of prediction; any other row is new and gets the fit of all.
 
->>> Calibration.load().full.train.mxu("v5e")
+    Calibration.load().full.train.mxu("v5e")
 """
 
 import json

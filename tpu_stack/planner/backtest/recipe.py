@@ -4,8 +4,7 @@ The table's columns give a plain decoder; latent attention, leading dense layers
 sliding windows, capacity factors and optimizers stand in its notes, in a few set phrases. What is
 neither in a column nor in a phrase is assumed, and every assumption is listed.
 
->>> architecture(row).latent
-LatentAttention(q_rank=1536, kv_rank=512, nope=128, rope=64, value=128)
+    architecture(row).latent
 """
 
 import re

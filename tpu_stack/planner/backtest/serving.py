@@ -1,7 +1,7 @@
 """Published decode, serving and prefill rows as jobs of the simulator.
 
->>> job, assumed = serve_job(row)
->>> predict_decode(row, job, constants, serving)  # ms per token
+job, assumed = serve_job(row)
+predict_decode(row, job, constants, serving)  # ms per token
 """
 
 import re

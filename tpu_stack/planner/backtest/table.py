@@ -3,9 +3,8 @@
 Columns are those of the project's table of published TPU results; unknown ones are ignored, those
 that a prediction needs may be blank, and what follows from a blank is said where it is used.
 
->>> rows = read_rows(Path("published.csv"))
->>> rows[0].chip, rows[0].mesh
-('v6e', {'fsdp': 256})
+    rows = read_rows(Path("published.csv"))
+    rows[0].chip, rows[0].mesh  # ('v6e', {'fsdp': 256})
 """
 
 import csv

@@ -2,7 +2,7 @@
 parts: what is stored and how it is multiplied, why it is sharded so, what moves between the two
 layouts, what each program costs, and what each would cost on the other's chip.
 
->>> compare(make_request("llama3_8b", "8t:4x4x4", "8i:8"))["two_by_two"][0]["bound"]
+    compare(make_request("llama3_8b", "8t:4x4x4", "8i:8"))["two_by_two"][0]["bound"]
 """
 
 from tpu_stack.planner.compare.comparison import PROGRAMS, STEPS, compare

@@ -1,8 +1,8 @@
 """One model, two profiles, side by side: what they store, what moves between them, what each
 program costs on either chip. Computation only; `cli/compare.py` and the reports print it.
 
->>> request = make_request("llama3_8b", "8t:4x4x4", "8i:8")
->>> compare(request)["programs"][2]["roofline"]["8i"]["bound"]
+    request = make_request("llama3_8b", "8t:4x4x4", "8i:8")
+    compare(request)["programs"][2]["roofline"]["8i"]["bound"]
 """
 
 import importlib.metadata

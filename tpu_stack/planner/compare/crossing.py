@@ -3,7 +3,7 @@
 A program keeps its mesh, so it has as many JAX devices on either chip; what is compared is per
 chip. All of it is projected: no figure here was measured on any of the chips.
 
->>> [(cell["program"], cell["chip"], cell["bound"]) for cell in two_by_two(programs)]
+    [(cell["program"], cell["chip"], cell["bound"]) for cell in two_by_two(programs)]
 """
 
 from collections.abc import Sequence

@@ -3,8 +3,7 @@
 A spec alone does not say whether a dimension is whole because no rule splits it, because its mesh
 axis has size 1, or because it has no logical axis at all. This does, one line per dimension.
 
->>> [link.text for link in chain(spec, get_profile("8t:4x4x4"))]
-['...', 'dimension 1, 4096: embed -> fsdp=64 -> 64 x 64', '...']
+    [link.text for link in chain(spec, get_profile("8t:4x4x4"))]
 """
 
 import difflib

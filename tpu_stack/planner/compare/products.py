@@ -4,8 +4,7 @@ The tile is the one that the quantized kernel itself plans for the chip and one 
 a mesh that the compiler partitions the kernel does not run (`quant.select`), and training has no
 kernel for its dense products: both say so instead of quoting a tile that nothing uses.
 
->>> serve_product(config, row, profile, {"decode": 16})["kernel"]["decode"]["tile"]
-{'bm': 16, 'bk': 4096, 'bn': 1024}
+    serve_product(config, row, profile, {"decode": 16})["kernel"]["decode"]["tile"]
 """
 
 from collections.abc import Mapping

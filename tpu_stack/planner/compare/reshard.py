@@ -6,8 +6,7 @@ dimension to another is an all-to-all and never grows the tensor; what is left o
 serving lacks is an all-gather; what serving splits further is a local slice. Everything is in the
 float32 of the master weights, as it is restored, and nothing is assumed to overlap.
 
->>> [move.kind for move in moves(row, train, serve)]
-['all-to-all', 'all-gather', 'send']
+    [move.kind for move in moves(row, train, serve)]  # ['all-to-all', 'all-gather', 'send']
 """
 
 from collections.abc import Sequence

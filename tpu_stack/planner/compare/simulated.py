@@ -5,7 +5,7 @@ took, carried over. Terms are exposed time and sum to the step. Always projected
 for a chip on which no published result was calibrated: 8t and 8i take 7x's constants. Prefill is
 its products alone, so where collectives bind it may undercut its roofline.
 
->>> add_simulated(two_by_two(programs), request)
+    add_simulated(two_by_two(programs), request)
 """
 
 import dataclasses

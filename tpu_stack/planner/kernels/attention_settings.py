@@ -4,7 +4,9 @@ Sequences fill their pages to lengths spread evenly between none and all: large 
 the last of a sequence is computed whole, so that the longest steps, best where every page is full,
 are not the best here.
 
->>> settings(make_case("int8", "bf16"), compile_target("7x"), (16, 4096, 32))
+>>> case = get_case("kv_attention", "int8", "bf16")
+>>> next(settings(case, compile_target("7x"), (16, 4096, 32))).tiles
+(8, 8)
 """
 
 import json

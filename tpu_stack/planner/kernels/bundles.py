@@ -4,8 +4,7 @@
 final VLIW bundles, one row per bundle of how many slots of each unit it fills, and the memory it
 allocated. The flags are undocumented, so anything unexpected is an error that names the version.
 
->>> read_schedules(Path("dump"))[0].bundles
-1295
+    read_schedules(Path("dump"))[0].bundles  # 1295
 """
 
 import math

@@ -4,7 +4,7 @@ The ladder, the profiler, the tuner and the published matrix all walk this regis
 that is registered here is proven everywhere or shown not to be.
 
 >>> [case.name for case in find_cases(format="int4", activation="bf16")]
-['quantized_matmul int4 bf16']
+['quantized_matmul int4 bf16', 'grouped_matmul int4 bf16']
 """
 
 import functools

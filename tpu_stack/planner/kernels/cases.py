@@ -2,7 +2,8 @@
 
 What an op's module of cases makes, and `case_registry` collects.
 
->>> case.check_shape((16, 4096, 14336))
+>>> get_case("quantized_matmul", "int4", "bf16").check_shape((16, 4096, 14336))
+(16, 4096, 14336)
 """
 
 import math

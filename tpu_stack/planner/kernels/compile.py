@@ -3,7 +3,7 @@ no compiler. Results are kept on disk by content, so that asking again costs no 
 
 An abort, a refusal or a compile that takes too long is a result, not a crash.
 
->>> compile_case(get_case("quantized_matmul", "int4", "bf16"), "v6e").schedules[0].bundles
+    compile_case(get_case("quantized_matmul", "int4", "bf16"), "v6e").schedules[0].bundles
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 """Driving the child that holds the TPU compiler: many requests, a crash costs only its own.
 
->>> for answer in answers([{"index": 0, "op": "quantized_matmul", ...}], timeout_s=300): ...
+for answer in answers([{"index": 0, "op": "quantized_matmul", ...}], timeout_s=300): ...
 """
 
 import json

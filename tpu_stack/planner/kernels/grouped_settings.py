@@ -3,7 +3,9 @@
 Rows of a block are the plan's: few are cheap to multiply, but more blocks hold experts' ends.
 quantized_matmul's entries stand where the op has none of its own.
 
->>> settings(make_case("int4", "bf16"), compile_target("v6e"), (128, 4096, 14336))
+>>> case = get_case("grouped_matmul", "int4", "bf16")
+>>> next(settings(case, compile_target("v6e"), (128, 4096, 14336))).tiles
+(64, 4096, 2048)
 """
 
 import json

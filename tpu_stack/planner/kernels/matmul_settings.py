@@ -1,6 +1,7 @@
 """Settings of `quantized_matmul` that the tuner tries: tiles and scale modes.
 
->>> settings(make_case("int4", "bf16"), compile_target("v6e"), (16, 4096, 14336))[0].tiles
+>>> case = get_case("quantized_matmul", "int4", "bf16")
+>>> next(settings(case, compile_target("v6e"), (16, 4096, 14336))).tiles
 (16, 4096, 1024)
 """
 

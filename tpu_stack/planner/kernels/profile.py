@@ -3,8 +3,7 @@
 Occupancy is slots filled over slots there: the unit with the highest occupancy of the loop body is
 the one that binds, since no schedule of the same instructions is shorter than it.
 
->>> profile_schedule(compiled.schedules[0])["binding_unit"]
-'VALU'
+    profile_schedule(compiled.schedules[0])["binding_unit"]  # 'VALU'
 """
 
 from typing import Any

@@ -1,6 +1,8 @@
 """Settings of `quantize_rows` that the tuner tries: rows per block.
 
->>> settings(make_case("int8", "bf16"), compile_target("7x"), (2048, 4096))
+>>> case = get_case("quantize_rows", "int8", "bf16")
+>>> next(settings(case, compile_target("7x"), (2048, 4096))).tiles
+(64,)
 """
 
 import json

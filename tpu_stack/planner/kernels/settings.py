@@ -1,6 +1,7 @@
 """What the tuner tries: settings of a kernel that are distinct and fit VMEM.
 
->>> distinct_settings(make_case("int4", "bf16"), compile_target("v6e"), (16, 4096, 14336))[0].tiles
+>>> case = get_case("quantized_matmul", "int4", "bf16")
+>>> distinct_settings(case, compile_target("v6e"), (16, 4096, 14336))[0].tiles
 (16, 4096, 1024)
 """
 

@@ -4,7 +4,7 @@ Everything between the markers is generated: a row for every registered case, an
 depends on when or where it was made but on jax, libtpu and the kernels. A run over some of the
 cases renews their rows and keeps the others, provided that those were made with the same versions.
 
->>> write_readme(verify_cases(find_cases("kv_attention")))
+    write_readme(verify_cases(find_cases("kv_attention")))
 """
 
 from pathlib import Path

@@ -4,8 +4,8 @@ The cost of a call is the longer of its HBM cycles and the bundles it issues, pl
 first block, which nothing overlaps with. Candidates whose double-buffered blocks would not fit VMEM
 are not compiled. A real chip may order near ties otherwise: where it is at hand, `refine` measures.
 
->>> search(make_case("int4", "bf16"), "v6e", (16, 4096, 14336))[0].tiles
-(16, 2048, 1024)
+    case = get_case("quantized_matmul", "int4", "bf16")
+    search(case, "v6e", (16, 4096, 14336))[0].tiles  # (16, 2048, 1024)
 """
 
 import math

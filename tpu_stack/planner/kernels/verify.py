@@ -5,7 +5,7 @@ it takes on these chips, and compares it with float64; rung 2 lowers it for TPU 
 compiles it for every chip that the installed compiler knows and lays its bundles beside the chip's
 roofline.
 
->>> verify_cases([case], chips=("v6e", "8i"))[0]["compiled"]["v6e"]["fraction"]
+    verify_cases([case], chips=("v6e", "8i"))[0]["compiled"]["v6e"]["fraction"]
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -5,8 +5,8 @@ array in it carries its layout, tiles included, so the live ranges can be follow
 loop or an in-place operation shares is one buffer. Fragmentation of the compiler's heap is not in
 the text, so the sum may fall short of its temporaries.
 
->>> held = most_held(parse(result.hlo_text()), header=result.hlo_text().split("\\n", 1)[0])
->>> sum(buffer.bytes for buffer in held), held[0].shape, held[0].op_name
+    held = most_held(parse(result.hlo_text()), header=result.hlo_text().split("\\n", 1)[0])
+    sum(buffer.bytes for buffer in held), held[0].shape, held[0].op_name
 """
 
 import re

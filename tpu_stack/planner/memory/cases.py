@@ -5,7 +5,7 @@ the serving engine's, dense models and mixtures of experts.
 predictor does not read them. `tpu-stack plan memory --cases --confirm` compiles every case and
 records it anew.
 
->>> [(row.case.name, row.error) for row in rows()]
+    [(row.case.name, row.error) for row in rows()]
 """
 
 import json

@@ -3,8 +3,8 @@
 A compiled program names operations, not tensors, and its shapes are one device's. Sizes are
 matched to what the model and the batch make of them; where two axes have one size, both are named.
 
->>> owner(buffer, axis_names(request))
-'all 32 layers; layers, batch (fsdp=64), tokens, d_model'
+    owner(buffer, axis_names(request), layers=32)
+    # 'all 32 layers; layers, batch (fsdp=64), tokens, d_model'
 """
 
 import re

@@ -3,7 +3,8 @@
 Arithmetic over shapes alone, quick enough for a search. Terms were read off programs that XLA:TPU
 compiled (libtpu 0.0.52, `memory.buffers`); the reason stands with each.
 
->>> predict(request).total_bytes, [term.name for term in predict(request).at_most]
+    prediction = Verdict.of(request).prediction
+    prediction.total_bytes, [term.name for term in prediction.at_most]
 """
 
 from collections.abc import Sequence

@@ -5,9 +5,8 @@ Pages and state are donated and updated in place, so each counts once. What depe
 the format alone, the weights, is counted once for all batches (`ServeMemory`), so that a search
 asks this same prediction of every candidate.
 
->>> memory = ServeMemory(config, profile, "int4")
->>> memory.predict("decode", batch=16, context=4096, prompt=1024).at_most[0].name
-'weights of the layers'
+    memory = ServeMemory(config, profile, "int4")
+    memory.predict("decode", batch=16, context=4096, prompt=1024).at_most[0].name
 """
 
 from functools import lru_cache

@@ -3,8 +3,7 @@
 With the layers in a scan, memory is highest either where the logits are or in the backward pass of
 one layer. Between the two, the compiler's heap reuses what it can.
 
->>> predict_train(request).moment
-'loss'
+    predict_train(request).moment  # 'loss'
 """
 
 from math import prod

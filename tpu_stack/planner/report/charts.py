@@ -3,8 +3,7 @@
 The page draws them as inline SVG and as plain boxes, so that they scale to a phone, follow light
 and dark, and can be read by a screen reader; a plotting library's SVG does none of these.
 
->>> roofline_chart("8i", comparison["programs"])["points"][0]["label"]
-'train_step'
+    roofline_chart("8i", comparison["programs"])["points"][0]["label"]  # 'train_step'
 """
 
 from collections.abc import Sequence

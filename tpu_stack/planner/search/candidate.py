@@ -1,7 +1,6 @@
 """One choice out of the many that a search tries, and what the simulator makes of it.
 
->>> plan.candidate.mesh, plan.tokens_per_s_per_chip
-('fsdp=64', 7100.0)
+plan.candidate.mesh, plan.tokens_per_s_per_chip  # ('fsdp=64', 7100.0)
 """
 
 from collections.abc import Mapping

@@ -1,6 +1,6 @@
 """The plans that are shown, checked with `planner.memory`: too slow for all, exact enough for them.
 
->>> plans = settle(question, plans, show=8, too_large=print)
+plans = settle(question, plans, show=8, too_large=print)
 """
 
 import dataclasses

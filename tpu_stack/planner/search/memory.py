@@ -8,7 +8,7 @@ Serving asks `planner.memory` at once, which counts its weights once per mesh.
 XLA:TPU was seen to keep it: the largest of a layer's own and of the logits' working set. What
 depends on the mesh alone is counted once per mesh.
 
->>> TrainMemory(config, profile, seq_len=4096).held(profile, batch=128, accumulate=1)
+    TrainMemory(config, profile, seq_len=4096).held(profile, batch=128, accumulate=1)
 """
 
 from collections.abc import Mapping

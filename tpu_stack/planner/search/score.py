@@ -1,8 +1,7 @@
 """What the simulator says of a candidate's step, with what depends on the mesh alone kept aside.
 
->>> scorer = Scorer.of(question, profile, "int4")
->>> scorer.terms(candidate)
-{'weights': 0.0021, 'compute': ...}
+scorer = Scorer.of(question, profile, "int4")
+scorer.terms(candidate)  # {'weights': 0.0021, 'compute': ...}
 """
 
 from dataclasses import dataclass

@@ -4,7 +4,7 @@
 results for: experts, shared experts, latent attention, sliding windows.
 
 >>> Architecture.of(get_preset("llama3_8b")).active_parameters
-8030261248
+8029995008
 """
 
 from dataclasses import dataclass

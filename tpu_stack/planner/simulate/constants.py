@@ -5,7 +5,7 @@ model. `PRIOR` is what one would write down before looking at any published step
 values lie in `fitted.json` and are made from these by `planner.backtest.calibrate`.
 
 >>> Constants().mxu("v5p"), Constants().with_changes({"flash": 0.5}).flash
-(0.8, 0.5)
+(0.85, 0.5)
 """
 
 import dataclasses

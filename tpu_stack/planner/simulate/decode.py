@@ -5,7 +5,8 @@ rows, and adds up partial results over the tensor axis twice a layer. Products h
 reading of their weights, imperfectly: the two count as the root of their sum of squares, of
 which "compute" is what it has over the weights alone. The other terms are added.
 
->>> decode_step(ServeJob(architecture, Layout(get_chip("v5e"), 16, tensor=16)), 8, 2048, constants)
+    job = ServeJob(architecture, Layout(get_chip("v5e"), 16, tensor=16))
+    decode_step(job, batch=8, context=2048, constants=constants, serving=serving)
 """
 
 from dataclasses import dataclass

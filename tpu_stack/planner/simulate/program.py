@@ -3,7 +3,8 @@
 Times come with the constants fitted to published results (`planner.backtest`), so they are rung 4:
 projected, for every chip.
 
->>> found = simulate_train(get_preset("llama3_70b"), get_profile("v5p:4x8x8"), Calibrated(), ...)
+    constants, profile = Calibration.load().full.train, get_profile("v5p:4x8x8")
+    simulate_train(get_preset("llama3_70b"), profile, constants, batch=512, seq_len=8192)
 """
 
 from typing import Any

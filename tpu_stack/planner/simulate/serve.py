@@ -4,7 +4,7 @@ In the steady state `batch` sequences are decoded together, and each step ends b
 them, whose places take new prompts. So one step costs its decode, the prefill of batch / output
 prompts, and what the engine spends on a step and on a request.
 
->>> serve_throughput(job, Traffic(64, 1000, 1000), constants, serving).out_tokens_per_s_per_chip
+    serve_throughput(job, Traffic(64, 1000, 1000), constants, serving).out_tokens_per_s_per_chip
 """
 
 from dataclasses import dataclass

@@ -4,7 +4,8 @@ Matmuls and the passes between them follow one another, so their times add up; a
 behind the matmuls but for the constant share that never does and for what is longer than they are.
 All work is per chip and per step.
 
->>> train_step(TrainJob(architecture, Layout(get_chip("v5p"), 256, fsdp=256), 512, 8192)).step_s
+    job = TrainJob(architecture, Layout(get_chip("v5p"), 256, fsdp=256), 512, 8192)
+    train_step(job, Constants()).step_s
 """
 
 from dataclasses import dataclass, field

@@ -4,8 +4,7 @@ Counted is what has to move: every matrix once per program that ran, as it is st
 the keys and values of the tokens before each new one. So the figure is a lower bound of what the
 memory did, as "memory bandwidth utilisation" commonly is.
 
->>> hbm_utilisation(outcome, config, "int8", profile)
-0.71
+    hbm_utilisation(outcome, config, "int8", profile)  # 0.71
 """
 
 from jax.numpy import dtype

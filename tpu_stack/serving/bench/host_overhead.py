@@ -4,8 +4,7 @@ The engine sends off a step while the one before runs, so seconds that the host 
 not seconds that the device waits. What counts is how much longer a step of the engine takes than
 the same program sent off with nothing to do in between.
 
->>> host_overhead(service, rounds=3).share
-0.021
+    host_overhead(service, rounds=3).share  # 0.021
 """
 
 import threading

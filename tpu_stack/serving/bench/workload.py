@@ -3,6 +3,7 @@
 >>> mix = LengthMix.parse("64:24x3,512-1024:64")
 >>> requests = make_requests(mix, count=100, vocab_size=32000, max_length=2048, seed=0)
 >>> arrival_times(count=100, rate=4.0, seed=0)[:2]
+[0.617..., 0.838...]
 """
 
 import math

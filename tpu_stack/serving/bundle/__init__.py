@@ -3,8 +3,8 @@
 A folder of `manifest.json`, `tokenizer.json`, `weights-NNNNN.safetensors` and, for a model that was
 taught to chat, `chat.json`.
 
->>> bundle = Bundle.open(Path("bundle"))
->>> params = bundle.load(profile, mesh)
+    bundle = Bundle.open(Path("bundle"))
+    params = bundle.load(profile, mesh)
 """
 
 from tpu_stack.serving.bundle.read import Bundle

@@ -1,8 +1,8 @@
 """Opening a bundle: tensors are read one at a time and verified before they reach a device, so that
 a damaged one is named.
 
->>> bundle = Bundle.open(Path("bundle"))
->>> params = bundle.load(profile, mesh)
+    bundle = Bundle.open(Path("bundle"))
+    params = bundle.load(profile, mesh)
 """
 
 from dataclasses import dataclass

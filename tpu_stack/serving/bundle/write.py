@@ -4,7 +4,7 @@ Safetensors puts a header that lists every tensor before their bytes
 (https://github.com/huggingface/safetensors#format), and its library wants all of a file's tensors
 at once. Here room is left for the header, which may end in spaces, and it is written last.
 
->>> write_bundle(out, config, "int4", tokenizer, source, tensors)
+    write_bundle(out, config, "int4", tokenizer, source, tensors)
 """
 
 import json

@@ -6,7 +6,8 @@ without references stays in the prefix cache until it is evicted, least recently
 data only. Automatic prefix caching: vLLM (Kwon et al. 2023, arXiv:2309.06180).
 
 >>> pool = BlockPool(blocks=64, size=16)
->>> blocks = pool.cached_prefix(pool.block_hashes(prompt))
+>>> pool.cached_prefix(pool.block_hashes(tuple(range(40))))  # nothing is cached yet
+[]
 """
 
 from collections import OrderedDict

@@ -1,6 +1,6 @@
 """A running engine from weights on a mesh, or on two.
 
->>> service = start_service(config, params, profile, mesh, EngineOptions(slots=8))
+service = start_service(config, params, profile, mesh, EngineOptions(slots=8))
 """
 
 from dataclasses import dataclass

@@ -5,7 +5,7 @@ Where the two agree on the likeliest tokens they then draw the same one, samplin
 is what `state.decode_step` keeps. Its keys and values lie in pages of its own with the target's
 page numbers, so that a page table serves both.
 
->>> cache, drafts_BK = draft_tokens(config, dtype, params, cache, state, active_B, count=4)
+    cache, drafts_BK = draft_tokens(config, dtype, params, cache, state, active_B, count=4)
 """
 
 from typing import Any

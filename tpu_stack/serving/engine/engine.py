@@ -6,9 +6,9 @@ preempted: its blocks are swapped out to the host, and it resumes exactly where 
 tokens do not depend on the others: every program has a fixed shape, and a row reads its own pages
 only.
 
->>> engine = Engine(programs, params)
->>> engine.submit(ticket, listener)
->>> while engine.step(): ...
+    engine = Engine(programs, params)
+    engine.submit(ticket, listener)
+    while engine.step(): ...
 """
 
 import time

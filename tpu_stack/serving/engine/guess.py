@@ -3,7 +3,7 @@
 No second model: code, quotations and lists repeat themselves (prompt lookup; Saxena 2023). A wrong
 guess costs a row of one product; `state.decode_step` keeps only what the model would have said.
 
->>> drafts_BK = guess(state.history, state.positions, count=3)
+    drafts_BK = guess(state.history, state.positions, count=3)
 """
 
 import jax.numpy as jnp

@@ -4,8 +4,8 @@ A server compiles everything before the first request (`warm_up`); without that,
 compiled when it is first run. With a draft model, each program runs both: they have a cache each,
 and one page table serves the two.
 
->>> programs = Programs(config, profile, mesh, Shapes(...))
->>> prefilled = programs.prefill(params, tokens, starts, lengths, tables)
+    programs = Programs(config, profile, mesh, Shapes(...))
+    prefilled = programs.prefill(params, tokens, starts, lengths, tables)
 """
 
 import time

@@ -3,9 +3,9 @@
 A row's token depends on its own logits, parameters, output and position only. Work that no row
 asks for is skipped at run time, so that one compiled program serves every mix.
 
->>> rows = SamplingRows.of([SamplingParams(temperature=0.8, seed=1)], vocab=32000)
->>> choice = choose(logits_BV, rows, counts_BV, seen_BV, positions_B, active_B)
->>> choice.tokens, choice.logprobs
+    rows = SamplingRows.of([SamplingParams(temperature=0.8, seed=1)], vocab=32000)
+    choice = choose(logits_BV, rows, counts_BV, seen_BV, positions_B, active_B)
+    choice.tokens, choice.logprobs
 """
 
 from collections.abc import Sequence

@@ -3,8 +3,8 @@
 A row is a slot of the batch. All that a step needs to know about its request is on the device, so
 that the host may send off the next step before it has read the last one's tokens.
 
->>> state = insert(state, logits_RV, InsertRows(...))
->>> cache, state, output = decode_step(config, dtype, params, cache, state, active_B, drafts_BK)
+    state = insert(state, logits_RV, InsertRows(...))
+    cache, state, output = decode_step(config, dtype, params, cache, state, active_B, drafts_BK)
 """
 
 from dataclasses import dataclass, replace

@@ -2,8 +2,8 @@
 
 The planner compiles the same ones for chips that are not here (planner/engine_programs.py).
 
->>> decode = jit_decode((config,), profile, mesh, guesses=0)
->>> caches, state, output = decode(params, caches, state, tables_BM, active_B)
+    decode = jit_decode((config,), profile, mesh, guesses=0)
+    caches, state, output = decode(params, caches, state, tables_BM, active_B)
 """
 
 from dataclasses import replace

@@ -1,6 +1,6 @@
 """The thread that runs an engine, and its thread-safe interface.
 
->>> service = EngineThread(Engine(programs, params), queue_limit=256, facts={})
+service = EngineThread(Engine(programs, params), queue_limit=256, facts={})
 """
 
 import itertools

@@ -5,8 +5,8 @@ the decode mesh as soon as they are computed, and nothing waits for them but the
 decode steps go on meanwhile. Prompts prefilled earlier are read where they were computed.
 Splitwise (Patel et al. 2023, arXiv:2311.18677), DistServe (Zhong et al. 2024, arXiv:2401.09670).
 
->>> programs = TwoMeshes(Programs(config, p, mesh_p, shapes), Programs(config, d, mesh_d, shapes))
->>> engine = Engine(programs, (params_on_p, params_on_d))
+    programs = TwoMeshes(Programs(config, p, mesh_p, shapes), Programs(config, d, mesh_d, shapes))
+    engine = Engine(programs, (params_on_p, params_on_d))
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
 """From a call to an HTTP answer, whole or streamed; a client that leaves ends its call.
 
->>> return await respond(request, host, asks, format)
+return await respond(request, host, asks, format)
 """
 
 import asyncio

@@ -1,6 +1,6 @@
 """The routes of a server, around one model; which engine answers is not known here.
 
->>> app = build_app(Host(Model("a-int4", service, bundle.tokenizer, bundle.chat)))
+app = build_app(Host(Model("a-int4", service, bundle.tokenizer, bundle.chat)))
 """
 
 import asyncio

@@ -3,8 +3,8 @@
 Whatever way a call ends (answered, refused, client gone, reader too slow, server going down),
 leaving the `async with` cancels what still runs.
 
->>> async with Call.submit(host, requests) as call:
-...     async for update in call: ...
+    async with Call.submit(host, requests) as call:
+        async for update in call: ...
 """
 
 import asyncio

@@ -2,7 +2,7 @@
 
 Tools, images, audio and forced response formats are not supported, and are refused.
 
->>> reply = read_chat(host, parse_body(raw))
+    reply = read_chat(host, parse_body(raw))
 """
 
 import time

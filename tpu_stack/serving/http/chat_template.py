@@ -5,8 +5,7 @@ gives it. A model without one gets `DEFAULT_TEMPLATE`. Where a message spells a 
 unguessable mark is put inside the spelling before the template runs; what the rendered text still
 spells is the template's own, and only that becomes special tokens.
 
->>> ChatTemplate(tokenizer, chat).encode([{"role": "user", "content": "Hello"}])
-(151644, 872, 198, 9707, 151645, 198, 151644, 77091, 198)
+    ChatTemplate(tokenizer, chat).encode([{"role": "user", "content": "Hello"}])
 """
 
 import datetime

@@ -3,7 +3,7 @@
 `best_of` beyond `n`, `suffix` and the log-probabilities of an echoed prompt are not supported, and
 are refused rather than ignored.
 
->>> reply = read_completion(host, parse_body(raw))
+    reply = read_completion(host, parse_body(raw))
 """
 
 import time

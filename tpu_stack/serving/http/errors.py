@@ -1,6 +1,8 @@
 """Refusals in OpenAI's words, so that its client raises the exception its users expect.
 
 >>> raise ApiError(404, "The model `x` does not exist", param="model", code="model_not_found")
+Traceback (most recent call last):
+tpu_stack.serving.http.errors.ApiError: The model `x` does not exist
 """
 
 import math

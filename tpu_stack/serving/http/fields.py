@@ -1,9 +1,9 @@
 """A JSON body read field by field, so that a wrong one is named in the answer.
 
 >>> fields = Fields(parse_body(b'{"n": 2, "temperature": 0.5}'))
->>> fields.integer("n", 1, low=1), fields.number("temperature", 1.0, low=0, high=2)
+>>> fields.integer("n", 1, low=1, high=8), fields.number("temperature", 1.0, low=0, high=2)
 (2, 0.5)
->>> fields.finish()  # refuses what nobody asked for
+>>> fields.finish()  # refuses fields that were not read
 """
 
 import json

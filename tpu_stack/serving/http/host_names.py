@@ -3,7 +3,7 @@
 A page of evil.example may have that name resolve to 127.0.0.1; the browser then takes the server
 for the page's own, and lets it read what it likes ("DNS rebinding"). Its requests carry the name.
 
->>> app.add_middleware(HostNames, names=frozenset({"localhost"}))
+    app.add_middleware(HostNames, names=frozenset({"localhost"}))
 """
 
 import re

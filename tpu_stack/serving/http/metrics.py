@@ -3,8 +3,7 @@
 Latencies are measured in the server, from a request's submission; counts and gauges are the
 engine's own snapshot, read when somebody asks. Every server has a registry of its own.
 
->>> Metrics(service).exposition()[:6]
-b'# HELP'
+    Metrics(service).exposition()[:6]  # b'# HELP'
 """
 
 import time

@@ -1,6 +1,6 @@
 """The page at `/`: a playground and live charts, one HTML file that needs nothing else.
 
->>> page_response(host).headers["content-security-policy"]
+page_response(host).headers["content-security-policy"]
 """
 
 import secrets

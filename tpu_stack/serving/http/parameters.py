@@ -6,7 +6,7 @@ beyond it: `top_k`, `min_p`, `repetition_penalty`, `priority` (lower goes first)
 answer here (`metadata`, `service_tier`, ...) are ignored; those that would (`tools`, `suffix`, ...)
 are refused, and so is a field that nobody knows.
 
->>> common = read_common(Fields(body), vocab_size=256)
+    common = read_common(Fields(body), vocab_size=256)
 """
 
 import secrets

@@ -3,8 +3,8 @@
 The first SIGTERM or Ctrl-C begins the drain: new requests are answered 503, those in flight finish,
 up to `drain_s`; then the process may exit with status 0. A second one ends it at once.
 
->>> listener = bind("127.0.0.1", 0)
->>> Server(host, drain_s=30).run(sockets=[listener])
+    listener = bind("127.0.0.1", 0)
+    Server(host, drain_s=30).run(sockets=[listener])
 """
 
 import errno

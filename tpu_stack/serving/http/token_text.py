@@ -1,7 +1,8 @@
 """Log-probabilities in OpenAI's two forms: parallel lists of old, a list of objects in chat.
 
->>> chat_logprobs(tokenizer, update.tokens, top=2)["content"][0]["token"]
-' world'
+>>> tokens = [Placed(Token(id, logprob=-0.1), 0) for id in tokenizer.encode("is")]
+>>> [entry["token"] for entry in chat_logprobs(tokenizer, tokens, top=0)["content"]]
+['i', 's']
 """
 
 import math
