@@ -177,6 +177,8 @@ NEIGHBOURS = {
     "make_optimizer": "tpu_stack.training.optimizer",
     "make_train_step": "tpu_stack.training.step",
     "Calibration": "tpu_stack.planner.backtest.calibration",
+    "eval_batches": "tpu_stack.data.pipeline",
+    "CheckpointHook": "tpu_stack.training.hooks",
     "start_engine": "tpu_stack.serving.launch",
     "Engine": "tpu_stack.serving.engine.engine",
     "Token": "tpu_stack.serving.requests",
