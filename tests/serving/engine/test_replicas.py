@@ -77,7 +77,7 @@ def test_replicas_give_the_tokens_of_one_engine_and_share_the_work(service):
     wait(lambda: not service.stats().running)
     stats = service.stats()
     assert stats.submitted == sum(stats.finished.values()) == len(REQUESTS)
-    assert (stats.recompilations, stats.generation, service._homes) == (0, 0, {})
+    assert (stats.recompilations, stats.generation, service._routes) == (0, 0, {})
     assert stats.pages_free + stats.pages_cached == stats.pages == 64
 
 
@@ -101,8 +101,8 @@ def test_a_refused_request_leaves_no_trace(service):
         except QueueFull:
             refused += 1
     assert 0 < refused <= 160  # each of the two lets twenty wait
-    assert len(service._homes) <= 200 - refused
-    wait(lambda: not service._homes)
+    assert len(service._routes) <= 200 - refused
+    wait(lambda: not service._routes)
     wait(lambda: not service.stats().running)
     stats = service.stats()
     assert (stats.waiting, stats.pages_free + stats.pages_cached) == (0, stats.pages)
