@@ -51,7 +51,7 @@ def test_the_compilers_totals():
     """
     profile = get_profile("v5p:4x4x4", "train")
     found = TrainMemory(LLAMA, profile, 4096).held(profile, batch=128, accumulate=1)
-    assert sum(found.values()) == pytest.approx(10_447_807_332, rel=0.1)
+    assert sum(found.values()) == pytest.approx(9_408_893_120, rel=0.1)
     for mesh, total in (("fsdp=64", 84.22), ("data=2,fsdp=32", 86.19), ("data=4,fsdp=16", 90.39)):
         profile = dataclasses.replace(get_profile("v5p:64", "train").with_mesh(mesh), remat="none")
         found = TrainMemory(LLAMA, profile, 4096).held(profile, batch=256, accumulate=2)

@@ -100,6 +100,11 @@ def topology_of(profile: Profile) -> Topology:
     return _named(proxy, stand_in, wrap)
 
 
+def is_torus(profile: Profile) -> bool:
+    """Whether every axis of the profile's slice closes into a ring; an emulated one is open."""
+    return profile.chips is not None and all(wraps(profile.chip_facts, _shape(profile)))
+
+
 def _shape(profile: Profile) -> tuple[int, ...]:
     """Chips along each axis of the profile's slice; a count of chips off the torus."""
     chip = profile.chip_facts

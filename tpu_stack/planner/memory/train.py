@@ -12,7 +12,7 @@ from tpu_stack.models.abstract import tensor_specs
 from tpu_stack.models.attention import CHUNK
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.planner.aot.request import CompileRequest
-from tpu_stack.planner.aot.target import PROXY
+from tpu_stack.planner.aot.target import PROXY, is_torus
 from tpu_stack.planner.memory.prediction import Prediction, Term, array, axes_text, local, shard
 from tpu_stack.planner.memory.tiles import padded_bytes
 from tpu_stack.planner.tensors import shard_count
@@ -102,7 +102,9 @@ def _saved(config: ModelConfig, profile: Profile, size: tuple[int, int]) -> list
 
 def _loss(config: ModelConfig, profile: Profile, size: tuple[int, int]) -> tuple[Term, ...]:
     """At the logits. The table that makes them is gathered over fsdp, and its gradient is made in
-    that size before it is scattered: the heap has room for both."""
+    that size before it is scattered. On an open grid the heap has room for both; on a torus, where
+    all-gathers take the place of all-reduces, one takes the other's place (llama3_8b on v5p:4x4x4,
+    libtpu 0.0.52)."""
     V, D = config.vocab_size // shard_count(profile, VOCAB), config.d_model
     split = axes_text((BATCH, VOCAB), profile)
     terms = [array("logits", "float32", (*size, V), split)]
@@ -111,8 +113,9 @@ def _loss(config: ModelConfig, profile: Profile, size: tuple[int, int]) -> tuple
         terms.append(array("gradient of the logits", "bfloat16", (*size, V), split))
     table = axes_text((VOCAB,), profile)
     gathered = shard_count(profile, EMBED) > 1
-    name = "unembedding, gathered, and its gradient" if gathered else "unembedding"
-    terms.append(array(name, "bfloat16", (V, D), table, 2 if gathered else 1))
+    both = gathered and not is_torus(profile)
+    name = "unembedding, gathered, and its gradient" if both else "unembedding"
+    terms.append(array(name, "bfloat16", (V, D), table, 2 if both else 1))
     if gathered:
         piece = shard((config.vocab_size, D), (VOCAB, EMBED), profile)
         terms.append(array("pieces of that gradient", "bfloat16", piece, table))
