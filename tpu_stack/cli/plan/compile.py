@@ -150,18 +150,21 @@ def _timed(result: Any) -> list[tuple[Any, Any]]:
 def _print_collectives(result: Any) -> None:
     from tpu_stack.planner.hlo_collective import summarize
 
-    rows = []
-    for row in summarize(result.report.collectives):
+    rows, summary = [], summarize(result.report.collectives)
+    for row in summary:
         times = [time for c, time in _timed(result) if (c.kind, c.axes) == (row.kind, row.axes)]
         own, bare = sum(t.own_s for t in times), sum(t.exposed_s for t in times)
         unknown = f", {row.unknown_sites} in loops of unknown length" if row.unknown_sites else ""
         rows.append(
             [row.kind, row.axes_label, f"{row.count}{unknown}", bytes_text(row.bytes),
-             bytes_text(row.overlapped_bytes), seconds_text(own), seconds_text(bare)]
+             bytes_text(row.wire_bytes), bytes_text(row.overlapped_bytes), seconds_text(own),
+             seconds_text(bare)]
         )  # fmt: skip
-    columns = ["collective", "mesh axes", "count", "bytes per device", "asynchronous",
-               "projected time", "exposed"]  # fmt: skip
-    print_table("\ncollectives, one step", columns, rows or [["none", *"-" * 6]])
+    columns = ["collective", "mesh axes", "count", "bytes per device", "on the wire",
+               "asynchronous", "projected time", "exposed"]  # fmt: skip
+    print_table("\ncollectives, one step", columns, rows or [["none", *"-" * 7]])
+    sent = sum(row.wire_bytes for row in summary)
+    print(f"on the wire: {bytes_text(sent)} that each device sends, by ring algorithms")
 
 
 def _print_served(result: Any) -> None:

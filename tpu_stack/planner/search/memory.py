@@ -18,6 +18,7 @@ from math import prod
 from tpu_stack.models.abstract import tensor_specs
 from tpu_stack.models.attention import CHUNK
 from tpu_stack.models.config import ModelConfig
+from tpu_stack.planner.aot.target import is_torus
 from tpu_stack.planner.tensors import shard_count, tensor_rows
 from tpu_stack.planner.traffic import saved_activation_bytes
 from tpu_stack.sharding.axes import BATCH, FFW, HEADS, KV_HEADS, LAYERS, VOCAB, TensorSpec
@@ -60,6 +61,7 @@ class TrainMemory:
             elif spec.name == "unembed" or config.tie_embeddings:
                 self.table = max(self.table, gathered)
         self.layer = layers // config.n_layers
+        self.tables = 1 if is_torus(profile) else 2  # gathered, and its gradient in that size
 
     def held(self, profile: Profile, *, batch: int, accumulate: int) -> Bytes:
         """Bytes by term. `profile` is the mesh's, with a remat of its own."""
@@ -72,7 +74,7 @@ class TrainMemory:
             "bfloat16 weights": BF16 * self.kept,
             "gradient": F32 * self.kept * (2 if accumulate > 1 else 1),
             "saved activations": self._saved(profile, rows, batch // accumulate),
-            "working set": max(layer, logits + 2 * BF16 * self.table),
+            "working set": max(layer, logits + self.tables * BF16 * self.table),
         }
 
     def _saved(self, profile: Profile, rows: int, batch: int) -> int:
