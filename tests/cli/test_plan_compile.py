@@ -60,7 +60,8 @@ def test_prints_memory_collectives_and_operations(answer, capsys, tmp_path):
     for text in (
         "v5e:2x4 (8 JAX devices)", "no axis wraps", "batch 8, seq_len 64",
         "41.0 s when it was compiled (cached)",
-        "1.5 GiB", "of v5e", "reduce-scatter", "fsdp", "not asynchronous", "on the wire: ", "rung 3", "projected",
+        "1.5 GiB", "of v5e", "reduce-scatter", "fsdp", "not asynchronous", "on the wire: ",
+        "rung 3", "projected",
     ):  # fmt: skip
         assert text in printed
     written = json.loads(file.read_text())

@@ -47,7 +47,8 @@ def test_the_compilers_totals():
     """libtpu 0.0.52's own totals, from `tpu-stack plan compile` and `plan search --confirm`.
 
     A train step of llama3_8b for v5p:4x4x4 (batch 128, remat full) and, as an open grid of as many
-    chips, v5p:64 (256 in two micro-batches, remat none). These are the cases that the count was made to look like.
+    chips, v5p:64 (256 in two micro-batches, remat none). These are the cases that the count was
+    made to look like.
     """
     profile = get_profile("v5p:4x4x4", "train")
     found = TrainMemory(LLAMA, profile, 4096).held(profile, batch=128, accumulate=1)
