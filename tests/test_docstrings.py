@@ -52,16 +52,16 @@ def docstrings(module: str) -> list[str]:
 
 
 def sketches(text: str) -> list[ast.Module]:
-    """The indented lines of a docstring's paragraphs of their own that are Python, parsed."""
+    """A docstring's paragraphs that are Python with a call in it, parsed: indented lines, under
+    "Example:" where they would be all of the docstring but its summary."""
     found = []
     for block in re.split(r"\n\s*\n", text):
-        if all(line.startswith("    ") for line in block.splitlines()) and ">>>" not in block:
-            try:
-                tree = ast.parse(textwrap.dedent(block))
-            except SyntaxError:
-                continue  # a command line, a table, a formula
-            if any(isinstance(node, ast.Call) for node in ast.walk(tree)):
-                found.append(tree)
+        try:
+            tree = ast.parse(textwrap.dedent(block.removeprefix("Example:\n")))
+        except SyntaxError:
+            continue  # prose, a command line, a table, a formula
+        if any(isinstance(node, ast.Call) for node in ast.walk(tree)):
+            found.append(tree)
     return found
 
 
@@ -179,6 +179,8 @@ NEIGHBOURS = {
     "Calibration": "tpu_stack.planner.backtest.calibration",
     "eval_batches": "tpu_stack.data.pipeline",
     "CheckpointHook": "tpu_stack.training.hooks",
+    "Model": "tpu_stack.serving.http.model",
+    "train_step": "tpu_stack.planner.simulate.train",
     "start_engine": "tpu_stack.serving.launch",
     "Engine": "tpu_stack.serving.engine.engine",
     "Token": "tpu_stack.serving.requests",

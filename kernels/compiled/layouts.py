@@ -1,6 +1,7 @@
 """Where a program's arguments lie, as those who make them leave them.
 
-arguments = [with_layout(a, sharding) for a in arguments]
+Example:
+    arguments = [with_layout(a, sharding) for a in arguments]
 """
 
 from typing import Any

@@ -1,6 +1,7 @@
 """The static plan of one call of `grouped_matmul`: the plan of one expert's rows, applied to all.
 
-plan = make_grouped_plan(x, values, scales, group_sizes)
+Example:
+    plan = make_grouped_plan(x, values, scales, group_sizes)
 """
 
 from dataclasses import replace

@@ -1,6 +1,7 @@
 """Attention over one block of tokens in VMEM: the online softmax's step.
 
-attend(q_ref, buffers, running, first_token, length, plan)
+Example:
+    attend(q_ref, buffers, running, first_token, length, plan)
 """
 
 from typing import Any

@@ -1,8 +1,9 @@
 """A block's pages, copied from device memory while the block before it is computed on.
 
-copies = Copies(fetch_ref, lengths_ref, stored, buffers, semaphores, plan)
-copies.start(place, slot)  # and a step later
-copies.wait(place, slot)
+Example:
+    copies = Copies(fetch_ref, lengths_ref, stored, buffers, semaphores, plan)
+    copies.start(place, slot)  # and a step later
+    copies.wait(place, slot)
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,7 @@
 """The static plan of one call of `kv_attention`: validated shapes and dtypes, and chosen blocks.
 
-plan = make_plan(q, k_pages, v_pages, page_table, lengths, k_scales, v_scales)
+Example:
+    plan = make_plan(q, k_pages, v_pages, page_table, lengths, k_scales, v_scales)
 """
 
 import functools

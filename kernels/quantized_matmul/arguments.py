@@ -1,6 +1,7 @@
 """Lay out the caller's arrays as the kernel takes them, call it, and restore the result's layout.
 
-y = run(call, x, values, scales, row_scales, plan, interpret)  # call(operands, plan) -> [M, N]
+Example:
+    y = run(call, x, values, scales, row_scales, plan, interpret)  # call(operands, plan) -> [M, N]
 """
 
 import math

@@ -1,6 +1,7 @@
 """`ts.evaluate`: validation loss, perplexity and bits per byte of a bundle or a checkpoint.
 
-evaluate("runs/a-int4", data=["plays.txt"])["perplexity"]
+Example:
+    evaluate("runs/a-int4", data=["plays.txt"])["perplexity"]
 """
 
 from collections.abc import Sequence

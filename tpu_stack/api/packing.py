@@ -1,6 +1,7 @@
 """`ts.pack`: from a checkpoint to a frozen, packed, read-only bundle.
 
-bundle = pack("runs/a", "int4", out="runs/a-int4")
+Example:
+    bundle = pack("runs/a", "int4", out="runs/a-int4")
 """
 
 from collections.abc import Callable

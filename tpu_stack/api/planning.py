@@ -1,7 +1,7 @@
 """`ts.compare`: what a model would cost on chips that are not here.
 
-compare("llama3_70b", train="8t:4x4x4", serve="8i:8")["two_by_two"]
-plan("llama3_8b", "v5p:4x4x4")["train_step"]["tokens_per_s_per_chip"]  # projected
+Example:
+    compare("llama3_70b", train="8t:4x4x4", serve="8i:8")["two_by_two"]
 """
 
 import contextlib

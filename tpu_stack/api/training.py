@@ -1,6 +1,7 @@
 """`ts.train`: a model, a training profile, some text, a folder for the run.
 
-result = train("nano", "8t", data=["plays.txt"], out="runs/a", steps=100, batch_size=8)
+Example:
+    result = train("nano", "8t", data=["plays.txt"], out="runs/a", steps=100, batch_size=8)
 """
 
 from collections.abc import Sequence

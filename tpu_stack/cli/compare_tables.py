@@ -1,6 +1,7 @@
 """The tables of `tpu-stack compare`. Apart from the verb because there are nine of them.
 
-print_comparison(compare(request))
+Example:
+    print_comparison(compare(request))
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,7 @@
 """The dense feed-forward part of a block.
 
-hidden_BTD = MLP(config, rngs)(x_BTD)
+Example:
+    hidden_BTD = MLP(config, rngs)(x_BTD)
 """
 
 import jax

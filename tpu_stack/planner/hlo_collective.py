@@ -1,7 +1,8 @@
 """What one collective is, what it sends, and how a program's collectives add up.
 
-rows = summarize(found)
-[(row.kind, row.axes_label, row.count, row.bytes) for row in rows]
+Example:
+    rows = summarize(found)
+    [(row.kind, row.axes_label, row.count, row.bytes) for row in rows]
 """
 
 from collections.abc import Sequence

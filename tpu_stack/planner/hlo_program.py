@@ -1,7 +1,8 @@
 """All that the planner reads from one compiled program, as one value that JSON can hold.
 
-report = read_program(result.hlo_text(), {"data": 1, "fsdp": 64, "tensor": 1})
-[(row.kind, row.axes_label, row.bytes) for row in summarize(report.collectives)]
+Example:
+    report = read_program(result.hlo_text(), {"data": 1, "fsdp": 64, "tensor": 1})
+    [(row.kind, row.axes_label, row.bytes) for row in summarize(report.collectives)]
 """
 
 from collections.abc import Mapping

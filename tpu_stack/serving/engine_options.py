@@ -1,6 +1,7 @@
 """How an engine is built: what the command line offers and `engine.build` reads.
 
-start_service(config, params, profile, mesh, EngineOptions(slots=16, cache_dtype="int8"))
+Example:
+    start_service(config, params, profile, mesh, EngineOptions(slots=16, cache_dtype="int8"))
 """
 
 import dataclasses

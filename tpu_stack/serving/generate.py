@@ -1,6 +1,7 @@
 """Text from prompts, streamed as an engine decodes it.
 
-for row, piece in stream_text(service, tokenizer, ["def "], max_tokens=32): ...
+Example:
+    for row, piece in stream_text(service, tokenizer, ["def "], max_tokens=32): ...
 """
 
 import dataclasses

@@ -1,6 +1,7 @@
 """A running engine from a bundle on disk, or from random weights, on the meshes that are there.
 
-served = start_engine(Weights.of(Path("bundle")), Where(), EngineOptions())
+Example:
+    served = start_engine(Weights.of(Path("bundle")), Where(), EngineOptions())
 """
 
 import dataclasses

@@ -1,7 +1,8 @@
 """Where packed weights live: shapes and shardings of every leaf under a serving profile.
 
-layout = PackedLayout.of(config, "int4", profile, mesh)
-layout.abstract["blocks"]["mlp"]["w_up"].values.sharding
+Example:
+    layout = PackedLayout.of(config, "int4", profile, mesh)
+    layout.abstract["blocks"]["mlp"]["w_up"].values.sharding
 """
 
 from dataclasses import dataclass, replace

@@ -1,7 +1,8 @@
 """The manifest of a bundle: what it holds, where each tensor's bytes are, and their checksums.
 
-manifest = Manifest.read(Path("bundle"))
-manifest.tensors["final_norm.scale"].format  # 'bf16'
+Example:
+    manifest = Manifest.read(Path("bundle"))
+    manifest.tensors["final_norm.scale"].format  # 'bf16'
 """
 
 import json

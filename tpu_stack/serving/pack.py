@@ -1,6 +1,7 @@
 """From a checkpoint to a bundle, a tensor at a time: restore, store in a format, write.
 
-manifest = pack(Path("runs/a"), "int4", profile, mesh, Path("bundle"))
+Example:
+    manifest = pack(Path("runs/a"), "int4", profile, mesh, Path("bundle"))
 """
 
 from collections.abc import Callable, Iterable, Iterator

@@ -1,7 +1,8 @@
 """Stopping between two steps: SIGTERM and Ctrl-C ask, the loop saves and leaves.
 
-with StopRequest() as stop:
-    while not stop.signal: ...
+Example:
+    with StopRequest() as stop:
+        while not stop.signal: ...
 """
 
 import signal

@@ -1,6 +1,7 @@
 """`tpu-stack kernels ACTION`: the kernels proven, explained, profiled and tuned without a TPU.
 
-main(["kernels", "explain", "--format", "int4", "--chip", "8i", "--shape", "16,4096,14336"])
+Example:
+    main(["kernels", "explain", "--format", "int4", "--chip", "8i", "--shape", "16,4096,14336"])
 """
 
 ACTIONS = {

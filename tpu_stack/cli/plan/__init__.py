@@ -1,6 +1,7 @@
 """`tpu-stack plan ACTION`: what a model needs of which chips, before renting any.
 
-main(["plan", "compile", "--model", "llama3_8b", "--profile", "v5p:4x4x4"])
+Example:
+    main(["plan", "compile", "--model", "llama3_8b", "--profile", "v5p:4x4x4"])
 """
 
 ACTIONS = {

@@ -1,6 +1,7 @@
 """The options that name one program of one model on one slice, as `compile` and `memory` take them.
 
-ProgramOptions(model="llama3_8b", profile="v5p:4x4x4").asked()
+Example:
+    ProgramOptions(model="llama3_8b", profile="v5p:4x4x4").asked()
 """
 
 from dataclasses import dataclass, fields

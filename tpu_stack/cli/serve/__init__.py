@@ -1,6 +1,7 @@
 """`tpu-stack serve BUNDLE`, the server; `tpu-stack serve bench`, load on an engine without one.
 
-main(["serve", "runs/a-int4", "--port", "8000"])
+Example:
+    main(["serve", "runs/a-int4", "--port", "8000"])
 """
 
 ACTIONS = {"bench": "throughput and latency of an engine under load, beside its peers"}

@@ -1,6 +1,7 @@
 """Parameters as a Hugging Face folder: the exact inverse of `load.py`, one tensor at a time.
 
-write_weights(out, family, config, params, dtypes={})
+Example:
+    write_weights(out, family, config, params, dtypes={})
 """
 
 import json

@@ -1,6 +1,7 @@
 """What a person asked to compile, as typed: free of JAX, which takes seconds to import.
 
-Asked("llama3_8b", "v5p:4x4x4", "train")
+Example:
+    Asked("llama3_8b", "v5p:4x4x4", "train")
 """
 
 import difflib

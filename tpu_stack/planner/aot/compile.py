@@ -1,7 +1,10 @@
 """Compiles a program for a TPU that is not here, in a child process, through the cache on disk.
 
-result = compile_program(make_request(Asked("llama3_8b", "v5p:4x4x4", "train")))
-result.memory.total_bytes, result.report.collectives
+Example:
+    from tpu_stack.planner.aot.asked import Asked
+    from tpu_stack.planner.aot.request import make_request
+    result = compile_program(make_request(Asked("llama3_8b", "v5p:4x4x4", "train")))
+    result.memory.total_bytes, result.report.collectives
 """
 
 import json

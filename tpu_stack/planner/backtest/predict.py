@@ -1,6 +1,7 @@
 """One row, one prediction: which constants it is made with, and what it took for granted.
 
-predict(row, Calibration.load()).value
+Example:
+    predict(row, Calibration.load()).value
 """
 
 from dataclasses import dataclass, field, replace

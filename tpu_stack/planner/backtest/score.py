@@ -1,7 +1,8 @@
 """The backtest: every row predicted, its error, and the errors of the baselines beside it.
 
-result = backtest(read_rows(Path("published.csv")), Calibration.load())
-result["summary"]["train"]["median_abs_error"]
+Example:
+    result = backtest(read_rows(Path("published.csv")), Calibration.load())
+    result["summary"]["train"]["median_abs_error"]
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,8 @@
 """Published decode, serving and prefill rows as jobs of the simulator.
 
-job, assumed = serve_job(row)
-predict_decode(row, job, constants, serving)  # ms per token
+Example:
+    job, assumed = serve_job(row)
+    predict_decode(row, job, constants, serving, assumed)  # ms per token
 """
 
 import re

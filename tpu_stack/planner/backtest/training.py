@@ -1,7 +1,8 @@
 """A published training row as a job of the simulator, and a step's time in the row's own metric.
 
-job, assumed = train_job(row)
-in_metric(row, train_step(job, constants).tokens_per_s_per_chip)
+Example:
+    job, assumed = train_job(row)
+    in_metric(row, train_step(job, constants).tokens_per_s_per_chip)
 """
 
 from math import prod

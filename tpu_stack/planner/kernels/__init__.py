@@ -1,7 +1,8 @@
 """Kernels proven without a TPU: the ladder, the static profiler, the tuner and the dispatcher.
 
-from tpu_stack.planner.kernels import find_cases, verify_cases
-verify_cases(find_cases(format="int4"), chips=["v6e"])[0]["failed"]  # []
+Example:
+    from tpu_stack.planner.kernels import find_cases, verify_cases
+    verify_cases(find_cases(format="int4"), chips=["v6e"])[0]["failed"]  # []
 """
 
 from tpu_stack.planner.kernels.case_registry import find_cases, registry

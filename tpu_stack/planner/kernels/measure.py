@@ -1,6 +1,7 @@
 """Wall clock for tuned candidates, where the chip that they are tuned for is at hand (rung 5).
 
-local_chip()  # on a v6e host; None on a laptop  # 'v6e'
+Example:
+    local_chip()  # on a v6e host; None on a laptop  # 'v6e'
 """
 
 import statistics

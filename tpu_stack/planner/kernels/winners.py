@@ -1,6 +1,7 @@
 """Keeping what `tune` found: winners in the op's tiles.json, as the kernel reads it.
 
-write_winners([(case, "v6e", (16, 4096, 14336), winner)])  # ['quantized_matmul int4 bf16']
+Example:
+    write_winners([(case, "v6e", (16, 4096, 14336), winner)])  # ['quantized_matmul int4 bf16']
 """
 
 import json

@@ -1,7 +1,8 @@
 """The nearest changes to a program that does not fit, each checked before it is offered.
 
-for change in changes(request):
-    print(change.text, change.verdict.prediction.total_bytes)
+Example:
+    for change in changes(request):
+        print(change.text, change.verdict.prediction.total_bytes)
 """
 
 import dataclasses

@@ -1,7 +1,8 @@
 """The compiler's own figure beside the prediction (rung 3), and whose its largest buffers are.
 
-found = confirm(request)
-found.total_bytes, found.fits, found.largest[0]
+Example:
+    found = confirm(request)
+    found.total_bytes, found.fits, found.largest[0]
 """
 
 from collections.abc import Callable

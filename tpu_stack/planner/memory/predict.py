@@ -1,7 +1,10 @@
 """Whether a program fits, by formula: the prediction for any request beside what a device has.
 
-verdict = Verdict.of(make_request(Asked("llama3_8b", "v5e:4x4", "train")))
-verdict.fits, verdict.prediction.total_bytes, verdict.limit_bytes
+Example:
+    from tpu_stack.planner.aot.asked import Asked
+    from tpu_stack.planner.aot.request import make_request
+    verdict = Verdict.of(make_request(Asked("llama3_8b", "v5e:4x4", "train")))
+    verdict.fits, verdict.prediction.total_bytes, verdict.limit_bytes
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,7 @@
 """Self-contained HTML pages: they work offline, from one file, on a phone and on a desk.
 
-write_text(Path("report.html"), render(report))
+Example:
+    write_text(Path("report.html"), render(report))
 """
 
 from tpu_stack.planner.report.demo import render

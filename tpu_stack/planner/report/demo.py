@@ -1,6 +1,7 @@
 """The demo's report as one self-contained HTML page: no script, no request, works offline.
 
-write_text(Path("report.html"), render(json.loads(Path("report.json").read_text())))
+Example:
+    write_text(Path("report.html"), render(json.loads(Path("report.json").read_text())))
 """
 
 import io

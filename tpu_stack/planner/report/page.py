@@ -1,6 +1,7 @@
 """The comparison as one self-contained HTML page: works offline, on a phone and on a desk.
 
-write_text(Path("compare.html"), render_comparison(compare(request)))
+Example:
+    write_text(Path("compare.html"), render_comparison(compare(request)))
 """
 
 from typing import Any

@@ -1,6 +1,7 @@
 """Finds a page's template beside this file; an undefined name in it is an error.
 
-template("demo.html.jinja").render(report=report)
+Example:
+    template("demo.html.jinja").render(report=report)
 """
 
 from collections.abc import Callable

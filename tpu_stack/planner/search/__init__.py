@@ -1,7 +1,8 @@
 """Which mesh, batch, format and remat: every legal choice simulated, the best few compiled.
 
-from tpu_stack.planner.search import Ask, search
-search(Ask("llama3_8b", ("v6e:64",), "train-throughput")).best[0].candidate.mesh
+Example:
+    from tpu_stack.planner.search import Ask, search
+    search(Ask("llama3_8b", ("v6e:64",), "train-throughput")).best[0].candidate.mesh
 """
 
 from tpu_stack.planner.search.ask import Ask

@@ -1,6 +1,7 @@
 """The plans that are shown, checked with `planner.memory`: too slow for all, exact enough for them.
 
-plans = settle(question, plans, show=8, too_large=print)
+Example:
+    plans = settle(question, plans, show=8, too_large=print)
 """
 
 import dataclasses

@@ -1,6 +1,7 @@
 """The TPU compiler's word on the best plans: rung 3 beside rung 4.
 
-confirm(found.best[:3], "llama3_8b")[0].verdict  # 'fits'
+Example:
+    confirm(found.best[:3], "llama3_8b")[0].verdict  # 'fits'
 """
 
 from collections.abc import Callable, Sequence

@@ -1,7 +1,8 @@
 """The search itself: every legal candidate, those that fit simulated, the best of them found.
 
-found = search(Ask("llama3_8b", ("v6e:64",), "decode-throughput", latency_s=0.02))
-found.best[0].candidate.text, found.rate
+Example:
+    found = search(Ask("llama3_8b", ("v6e:64",), "decode-throughput", latency_s=0.02))
+    found.best[0].candidate.text, found.rate
 """
 
 import time

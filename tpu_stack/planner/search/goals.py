@@ -1,6 +1,7 @@
 """What a search can be after, and the plans that no other plan beats on both counts.
 
-GOALS["decode-latency"].front(plans)
+Example:
+    GOALS["decode-latency"].front(plans)
 """
 
 from collections.abc import Callable, Iterable

@@ -1,6 +1,7 @@
 """The Pareto front as a picture: every plan a faint dot, those that none beats joined by a line.
 
-write_plot(found, Path("front.png"))
+Example:
+    write_plot(found, Path("front.png"))
 """
 
 from itertools import cycle

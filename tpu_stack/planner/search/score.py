@@ -1,7 +1,8 @@
 """What the simulator says of a candidate's step, with what depends on the mesh alone kept aside.
 
-scorer = Scorer.of(question, profile, "int4")
-scorer.terms(candidate)  # {'weights': 0.0021, 'compute': ...}
+Example:
+    scorer = Scorer.of(question, profile, "int4")
+    scorer.terms(candidate)  # {'weights': 0.0021, 'compute': ...}
 """
 
 from dataclasses import dataclass

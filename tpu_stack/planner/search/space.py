@@ -1,6 +1,7 @@
 """All that can be chosen: every mesh that the sharding rules divide, every batch, format and remat.
 
-[profile.mesh for profile in legal_meshes(get_profile("v6e:64"), tensor_specs(config))]
+Example:
+    [profile.mesh for profile in legal_meshes(get_profile("v6e:64"), tensor_specs(config))]
 """
 
 import contextlib

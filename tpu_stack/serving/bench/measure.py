@@ -1,8 +1,9 @@
 """Sends requests to a service and times the answers.
 
-outcome = closed_loop(service, requests, streams=8)
-outcome = open_loop(service, requests, arrival_times(count=100, rate=4.0, seed=0))
-outcome.report()["ttft_ms"]["p95"]
+Example:
+    outcome = closed_loop(service, requests, streams=8)
+    outcome = open_loop(service, requests, arrival_times(count=100, rate=4.0, seed=0))
+    outcome.report()["ttft_ms"]["p95"]
 """
 
 import threading

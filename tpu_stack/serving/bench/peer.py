@@ -1,7 +1,8 @@
 """`transformers` on the same requests, in an interpreter that has it, turn by turn with the engine.
 
-with TransformersPeer(Path("/opt/torch/bin/python"), config, requests, 8, "float32") as peer:
-    peer.run()  # new tokens per second
+Example:
+    with TransformersPeer(Path("/opt/torch/bin/python"), config, requests, 8, "float32") as peer:
+        peer.run()  # new tokens per second
 """
 
 import json

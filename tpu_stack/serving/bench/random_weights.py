@@ -1,6 +1,7 @@
 """Random weights of a shape, packed as a bundle's would be: speed does not depend on the numbers.
 
-params = random_params(get_preset("qwen3_0_6b"), "int8", profile, mesh)
+Example:
+    params = random_params(get_preset("qwen3_0_6b"), "int8", profile, mesh)
 """
 
 from typing import Any

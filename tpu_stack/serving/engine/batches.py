@@ -1,7 +1,8 @@
 """Host arrays for the programs, from sequences: one chunk of prompts, rows that take slots.
 
-batch, arrays = next_chunk(sequences, tables, shapes)
-programs.prefill(params, *arrays)
+Example:
+    batch, arrays = next_chunk(sequences, tables, shapes)
+    programs.prefill(params, *arrays)
 """
 
 from typing import NamedTuple

@@ -1,8 +1,9 @@
 """Which sequence has which slot and which blocks: bookkeeping without any policy.
 
-blocks = BlockManager(shapes)
-if blocks.has_slot and blocks.allocate(sequence): blocks.assign_slot(sequence)
-blocks.free(sequence)
+Example:
+    blocks = BlockManager(shapes)
+    if blocks.has_slot and blocks.allocate(sequence): blocks.assign_slot(sequence)
+    blocks.free(sequence)
 """
 
 import numpy as np

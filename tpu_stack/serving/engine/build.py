@@ -1,6 +1,7 @@
 """A running engine from weights on a mesh, or on two.
 
-service = start_service(config, params, profile, mesh, EngineOptions(slots=8))
+Example:
+    service = start_service(config, params, profile, mesh, EngineOptions(slots=8))
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,8 @@
 """Pages out of a cache and into one: to the host and back at preemption, between two meshes.
 
-contents = read_pages(cache, ids)
-cache = write_pages(cache, other_ids, contents)
+Example:
+    contents = read_pages(cache, ids)
+    cache = write_pages(cache, other_ids, contents)
 """
 
 from dataclasses import replace

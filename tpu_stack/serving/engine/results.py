@@ -1,7 +1,8 @@
 """Steps that are on their way, and their tokens, read in the order in which they were sent.
 
-results.push(programs.decode(params, tables, active), batch)
-waited_s = results.pop()
+Example:
+    results.push(programs.decode(params, tables, active), batch)
+    waited_s = results.pop()
 """
 
 import time

@@ -1,8 +1,9 @@
 """One request inside the engine, and the order in which waiting ones are served.
 
-queue = WaitingQueue(limit=256)
-queue.add(sequence)
-queue.best()
+Example:
+    queue = WaitingQueue()
+    queue.add(sequence)
+    queue.best()
 """
 
 import time

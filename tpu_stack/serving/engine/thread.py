@@ -1,6 +1,7 @@
 """The thread that runs an engine, and its thread-safe interface.
 
-service = EngineThread(Engine(programs, params), queue_limit=256, facts={})
+Example:
+    service = EngineThread(Engine(programs, params), queue_limit=256, facts={})
 """
 
 import itertools

@@ -1,6 +1,7 @@
 """From a call to an HTTP answer, whole or streamed; a client that leaves ends its call.
 
-return await respond(request, host, asks, format)
+Example:
+    return await respond(request, host, reply)
 """
 
 import asyncio

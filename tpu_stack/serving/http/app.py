@@ -1,6 +1,7 @@
 """The routes of a server, around one model; which engine answers is not known here.
 
-app = build_app(Host(Model("a-int4", service, bundle.tokenizer, bundle.chat)))
+Example:
+    app = build_app(Host(Model("a-int4", service, bundle.tokenizer, bundle.chat)))
 """
 
 import asyncio

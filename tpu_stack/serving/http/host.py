@@ -1,7 +1,8 @@
 """What every route shares: the model, the bounds, the counters, and the calls in flight.
 
-host = Host(Model("nano", service, tokenizer), Limits())
-host.begin_drain()  # new requests are answered 503
+Example:
+    host = Host(Model("nano", service, tokenizer), Limits())
+    host.begin_drain()  # new requests are answered 503
 """
 
 from dataclasses import dataclass, field

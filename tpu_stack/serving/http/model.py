@@ -1,6 +1,7 @@
 """The one model that a server offers: its name, its tokenizer, its way to chat, and its engine.
 
-model = Model("a-int4", service, tokenizer, ChatFormat())
+Example:
+    model = Model("a-int4", service, tokenizer, ChatFormat())
 """
 
 import time

@@ -1,6 +1,7 @@
 """The page at `/`: a playground and live charts, one HTML file that needs nothing else.
 
-page_response(host).headers["content-security-policy"]
+Example:
+    page_response(host).headers["content-security-policy"]
 """
 
 import secrets

@@ -1,6 +1,7 @@
 """HTTP/1.1 on a connection, with a limit on how long a client may take to say what it wants.
 
-uvicorn.Config(app, http=protocol_with(header_s=60.0))
+Example:
+    uvicorn.Config(app, http=protocol_with(header_s=60.0))
 """
 
 import asyncio
