@@ -1,9 +1,9 @@
-"""Compiles a kernel for a TPU that is not there and reads its static cost (rung 3, compiled).
+"""Compile a kernel ahead of time, without a TPU, and read its static cost (rung 3, compiled).
 
-A `bench.py` module offers `program(case)`, returning a function and its abstract arguments;
-each is compiled in a child process, because a bad kernel can abort the process. The figures are the
-VLIW bundles of the kernel's whole code, each loop body counted once, and, where the module knows
-how often its loops turn, those that one call issues; nothing is run or timed.
+A `bench.py` module has `program(case)`, which returns a function and its abstract arguments. A
+child process compiles each case, because a bad kernel can abort the process. The figures are VLIW
+bundles: of the whole code, with each loop body counted once, and, where the module knows the trip
+counts, the bundles that one call issues. Nothing is run or timed.
 
     module = "tpu_stack.kernels.quantize_rows.bench"
     compile_case(module, "int8,bfloat16,16,4096", "v6e")  # {"bundles": ..., "kernels": ...}
@@ -33,19 +33,18 @@ ENVIRONMENT = {
 
 
 NO_ESTIMATE = 2**62
-"""Where XLA's cost model does not know a product's types, it writes cycles beyond this, near 2**63:
-float8 beside bfloat16 on 7x, say (libtpu 0.0.52)."""
+"""XLA's cost model writes cycles above this, near 2**63, for dtypes that it does not know, such as
+float8 by bfloat16 on 7x (libtpu 0.0.52)."""
 
 
 def estimated_cycles(text: str) -> int | None:
-    """XLA's estimates in a compiled program's text, summed; None where it has none of anything, or
-    of one of them."""
+    """The sum of XLA's estimated cycles in a compiled program's text; None if any is missing."""
     cycles, unknown = estimates(text)
     return cycles if cycles and not unknown else None
 
 
 def estimates(text: str) -> tuple[int, int]:
-    """XLA's estimates in a compiled program's text, summed, and of how many parts it has none."""
+    """The sum of XLA's estimated cycles in a compiled program's text, and how many are missing."""
     cycles = [int(found) for found in re.findall(r'"estimated_cycles":"(\d+)"', text)]
     known = [count for count in cycles if count < NO_ESTIMATE]
     return sum(known), len(cycles) - len(known)
@@ -57,10 +56,10 @@ def compile_case(
     """Compiles `program(case)` of `module` for `chip`, a key of `TOPOLOGY`.
 
     Args:
-      trips: turns of the kernel's loops, as `loops.issued` takes them.
+      trips: trip counts of the kernel's loops, as `loops.issued` takes them.
 
     Returns: {"bundles": of all kernels, "kernels": {name: bundles}, "xla_cycles": XLA's estimate
-      around them, "unestimated": of how many parts it has none} and, given trips, "issued"; or
+      of the rest, "unestimated": how many estimates are missing} and, given trips, "issued"; or
       {"error": one line}.
 
     Raises: DumpError when the compiler's dump is not as expected.
@@ -79,13 +78,13 @@ def compile_case(
 
 
 def refusals(module: str, cases: list[str], chip: str) -> dict[str, str]:
-    """The cases that do not compile for `chip`, with one line why; one child for all of them."""
+    """One line why, for each of the cases that does not compile for `chip`; in one child."""
     results = _child(module, cases, chip, {})
     return {case: result for case, result in results.items() if isinstance(result, str)}
 
 
 def _child(module: str, cases: list[str], chip: str, env: dict[str, str]) -> dict[str, Any]:
-    """By case what the child says of it, or why nothing; an abort is the reason for all."""
+    """The child's answer for each case; the reason of an abort stands for all cases."""
     command = [sys.executable, "-m", "tpu_stack.kernels.compiled", module, chip, *cases]
     env = os.environ | ENVIRONMENT | env
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
@@ -98,7 +97,7 @@ def _child(module: str, cases: list[str], chip: str, env: dict[str, str]) -> dic
 def read_bundles(folder: Path, names: list[str]) -> dict[str, int]:
     """Static bundles of each kernel in `names` from the dump in `folder`.
 
-    Raises: DumpError when one is missing or not readable.
+    Raises: DumpError when a schedule is missing or not readable.
     """
     found = {}
     for name in names:
@@ -113,7 +112,7 @@ def read_bundles(folder: Path, names: list[str]) -> dict[str, int]:
 
 
 def total_bundles(analysis: str) -> int | None:
-    """The total that the compiler's schedule analysis states; None when it states none."""
+    """The bundles that the compiler's schedule analysis states, or None."""
     found = re.search(r"total scheduled bundles:\s*(\d+)", analysis)
     return int(found[1]) if found else None
 
@@ -126,13 +125,13 @@ def bench_main(
     trips: Callable[[str, str], Sequence[int]] | None = None,
     peers: dict[str, str] | None = None,
 ) -> None:
-    """The command line of a bench module: `table` of the cases and chips that are asked for.
+    """The command line of a bench module: prints a row per case and chip.
 
     Args:
       about: its docstring.
-      cases: the ones by default, each of the form that `form` states.
-      trips: the turns of the loops in a case's kernel on a chip.
-      peers: by a peer's case, the case of ours that does the same.
+      cases: the default cases, written as `form` states.
+      trips: (case, chip) -> trip counts of the kernel's loops.
+      peers: case of a peer -> our case that computes the same.
     """
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--chips", nargs="+", choices=sorted(TOPOLOGY), default=list(TOPOLOGY))
@@ -154,7 +153,7 @@ def _rows(
     chips: list[str],
     trips: Callable[[str, str], Sequence[int]] | None,
 ) -> list[dict[str, Any]]:
-    """A row per case and chip, printed as they come."""
+    """One row per case and chip, printed as each is compiled."""
     rows = []
     for case in cases:
         for chip in chips:
@@ -167,9 +166,8 @@ def _rows(
 
 
 def _compare(rows: list[dict[str, Any]], peers: dict[str, str]) -> None:
-    """Gives each peer's row `ratio`, our bundles issued and XLA's cycles around them over its, and
-    prints them. What XLA has no estimate of is not counted: in a peer's favour, and ours is left
-    out."""
+    """Adds `ratio` to each peer's row, our cycles (bundles issued plus XLA's estimate) over its
+    own, and prints it. A missing estimate counts as zero for a peer; ours then gets no ratio."""
     own = set(peers.values())
     cycles = {
         (row["chip"], row["case"]): row["issued"] + row["xla_cycles"]

@@ -18,10 +18,10 @@ from tpu_stack.kernels.compiled.layouts import with_layout
 
 
 def kernels(module: str, case: str, mesh: Mesh) -> dict[str, Any]:
-    """Names of the Pallas kernels in one case, compiled for the mesh's one device, and XLA's
-    estimate of cycles for what it does around them.
+    """Compiles one case for the mesh's one device.
 
-    The kernels see its device kind through the abstract mesh.
+    Returns: the names of its Pallas kernels, XLA's estimated cycles of the rest, and how many
+      estimates are missing. The kernels read the device kind from the abstract mesh.
     """
     whole = NamedSharding(mesh, PartitionSpec())
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -36,7 +36,7 @@ def kernels(module: str, case: str, mesh: Mesh) -> dict[str, Any]:
 
 
 def main(module: str, chip: str, *cases: str) -> None:
-    """Prints {case: what `kernels` gives, or one line why it does not compile}."""
+    """Prints {case: the result of `kernels`, or one line why it does not compile} as JSON."""
     topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY[chip])
     mesh = Mesh(topology.devices[:1], ("x",))
     results = {}

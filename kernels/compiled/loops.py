@@ -1,7 +1,7 @@
-"""How often each bundle of a compiled kernel is issued: the loops of its final listing.
+"""Bundles that one call of a compiled kernel issues, from the loops of its final listing.
 
-A kernel's static bundles count each loop body once; what one call issues is what decides its time.
-The dump's layout is undocumented, so anything unexpected is an error that names the version.
+Static bundles count each loop body once; the bundles issued decide the time. The dump's format is
+undocumented, so anything unexpected is an error that names the version.
 
     issued(Path("dump"), "matmul", (28,))  # a grid of 28 steps
 """
@@ -24,17 +24,19 @@ def libtpu_version() -> str:
 
 
 class DumpError(RuntimeError):
-    """The dump is not as this libtpu's reader expects. The message names the version."""
+    """The dump does not have the format that this reader expects. The message names the version."""
 
     def __init__(self, what: str):
         super().__init__(f"libtpu {libtpu_version()}: {what}")
 
 
 def loop_depths(code: str, name: str) -> tuple[list[int], int]:
-    """How deep in loops each bundle of a final listing is, and how many loops there are.
+    """Loop depth of each bundle of a final listing, and the number of loops.
 
-    The listing marks depth with ">", but an empty bundle carries no mark: it is as deep as the
-    shallower of its neighbours. Raises DumpError for a listing without bundles.
+    The listing marks depth with ">". An empty bundle has no mark and counts as deep as its
+    shallower neighbour.
+
+    Raises: DumpError for a listing without bundles.
     """
     marks: list[int | None] = []
     loops = 0
@@ -50,24 +52,24 @@ def loop_depths(code: str, name: str) -> tuple[list[int], int]:
 
 
 UNBOUNDED = 2**31 - 1
-"""Steps that the compiler states for an axis of the grid that is known only when it runs."""
+"""The bound that the compiler writes for a grid axis whose size is known only at run time."""
 _GRID = re.compile(r"iteration_bounds: \(([\d, ]+)\)")
 
 
 def grid_bounds(code: str) -> tuple[int, ...]:
-    """Steps per axis of the grid of a final listing, as the compiler bounds them; (1,) without."""
+    """Grid steps per axis, as the compiler's final listing bounds them; (1,) without a grid."""
     bounds = [tuple(map(int, found.split(","))) for found in _GRID.findall(code)]
     return max(bounds, key=math.prod, default=(1,))
 
 
 def issued(folder: Path, name: str, trips: Sequence[int]) -> int:
-    """Bundles that one call of the kernel issues: those at depth d once per turn of d loops.
+    """Bundles that one call of the kernel issues: each bundle times the trip counts around it.
 
     Args:
-      name: the kernel's in the dump, in part.
-      trips: turns of the outermost loop (the grid's steps, where the listing does not state them),
-        of a loop inside it, and so on. A kernel of one step has no loop; loops deeper than `trips`
-        turn once.
+      name: part of the kernel's name in the dump.
+      trips: trip counts from the outermost loop inwards. The first is the grid's steps, which the
+        listing overrides where it states them. A grid of one step has no loop. Loops deeper than
+        `trips` count once.
 
     Raises: DumpError when `folder` has no listing of it, or one without bundles.
     """

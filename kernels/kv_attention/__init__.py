@@ -1,7 +1,7 @@
-"""Attention of one new token per sequence over its keys and values, kept in pages of few bits.
+"""Decode attention: one query token per sequence over a paged, low-bit key/value cache.
 
-At decode the cache is read once per token and nothing is reused between sequences, so its bytes
-are the time: 8-bit pages halve it. Needs only jax.
+At decode the kernel reads the whole cache once per token and reuses none of it between sequences,
+so its time is the time to read the cache: 8-bit pages halve it. Needs only jax.
 
 >>> q, pages = jnp.ones((1, 2, 128)), jnp.ones((1, 4, 16, 128), jnp.bfloat16)  # 4 pages of 16
 >>> table, lengths = jnp.array([[2, 0]], jnp.int32), jnp.array([20], jnp.int32)
@@ -39,36 +39,34 @@ def kv_attention(
 ) -> Float[Array, "B N H"]:
     """Softmax attention of each sequence's last token over the tokens in its pages.
 
-    The query is the token at position lengths - 1, whose key and value are in the cache already.
-    Query head n reads key head n // (N / K). Scores and softmax are float32; pages are widened to
-    q's dtype, in which the two products are taken, accumulated in float32; float8 pages of a
-    multiple of 32 tokens meet bfloat16 queries as they are. Online softmax: Milakov
-    and Gimelshein 2018 (arXiv:1805.02867); pages: vLLM (arXiv:2309.06180).
+    The query is the token at position lengths - 1; its key and value are already in the cache.
+    Query head n reads key head n // (N / K). Scores and softmax are float32. The kernel casts pages
+    to q's dtype for both products, which accumulate in float32; float8 pages of a multiple of 32
+    tokens are multiplied by bfloat16 queries without a cast. Online softmax: Milakov and Gimelshein
+    2018 (arXiv:1805.02867); pages: vLLM (arXiv:2309.06180).
 
-    Scales are per token and head. They then multiply the scores and the softmax's weights, [G,
-    tokens] each, rather than the pages, [tokens, H], and a token can be written without its
-    page's other tokens being quantized again, as a scale per page would ask. The axis of one
-    before the tokens is what lets the kernel fetch them page by page; pages of 128 tokens fill a
-    tile with it, and shorter ones leave the rest of it empty in device memory.
+    Scales are per token and head. The kernel multiplies the scores and the softmax weights by them,
+    [G, tokens] each, rather than the pages, [tokens, H]. Writing a token quantizes that token only,
+    which scales per page would not allow. The singleton axis before the tokens lets the kernel copy
+    scales page by page: pages of 128 tokens fill a tile, shorter ones leave the rest of it unused.
 
     Args:
       q: [B, N, H] bfloat16 or float32.
       k_pages, v_pages: [K, P, page, H] bfloat16, float8_e4m3fn or int8, both the same; page is a
-        multiple of 16. What lies beyond a sequence's length, NaN included, changes nothing.
-      page_table: int32 [B, pages of a sequence]. Entry i of row b is the page of tokens i * page
-        on. Entries past the length are not read.
-      lengths: int32 [B], 0 to pages * page; beyond that it is cut. A sequence of length 0 gives
-        zeros.
-      k_scales, v_scales: float32 [K, P, 1, page]; needed for int8, possible for all.
-      window: see only this many last tokens, the query's own included. None: all.
+        multiple of 16. Tokens beyond a sequence's length are ignored, even NaN.
+      page_table: int32 [B, pages of a sequence]. Entry i of row b is the page that holds tokens
+        i * page to (i + 1) * page. Entries past the length are not read.
+      lengths: int32 [B], clipped to 0 .. pages * page. A sequence of length 0 gives zeros.
+      k_scales, v_scales: float32 [K, P, 1, page]; required for int8, optional otherwise.
+      window: attend only to this many last tokens, the query's own included; None for all.
       softcap: scores become softcap * tanh(score / softcap), as in Gemma 2.
-      scale: of the scores; H ** -0.5 when None.
+      scale: multiplies the scores; None for H ** -0.5.
       tiles: (pages, key heads) per step of the grid; None reads `tiles.json`.
       interpret: as in `quantized_matmul`.
 
     Returns: [B, N, H] in q's dtype.
 
-    Raises: ValueError for shapes that do not fit, dtypes, pages, windows or tiles unsupported.
+    Raises: ValueError for shapes that do not fit and unsupported dtypes, pages, windows or tiles.
     """
     plan = make_plan(
         q,

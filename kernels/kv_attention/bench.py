@@ -24,12 +24,13 @@ PEERS = {
 """JAX's own paged_attention and ragged_paged_attention, and our case over the same pages."""
 BATCH, PAGES = 8, 64
 PEER_PAGES = 8
-"""Pages that a peer takes in one step."""
+"""Pages per step of a peer."""
 
 
 def program(case: str) -> tuple[Any, list[jax.ShapeDtypeStruct]]:
-    """The call and arguments of DTYPE,Q_DTYPE,N,K,H,PAGE,capped|paged|ragged|-, the two named
-    paged and ragged being peers; int8 comes with scales.
+    """The call and abstract arguments of case DTYPE,Q_DTYPE,N,K,H,PAGE,capped|paged|ragged|-.
+
+    paged and ragged are JAX's kernels. int8 pages have scales.
     """
     dtype, q_dtype, *sizes, extras = case.split(",")
     n, k, h, page = (int(size) for size in sizes)
@@ -54,7 +55,7 @@ def program(case: str) -> tuple[Any, list[jax.ShapeDtypeStruct]]:
 
 
 def _ragged(arguments: list[jax.ShapeDtypeStruct]) -> tuple[Any, list[jax.ShapeDtypeStruct]]:
-    """The peer that also prefills: keys and values of a page lie together, heads inside."""
+    """JAX's ragged_paged_attention, whose pages interleave keys and values by head."""
     q, pages, _, table, lengths = arguments
     k, count, page, h = pages.shape
     both = jax.ShapeDtypeStruct((count, page, 2 * k, h), pages.dtype)
@@ -66,10 +67,10 @@ def _ragged(arguments: list[jax.ShapeDtypeStruct]) -> tuple[Any, list[jax.ShapeD
 
 
 def trips(case: str, chip: str) -> tuple[int, ...]:
-    """Turns of the loops, on any chip, when every sequence fills its pages.
+    """Trip counts of the kernel's loops, on any chip, when every sequence fills its pages.
 
-    They are the grid's, and in paged_attention the blocks of a sequence inside it.
-    ragged_paged_attention has one step here, with a loop over sequences and one over blocks in it.
+    The grid, and inside it, for paged_attention, the blocks of a sequence. ragged_paged_attention
+    has one grid step with a loop over sequences and one over blocks.
     """
     del chip
     extras = case.split(",")[-1]

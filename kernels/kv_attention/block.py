@@ -1,4 +1,4 @@
-"""Attention over one block of tokens in VMEM: the online softmax's step.
+"""One online-softmax step: attention over a block of tokens in VMEM.
 
 Example:
     attend(q_ref, buffers, running, first_token, length, plan)
@@ -24,17 +24,19 @@ def attend(
     length: Array,
     plan: Plan,
 ) -> None:
-    """Takes the block into the running maximum, sum and weighted values.
+    """Updates the running maximum, sum and weighted values with one block.
 
     Args:
       q_ref: [1, heads, G, H].
-      buffers: pages of keys and of values, each [heads, page, H], and of their scales, [heads, 1,
-        page], if there are any.
-      running: refs [heads, G, 1], [heads, G, 1] and [heads, G, H], float32.
+      buffers: the block's pages of keys and values, [heads, page, H] each, then, when
+        `plan.scaled`, of their scales, [heads, 1, page] each.
+      running: float32 refs of the maximum and sum, [heads, G, 1], and the values, [heads, G, H].
+      first_token: position of the block's first token.
+      length: the sequence's length.
     """
     m_ref, l_ref, acc_ref = running
     key_pages, value_pages, *scales = buffers
-    # All heads at each stage, so that the chain of one hides behind the others'.
+    # Every stage runs over all heads, so that the latency of one head hides behind the others.
     heads, dtype = range(plan.heads), q_ref.dtype
     stored = key_pages[0].dtype
     mixed = _multiplies_float8(stored, dtype, plan)
@@ -57,7 +59,7 @@ def attend(
     if scales:
         p = jnp.where(seen, p * jnp.concatenate(scales[1], axis=2), 0.0)
     p = p.astype(dtype)
-    # Pages are reused: what lies beyond the length may be another's NaN, and 0 * NaN.
+    # Pages are reused: beyond the length may be a NaN of another sequence, and 0 * NaN is NaN.
     if mixed:
         used = _visible_bytes((plan.tokens // 4, plan.head_dim), first_token, length, plan)
     else:
@@ -74,14 +76,16 @@ def attend(
 
 
 def _multiplies_float8(pages: Any, queries: Any, plan: Plan) -> bool:
-    """Whether float8 pages go to the product as they are, which where it is not native takes Mosaic
-    a fraction of the instructions of a cast. Pages join so in whole tiles only, of 32 tokens.
+    """Whether float8 pages are multiplied without a cast.
+
+    Where the product is not native, Mosaic emulates it with a fraction of the instructions of a
+    cast. It takes whole tiles of 32 tokens.
     """
     return pages == jnp.float8_e4m3fn and queries == jnp.bfloat16 and plan.page % 32 == 0
 
 
 def _visible_bytes(shape: tuple[int, int], first_token: Array, length: Array, plan: Plan) -> Array:
-    """int32 of `shape`: for words of four tokens' bytes, ones in the bytes of `_visible`'s."""
+    """int32 mask of `shape`: 0xFF in each byte, one of four tokens, whose token is visible."""
     token = first_token + 4 * jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     ones = jnp.zeros(shape, jnp.int32)
     for i in range(4):
@@ -94,7 +98,7 @@ def _visible_bytes(shape: tuple[int, int], first_token: Array, length: Array, pl
 
 
 def _joined(pages: list[Array], head: int, dtype: Any) -> Array:
-    """One head of a block's pages as one array [tokens, H], widened page by page."""
+    """One head of a block's pages, cast to `dtype` and concatenated: [tokens, H]."""
     return jnp.concatenate([page[head].astype(dtype) for page in pages])
 
 

@@ -1,4 +1,4 @@
-"""A block's pages, copied from device memory while the block before it is computed on.
+"""Double-buffered DMAs of a block's pages from HBM, which overlap with the block before it.
 
 Example:
     copies = Copies(fetch_ref, lengths_ref, stored, buffers, semaphores, plan)
@@ -18,11 +18,11 @@ from jaxtyping import Array
 from tpu_stack.kernels.kv_attention.plan import Plan
 
 LANES, TILE_ROWS = 128, 32
-"""A tile of 8 bits, the largest of the types' tiles."""
+"""An 8-bit tile, the largest of the page dtypes."""
 
 
 class Place(NamedTuple):
-    """One step of a core's grid: sequence, block of key heads, block of pages, as int32 scalars."""
+    """One grid step of a core, int32 scalars: sequence, block of key heads, block of pages."""
 
     sequence: Any
     heads: Any
@@ -30,35 +30,35 @@ class Place(NamedTuple):
 
 
 def first_block(length: Array, plan: Plan) -> Array | int:
-    """The block that holds the first token in sight."""
+    """Index of the block that holds the first visible token."""
     if plan.window is None:
         return 0
     return jnp.maximum(length - plan.window, 0) // plan.tokens
 
 
 def pages_to_fetch(page_table: Array, lengths: Array, count: int, plan: Plan) -> Array:
-    """int32 [B, steps * pages]: the page of each copy at each step. Worked out before the kernel,
-    whose scalar arithmetic would cost as much as the attention.
+    """int32 [B, steps * pages]: the page that each copy of each step reads.
 
-    No entry of the table past the length is used: there the last page within it stays.
+    Computed before the kernel, whose scalar unit would take as long as the attention. Entries of
+    the table past the length are not used: the last page within the length takes their place.
     """
     length = jnp.clip(lengths, 0, plan.table * plan.page)[:, None]
     last = jnp.maximum(pl.cdiv(length, plan.page) - 1, 0)
     entry = first_block(length, plan) * plan.pages + jnp.arange(plan.steps * plan.pages)
     fetch = jnp.take_along_axis(page_table, jnp.minimum(entry, last), axis=1)
-    # A sequence without tokens may have any number in its first entry.
+    # The first entry of a sequence of length 0 may be any number.
     return jnp.clip(fetch, 0, count - 1)
 
 
 @dataclass(frozen=True)
 class Copies:
-    """The copies of the pages of one step.
+    """The DMAs of the pages of one grid step.
 
     Attributes:
       fetch_ref: `pages_to_fetch`.
       lengths_ref: int32 [B].
-      stored: refs in device memory of keys and values, then of their scales if there are any.
-      buffers: for each of them VMEM [2, pages, heads, ...]: slot 0 and 1.
+      stored: HBM refs of keys and values, then of their scales when `plan.scaled`.
+      buffers: VMEM refs [2, pages, heads, ...] for each of them, two slots.
       semaphores: one per slot.
       plan: of the call.
     """
@@ -71,15 +71,15 @@ class Copies:
     plan: Plan
 
     def tokens(self, place: Place) -> tuple[Array, Array]:
-        """The sequence's length, and its first token of the step."""
+        """The sequence's length and the position of the step's first token."""
         plan = self.plan
         length = jnp.clip(self.lengths_ref[place.sequence], 0, plan.table * plan.page)
         return length, (first_block(length, plan) + place.block) * plan.tokens
 
     def start(self, place: Place, slot: Any, once: bool = False) -> None:
-        """Starts to fill the slot's buffers with the pages that the sequence has in this step.
+        """Starts the copies of the step's pages into the slot.
 
-        once: that this is called at one step of all, so that its instructions should be few.
+        once: called at a single step, so generate few instructions rather than fast ones.
         """
         whole, pages = self._pages(place)
 
@@ -92,7 +92,7 @@ class Copies:
         def _():
             jax.lax.fori_loop(0, pages, start_page, None)
 
-        if not once:  # written out: a loop costs as much again
+        if not once:  # unrolled: a loop would cost twice as much
 
             @pl.when(whole)
             def _():
@@ -100,7 +100,7 @@ class Copies:
                     start_page(page)
 
     def wait(self, place: Place, slot: Any) -> None:
-        """Until what `start` started is there."""
+        """Waits for the copies of `start`."""
         whole, pages = self._pages(place)
 
         def wait_page(page: Any, _: None) -> None:
@@ -110,8 +110,8 @@ class Copies:
 
         @pl.when(whole)
         def _():
-            # A semaphore counts bytes: one wait for as many as all copies bring, where no tile is
-            # padded, so that the bytes are the same however a chip counts them.
+            # A semaphore counts bytes, so one wait covers all copies. Only where no tile is padded:
+            # a chip may count the padding or not.
             for number, buffer in enumerate(self.buffers):
                 if _whole_tiles(buffer.shape):
                     of_slot, semaphore = buffer.at[slot], self.semaphores.at[slot]
@@ -125,17 +125,17 @@ class Copies:
             jax.lax.fori_loop(0, pages, wait_page, None)
 
     def _pages(self, place: Place) -> tuple[Array, Array]:
-        """Whether the block is whole, and the pages that the sequence has in it."""
+        """Whether all pages of the block hold visible tokens, and how many do."""
         length, first = self.tokens(place)
         left = jnp.clip(length - first, 0, self.plan.tokens)
         return left == self.plan.tokens, pl.cdiv(left, self.plan.page)
 
     def _entry(self, place: Place, page: Any) -> Any:
-        """Where the page lies in `stored`."""
+        """Index of the page in `stored`."""
         return self.fetch_ref[place.sequence, place.block * self.plan.pages + page]
 
     def _copy(self, entry: Any, place: Place, slot: Any, page: Any, number: int) -> Any:
-        """Of one page of one array. Made only where it is used: JAX logs an error for others."""
+        """The copy of one page of one array. JAX logs an error for copies that are never used."""
         array, buffer = self.stored[number], self.buffers[number]
         heads = pl.ds(place.heads * self.plan.heads, self.plan.heads)
         return pltpu.make_async_copy(

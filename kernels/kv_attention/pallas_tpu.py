@@ -1,10 +1,9 @@
-"""The Pallas TPU kernel: online softmax over blocks of pages fetched through the page table.
+"""The Pallas TPU kernel: online softmax over blocks of pages, copied through the page table.
 
-Grid (core, sequence, block of key heads, block of pages), pages innermost. Each step starts the
-copies of the next one's pages, those that the table names, and computes on its own. To fetch them
-as Pallas's pipelined operands takes twice the scalar instructions, which then outlast the rest.
-Steps past a sequence's end copy and compute nothing; tokens
-before the window have no steps at all.
+The grid is (core, sequence, block of key heads, block of pages), pages innermost. Each step starts
+the copies of the next step's pages and computes on its own. Pallas's pipelined operands would take
+twice the scalar instructions, which would then bind. Steps past a sequence's end neither copy nor
+compute, and tokens before the window have no steps.
 """
 
 from functools import partial
@@ -73,13 +72,13 @@ def pallas_kv_attention(
 
 
 def _vmem_limit(plan: Plan, page_bytes: int, q_bytes: int) -> int:
-    """Two buffers of every page, and keys and values widened."""
+    """Bytes of VMEM: two buffers of every page, and the keys and values cast to q's dtype."""
     elements = 2 * plan.heads * plan.tokens * max(plan.head_dim, 128)
     return max(16 * _MIB, elements * (2 * page_bytes + 2 * q_bytes) + 8 * _MIB)
 
 
 def _cost(plan: Plan, page_bytes: int) -> pl.CostEstimate:
-    """For full sequences: what the compiler schedules around is known only when it runs."""
+    """The cost of full sequences: actual lengths are known only at run time."""
     seen = plan.batch * plan.steps * plan.tokens
     return pl.CostEstimate(
         flops=4 * seen * plan.q_heads * plan.head_dim,
@@ -130,7 +129,7 @@ def _kernel(fetch_ref, lengths_ref, q_ref, *refs, plan: Plan):
 
 
 def _next(place: Place, plan: Plan) -> Place:
-    """The step after, on the same core."""
+    """The next step on the same core."""
     blocks, steps = plan.grid[2:]
     last_block = place.block == steps - 1
     last = last_block & (place.heads == blocks - 1)

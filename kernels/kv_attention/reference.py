@@ -1,4 +1,4 @@
-"""The oracle: decode attention with numpy in float64, one sequence and head at a time."""
+"""The oracle: decode attention in numpy float64, one sequence and head at a time."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ def reference_kv_attention(
     softcap: float | None = None,
     scale: float | None = None,
 ) -> np.ndarray:
-    """[B, N, H] float64; arguments as in `kv_attention`. Reads no token that is out of sight."""
+    """[B, N, H] float64; arguments as in `kv_attention`. Reads visible tokens only."""
     queries = np.asarray(q).astype(np.float64)
     batch, q_heads, head_dim = queries.shape
     group = q_heads // k_pages.shape[0]

@@ -1,7 +1,7 @@
-"""Activations to 8 bits, each row by its own largest magnitude, while the program runs.
+"""Dynamic quantization of activations to 8 bits, with one scale per row.
 
-The product kernels take such rows beside their scales (`x_scales`), which is how the chips that
-multiply fp8 or int8 natively reach twice their bfloat16 rate. Needs only jax.
+The matmul kernels take the rows and their scales (`x_scales`); chips that multiply fp8 or int8
+natively then run at twice their bfloat16 rate. Needs only jax.
 
 >>> values, scales = quantize_rows(jnp.array([[1.0, -2.0, 4.0]]), jnp.int8)
 >>> values.tolist(), scales.shape
@@ -27,7 +27,7 @@ from tpu_stack.kernels.quantized_matmul.plan import device_kind
 __all__ = ["MAX_K", "NATIVE_FP8", "quantize_rows", "reference_quantize_rows"]
 
 NATIVE_FP8 = ("TPU7x", "TPU8t", "TPU8i")
-"""Device kinds with an fp8 cast in hardware. On the others the fp8 dtypes are emulated."""
+"""Device kinds with a hardware cast to fp8; the others emulate it."""
 
 
 def quantize_rows(
@@ -38,22 +38,22 @@ def quantize_rows(
     tiles: tuple[int] | None = None,
     interpret: Any = None,
 ) -> tuple[Array, Float[Array, "M 1"]]:
-    """Rows of `x` as `values * scales`, scales so that a row's largest magnitude is `dtype`'s.
+    """Rows of `x` as `values * scales`; a row's largest magnitude becomes that of `dtype`.
 
     The scale is max|row| * (1/top) in float32, with top 448, 57344 or 127, and at least 2**-126.
     Values are the row times 1/scale in float32, rounded to nearest, ties to even. Subnormal
-    elements (below 2**-126) count as zero, as they do to a TPU. A row of zeros gives zeros and the
-    scale 1. A row that holds a NaN or an infinity gives zeros and the scale NaN, so that whatever
-    is computed from it is NaN, in int8 too.
+    elements (below 2**-126) count as zero, as on a TPU. A row of zeros gives zeros and the scale 1.
+    A row with a NaN or an infinity gives zeros and the scale NaN, so that every result computed
+    from it is NaN, in int8 too.
 
     Args:
       x: [M, K] bfloat16 or float32; M >= 1, 1 <= K <= `MAX_K`.
       dtype: float8_e4m3fn, float8_e5m2 or int8.
-      native_cast: round to fp8 with the chip's own cast (True) or, emulated, with integer
-        operations on the bits (False): the same values. v5e, v5p and v6e have no fp8; their
-        compiler's cast costs ten times the instructions. None takes the cast where the device kind
-        that is traced for is in `NATIVE_FP8`. int8 ignores it.
-      tiles: (rows,) per block, all or a multiple of 32; None reads `tiles.json`.
+      native_cast: round to fp8 with the chip's cast (True) or with integer operations on the bits
+        (False); the values are the same. v5e, v5p and v6e have no fp8, and the compiler's cast
+        takes ten times the instructions. None: True where the device kind that is traced for is
+        in `NATIVE_FP8`. Ignored for int8.
+      tiles: (rows of a block,), all rows or a multiple of 32; None reads `tiles.json`.
       interpret: as in `quantized_matmul`.
 
     Returns: values [M, K] of `dtype`, scales float32 [M, 1].

@@ -1,8 +1,9 @@
-"""The Pallas TPU kernel: whole rows in VMEM, so that a row's maximum and its values are one pass.
+"""The Pallas TPU kernel: blocks of whole rows, so that one pass over HBM finds the maximum and
+rounds.
 
-Where the chip has no fp8 the rounding is done on the float32 bits with integer operations, and the
-bytes are reinterpreted as fp8 inside the kernel: the same values as the cast, on every chip.
-Outside, XLA takes over twice the kernel's cycles to reinterpret them.
+Where the chip has no fp8 cast, the kernel rounds the float32 bits with integer operations and
+bitcasts the bytes to fp8: the same values as a cast, on every chip. A bitcast outside the kernel
+would take XLA twice the kernel's cycles.
 """
 
 import functools
@@ -22,11 +23,11 @@ from tpu_stack.kernels.quantized_matmul.tiles import tiles_kind
 
 TOP = {"float8_e4m3fn": 448.0, "float8_e5m2": 57344.0, "int8": 127.0}
 MAX_K = 65536
-"""A block is at least ROWS whole rows: 8 MiB of float32 at this K, the most that fits buffered."""
+"""A block has at least ROWS whole rows: 8 MiB of float32 at this K, the most that fits twice."""
 ROWS = 32
-"""An 8-bit tile has 32 rows on every chip but 8t, which lowers but is not compiled here."""
+"""Rows of an 8-bit tile on every chip but 8t, which has no public compiler."""
 CHUNK = 8192
-"""Columns worked on at once: the float32 copies of longer rows would not fit beside the buffers."""
+"""Columns processed at once: float32 copies of longer rows would not fit beside the buffers."""
 SMALLEST_NORMAL = 2.0**-126
 _MIB = 2**20
 _MANTISSA_BITS = {"float8_e4m3fn": 3, "float8_e5m2": 2}
@@ -35,20 +36,22 @@ _EXPONENT_BIAS = {"float8_e4m3fn": 7, "float8_e5m2": 15}
 
 @functools.cache
 def read_tiles() -> dict[str, Any]:
-    """tiles.json: `libtpu`, the version it was found with, the `default` elements of a block, rows
-    times K, and under `tuned` what differs from it by device kind and type."""
+    """tiles.json: `libtpu`, the version it was tuned with, the `default` elements of a block (rows
+    times K), and under `tuned` its overrides by device kind and dtype."""
     return json.loads((Path(__file__).parent / "tiles.json").read_text())
 
 
 def block_rows(m: int, k: int, dtype: str, kind: str, rows: int | None = None) -> int:
-    """Rows per block: all of them when they are few, else a multiple of ROWS, which `rows` too has
-    to be."""
+    """Rows of a block: all of them when few, else a multiple of ROWS.
+
+    Raises: ValueError for `rows` that are neither.
+    """
     if rows is None:
         table = read_tiles()
         elements = table["tuned"].get(tiles_kind(kind), {}).get(dtype, table["default"])
         rows = max(ROWS, elements // k // ROWS * ROWS)
     elif rows != m and (rows < ROWS or rows % ROWS):
-        raise ValueError(f"tiles ({rows},): rows of a block are all {m} or a multiple of {ROWS}")
+        raise ValueError(f"tiles ({rows},): a block has all {m} rows or a multiple of {ROWS}")
     return min(m, rows)
 
 
@@ -72,7 +75,7 @@ def pallas_quantize_rows(
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",),
-            # Two buffers of input and output, and what is in between for one chunk of columns.
+            # Two buffers of input and output, and the temporaries of one chunk of columns.
             vmem_limit_bytes=max(16 * _MIB, rows * (10 * k + 24 * min(k, CHUNK)) + 4 * _MIB),
         ),
         cost_estimate=pl.CostEstimate(
@@ -84,15 +87,15 @@ def pallas_quantize_rows(
 
 
 def _kernel(x_ref, values_ref, scales_ref, *, dtype: str, bits: bool):
-    """One block of whole rows [rows, K]: their largest magnitude, then their values."""
+    """One block [rows, K] of whole rows: the largest magnitudes, then the values."""
     whole = x_ref[...].astype(jnp.float32) if x_ref.shape[1] <= CHUNK else None
 
     def read(columns: Any) -> Array:
         return x_ref[:, columns].astype(jnp.float32) if whole is None else whole
 
     def largest(columns: Any, so_far: Array) -> Array:
-        # Found on the bits, which order as the floats do, with infinity and NaN above all
-        # numbers: a float maximum may lose a NaN.
+        # The maximum of the bits: they order as the floats do, with infinity and NaN above all
+        # numbers, while a float maximum may drop a NaN.
         x = read(columns)
         magnitude = jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
         return jnp.maximum(so_far, jnp.max(magnitude, axis=1, keepdims=True))
@@ -120,7 +123,7 @@ def _kernel(x_ref, values_ref, scales_ref, *, dtype: str, bits: bool):
 
 
 def _over_columns(shape: tuple[int, int], body: Any, carry: Array) -> Array:
-    """`carry = body(columns, carry)` over the columns, at most CHUNK at once."""
+    """Folds `carry = body(columns, carry)` over chunks of at most CHUNK columns."""
     full, rest = divmod(shape[1], CHUNK)
     if full:
         chunk = lambda i, c: body(pl.ds(pl.multiple_of(i * CHUNK, CHUNK), CHUNK), c)  # noqa: E731

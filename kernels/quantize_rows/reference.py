@@ -1,4 +1,4 @@
-"""The oracle: the same rule with numpy, rounding to float32 exactly where the rule says so."""
+"""The oracle: the rule of `quantize_rows` in numpy, rounding to float32 exactly where it says."""
 
 from typing import Any
 
