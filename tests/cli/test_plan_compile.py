@@ -47,7 +47,7 @@ def answer(monkeypatch):
     """Sets what the compiler answers."""
 
     def is_now(result) -> None:
-        monkeypatch.setattr(answering, "compile_asked", lambda *_, **__: result)
+        monkeypatch.setattr(answering, "compile_spec", lambda *_, **__: result)
 
     return is_now
 
@@ -66,11 +66,11 @@ def test_prints_memory_collectives_and_operations(answer, capsys, tmp_path):
         assert text in printed
     written = json.loads(file.read_text())
     assert written["outcome"] == "compiled"
-    assert written["asked"]["model"] == "llama3_8b"
+    assert written["spec"]["model"] == "llama3_8b"
     assert written["memory"]["total_bytes"] == 2**30 + 2**29 + 2**20
     found = written["report"]["collectives"]
     assert len(found) == len(written["exposures"]) > 0
-    assert {"kind", "bytes", "trips", "axes", "serves", "cover_cycles"} < set(found[0])
+    assert {"kind", "bytes", "trips", "axes", "purpose", "cover_cycles"} < set(found[0])
 
 
 def test_failures_are_said_and_exit_with_1(answer, capsys, tmp_path):

@@ -43,18 +43,18 @@ def test_training_is_ranked_against_headroom(tmp_path, capsys):
 def test_confirm_shows_what_the_compiler_said_beside(monkeypatch, tmp_path, capsys):
     answers = []
 
-    def compile_asked(asked, *, cache, timeout_s, stage):
+    def compile_spec(spec, *, cache, timeout_s, stage):
         stage("compiling")
-        chip, hbm = asked.profile.partition(":")[0], 32 * 2**30
+        chip, hbm = spec.profile.partition(":")[0], 32 * 2**30
         target = Target("v6e:2x2", "v6e", chip, 4, {}, hbm, hbm, "", (False, False))
         kinds = (
             CompilerMissing(),
             OutOfMemory(target, "too large", 40 * 2**30, 32 * 2**30, False, (), 1.0, cached=False),
         )
-        answers.append(asked)
+        answers.append(spec)
         return kinds[len(answers) - 1]
 
-    monkeypatch.setattr(confirming, "compile_asked", compile_asked)
+    monkeypatch.setattr(confirming, "compile_spec", compile_spec)
     wrote = tmp_path / "found.json"
     argv = ["plan", "search", "--chips", "v6e:4", "--goal", "decode-throughput"]
     assert main([*argv, "--confirm", "2", "--json", str(wrote)]) == 0
@@ -66,7 +66,7 @@ def test_confirm_shows_what_the_compiler_said_beside(monkeypatch, tmp_path, caps
     assert "40.0 GiB" in row
     confirmed = json.loads(wrote.read_text())["confirmed"]
     assert [one["fits"] for one in confirmed] == [None, False]
-    assert [asked.mesh for asked in answers] == [
+    assert [spec.mesh for spec in answers] == [
         ",".join(f"{axis}={size}" for axis, size in one["plan"]["mesh"].items())
         for one in confirmed
     ]

@@ -34,10 +34,10 @@ from importlib.util import find_spec
 import pytest
 
 from tpu_stack.models.config import ModelConfig
-from tpu_stack.planner.aot.asked import Asked
 from tpu_stack.planner.aot.compile import compile_program
 from tpu_stack.planner.aot.request import make_request
 from tpu_stack.planner.aot.result import Compiled
+from tpu_stack.planner.aot.spec import CompileSpec
 from tpu_stack.planner.hlo_collective import Collective, summarize
 
 pytestmark = pytest.mark.skipif(find_spec("libtpu") is None, reason="needs libtpu (the aot extra)")
@@ -88,8 +88,8 @@ def cache(tmp_path_factory):
 
 
 def compiled(cache, f: int, t: int) -> Compiled:
-    asked = Asked("tiny", "v5e:2x2", "train", f"fsdp={f},tensor={t}", batch_size=B, seq_len=T)
-    result = compile_program(make_request(asked, CONFIG), cache=cache)
+    spec = CompileSpec("tiny", "v5e:2x2", "train", f"fsdp={f},tensor={t}", batch_size=B, seq_len=T)
+    result = compile_program(make_request(spec, CONFIG), cache=cache)
     assert isinstance(result, Compiled)
     return result
 
@@ -115,14 +115,14 @@ def test_bytes_by_kind_and_axis(cache, f, t):
 def test_what_collectives_serve_and_what_covers_them(cache):
     result = compiled(cache, 2, 2)
     found = result.report.collectives
-    gathered = [c.serves for c in found if c.kind == "all-gather" and c.axes == ("fsdp",)]
+    gathered = [c.purpose for c in found if c.kind == "all-gather" and c.axes == ("fsdp",)]
     for name in ("wq", "wk", "wv", "wo"):
         assert f"gather of blocks.attention.{name}, forward" in gathered
     for name in ("w_gate", "w_up", "w_down"):
         assert f"gather of blocks.mlp.{name}, forward" in gathered
         assert f"gather of blocks.mlp.{name}, backward" in gathered
     assert "gather of unembed, forward" in gathered
-    sums = [c.serves for c in found if c.kind == "all-reduce" and c.axes == ("tensor",)]
+    sums = [c.purpose for c in found if c.kind == "all-reduce" and c.axes == ("tensor",)]
     assert any("dot_general in MLP.__call__ (models/mlp.py:" in text for text in sums)
     asynchronous = [c for c in found if c.overlapped and c.kind == "all-gather"]
     assert asynchronous

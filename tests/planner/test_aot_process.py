@@ -17,8 +17,7 @@ from tpu_stack.errors import UserError
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.planner.aot import answer
 from tpu_stack.planner.aot import compile as compiling
-from tpu_stack.planner.aot.answer import compile_asked
-from tpu_stack.planner.aot.asked import Asked
+from tpu_stack.planner.aot.answer import compile_spec
 from tpu_stack.planner.aot.compile import compile_program, key_of
 from tpu_stack.planner.aot.recompilation import changed, digest_of, source_digests
 from tpu_stack.planner.aot.request import make_request
@@ -31,7 +30,9 @@ from tpu_stack.planner.aot.result import (
     TimedOut,
     as_json,
 )
+from tpu_stack.planner.aot.spec import CompileSpec
 
+MESH = "data=2,fsdp=2,tensor=2"
 EXCERPT = Path(__file__).parent / "data" / "v5e_2x4_mlp_step.hlo.txt"
 CONFIG = ModelConfig(
     vocab_size=256, d_model=256, n_layers=2, n_heads=2, n_kv_heads=2, head_dim=128, d_ff=256,
@@ -88,8 +89,8 @@ def child(tmp_path, monkeypatch):
 
 
 def request(**changes):
-    asked = Asked("tiny", "v5e:2x4", "train", "data=2,fsdp=2,tensor=2", batch_size=8, seq_len=64)
-    return make_request(dataclasses.replace(asked, **changes), CONFIG)
+    spec = CompileSpec("tiny", "v5e:2x4", "train", MESH, batch_size=8, seq_len=64)
+    return make_request(dataclasses.replace(spec, **changes), CONFIG)
 
 
 def test_a_program_is_kept_and_found_again(child, tmp_path):
@@ -206,30 +207,30 @@ def test_without_libtpu_it_says_so(monkeypatch, tmp_path):
 
 def test_the_words_alone_find_a_kept_answer(child, tmp_path, monkeypatch):
     child("compile")
-    asked = Asked("nano", "v5e:2x4", "train", "data=2,fsdp=2,tensor=2", batch_size=8, seq_len=64)
-    first = compile_asked(asked, cache=tmp_path / "cache")
+    spec = CompileSpec("nano", "v5e:2x4", "train", MESH, batch_size=8, seq_len=64)
+    first = compile_spec(spec, cache=tmp_path / "cache")
 
     def never(*_, **__):
         raise AssertionError("a kept answer was asked for again")
 
     monkeypatch.setattr(compiling, "compile_program", never)
-    again = compile_asked(asked, cache=tmp_path / "cache")
+    again = compile_spec(spec, cache=tmp_path / "cache")
     assert isinstance(first, Compiled)
     assert again == dataclasses.replace(first, cached=True)
     monkeypatch.setattr(answer, "versions", lambda: {"jax": "another"})
     with pytest.raises(AssertionError, match="asked for again"):
-        compile_asked(asked, cache=tmp_path / "cache")
+        compile_spec(spec, cache=tmp_path / "cache")
 
 
 def test_a_kept_answer_imports_no_jax(child, tmp_path):
     child("compile")
-    asked = Asked("nano", "v5e:2x4", "train", "data=2,fsdp=2,tensor=2", batch_size=8, seq_len=64)
-    compile_asked(asked, cache=tmp_path / "cache")
+    spec = CompileSpec("nano", "v5e:2x4", "train", MESH, batch_size=8, seq_len=64)
+    compile_spec(spec, cache=tmp_path / "cache")
     script = (
         "import sys; from pathlib import Path\n"
-        "from tpu_stack.planner.aot.answer import compile_asked\n"
-        "from tpu_stack.planner.aot.asked import Asked\n"
-        f"found = compile_asked({asked!r}, cache=Path({str(tmp_path / 'cache')!r}))\n"
+        "from tpu_stack.planner.aot.answer import compile_spec\n"
+        "from tpu_stack.planner.aot.spec import CompileSpec\n"
+        f"found = compile_spec({spec!r}, cache=Path({str(tmp_path / 'cache')!r}))\n"
         "print(found.cached, 'jax' in sys.modules)"
     )
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -239,11 +240,11 @@ def test_a_kept_answer_imports_no_jax(child, tmp_path):
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="needs libtpu (the aot extra)")
 def test_too_large_for_one_chip_really_compiled(tmp_path):
     config = CONFIG.replace(d_model=4096, d_ff=16384, n_layers=24)  # 18 GB of state in float32
-    asked = Asked("large", "v5e:1", "train", batch_size=1, seq_len=128)
-    found = compile_program(make_request(asked, config), cache=tmp_path)
+    spec = CompileSpec("large", "v5e:1", "train", batch_size=1, seq_len=128)
+    found = compile_program(make_request(spec, config), cache=tmp_path)
     assert isinstance(found, OutOfMemory)
     assert found.limit_bytes is not None
     assert found.used_bytes is not None
     assert found.used_bytes > found.limit_bytes
-    again = compile_program(make_request(asked, config), cache=tmp_path)
+    again = compile_program(make_request(spec, config), cache=tmp_path)
     assert again == dataclasses.replace(found, cached=True)

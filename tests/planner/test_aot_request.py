@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 
 from tpu_stack.errors import UserError
-from tpu_stack.planner.aot.answer import compile_asked
-from tpu_stack.planner.aot.asked import Asked
+from tpu_stack.planner.aot.answer import compile_spec
 from tpu_stack.planner.aot.compile import key_of, target_of
 from tpu_stack.planner.aot.oom import read_oom
 from tpu_stack.planner.aot.request import make_request
+from tpu_stack.planner.aot.spec import CompileSpec
 from tpu_stack.planner.aot.target import topology_of
 from tpu_stack.sharding.profiles import get_profile
 
@@ -66,23 +66,23 @@ def test_topologies_are_wired_as_slices_are(profile, config, host, wrap):
 
 
 def test_the_wiring_is_in_the_key():
-    key = key_of(make_request(Asked("nano", "v5p:4x4x4", "train")))
+    key = key_of(make_request(CompileSpec("nano", "v5p:4x4x4", "train")))
     assert key["topology"]["wrap"] == [True, True, True]
     assert key["topology"]["chip_config"] == "megacore"
     assert key["topology"]["host"] == [2, 2, 1]
 
 
 def test_a_proxy_is_called_one_and_keeps_the_memory_asked_for():
-    target = target_of(make_request(Asked("llama3_8b", "8i:8", "decode")))
+    target = target_of(make_request(CompileSpec("llama3_8b", "8i:8", "decode")))
     assert target.is_proxy
-    assert (target.chip, target.asked) == ("7x", "8i")
+    assert (target.chip, target.profile_chip) == ("7x", "8i")
     assert target.hbm_bytes > target.compiler_hbm_bytes
-    assert not target_of(make_request(Asked("llama3_8b", "7x:2x2x2", "decode"))).is_proxy
+    assert not target_of(make_request(CompileSpec("llama3_8b", "7x:2x2x2", "decode"))).is_proxy
 
 
 def test_which_product_runs_is_said():
     def text(profile: str, format: str, program: str = "decode") -> str:
-        return target_of(make_request(Asked("nano", profile, program, format=format))).matmul
+        return target_of(make_request(CompileSpec("nano", profile, program, format=format))).matmul
 
     assert text("v5e:2x2", "int4").endswith("packed, each device its part)")
     assert text("v5e:1", "int4") == "pallas (the kernel reads the weight packed)"
@@ -116,22 +116,22 @@ def test_which_product_runs_is_said():
     ],
 )
 def test_bad_input_is_one_line(changes, message):
-    asked = dataclasses.replace(Asked("nano", "v5e:2x2", "train"), **changes)
+    spec = dataclasses.replace(CompileSpec("nano", "v5e:2x2", "train"), **changes)
     with pytest.raises(UserError, match=message) as caught:
-        make_request(asked)
+        make_request(spec)
     assert "\n" not in str(caught.value)
 
 
 def test_a_request_checks_itself():
-    request = make_request(Asked("nano", "v5e:2x2", "train"))
+    request = make_request(CompileSpec("nano", "v5e:2x2", "train"))
     with pytest.raises(UserError, match="needs a profile of role serve"):
         dataclasses.replace(request, program="decode").check()
     with pytest.raises(UserError, match="--timeout is 0"):
-        compile_asked(Asked("nano", "v5e:2x2", "train"), timeout_s=0)
+        compile_spec(CompileSpec("nano", "v5e:2x2", "train"), timeout_s=0)
 
 
 def test_the_key_is_readable_and_complete():
-    key = key_of(make_request(Asked("nano", "v5e:2x2", "decode", format="int8")))
+    key = key_of(make_request(CompileSpec("nano", "v5e:2x2", "decode", format="int8")))
     assert key["format"] == "int8"
     assert key["remat"] is None
     assert key["shapes"]["context"] > key["shapes"]["prompt"]

@@ -7,11 +7,11 @@ import pytest
 
 from tpu_stack.hardware.chips import get_chip
 from tpu_stack.planner.aot.exposure import Exposure, exposures, links_of
+from tpu_stack.planner.hlo_attribution import argument_name
 from tpu_stack.planner.hlo_cycles import Costs, operations
 from tpu_stack.planner.hlo_frames import Frames, Source
 from tpu_stack.planner.hlo_loops import Scope
 from tpu_stack.planner.hlo_program import ProgramReport, read_program
-from tpu_stack.planner.hlo_serves import argument_name
 from tpu_stack.planner.hlo_text import parse
 from tpu_stack.planner.links import one_execution_s
 
@@ -110,9 +110,9 @@ def test_a_product_that_the_cost_model_does_not_know_is_no_number():
 def test_collectives_name_what_they_serve_and_what_covers_them():
     report = read_program(PROGRAM, MESH)
     permute, gather = report.collectives
-    assert gather.serves == "gather of blocks.mlp.w_up, forward"
+    assert gather.purpose == "gather of blocks.mlp.w_up, forward"
     assert (gather.trips, gather.axes, gather.cover_cycles) == (3, ("fsdp",), None)
-    assert permute.serves == "move of batch.tokens"
+    assert permute.purpose == "move of batch.tokens"
     assert (permute.overlapped, permute.cover_cycles) == (True, 3 * 700 + 11)
 
 

@@ -7,9 +7,9 @@ import pytest
 
 from tpu_stack.errors import UserError
 from tpu_stack.models.presets import get_preset
-from tpu_stack.planner.aot.asked import Asked
 from tpu_stack.planner.aot.request import make_request
 from tpu_stack.planner.aot.result import Compiled, CompilerMissing, Memory, OutOfMemory, TimedOut
+from tpu_stack.planner.aot.spec import CompileSpec
 from tpu_stack.planner.hlo_program import ProgramReport
 from tpu_stack.planner.memory import confirm as confirming
 
@@ -22,7 +22,7 @@ ENTRY %main (w: f32[2,1024,4096]) -> f32[2,1024,4096] {
 }
 """
 REQUEST = make_request(
-    Asked("llama3_8b", "v5e:2x2", "train", batch_size=32, seq_len=1024),
+    CompileSpec("llama3_8b", "v5e:2x2", "train", batch_size=32, seq_len=1024),
     get_preset("llama3_8b").replace(n_layers=2),
 )
 NONE: Any = None

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from tpu_stack.models.presets import get_preset
-from tpu_stack.planner.aot.asked import Asked
 from tpu_stack.planner.aot.request import make_request
+from tpu_stack.planner.aot.spec import CompileSpec
 from tpu_stack.planner.kernels.targets import has_compiler
 from tpu_stack.planner.memory.cases import CASES, recorded, rows
 from tpu_stack.planner.memory.changes import changes
@@ -35,7 +35,7 @@ def test_fits_or_not_agrees_and_both_happen(table):
 
 def test_a_record_is_of_the_case_as_it_is_now():
     for case in CASES:
-        assert recorded()[case.name]["asked"] == dataclasses.asdict(case.asked)
+        assert recorded()[case.name]["spec"] == dataclasses.asdict(case.spec)
 
 
 @pytest.mark.slow
@@ -50,9 +50,9 @@ def test_the_compiler_says_so_still(case):
 
 
 def small(**more):
-    asked = Asked("llama3_8b", "v5e:2x2", "train", batch_size=8, seq_len=1024)
+    spec = CompileSpec("llama3_8b", "v5e:2x2", "train", batch_size=8, seq_len=1024)
     config = get_preset("llama3_8b").replace(n_layers=2)
-    return make_request(dataclasses.replace(asked, **more), config)
+    return make_request(dataclasses.replace(spec, **more), config)
 
 
 def test_state_is_three_float32_of_every_parameter_over_the_devices():
@@ -84,9 +84,9 @@ def test_remat_keeps_more_the_less_it_recomputes():
 
 
 def test_a_lower_format_takes_only_weights():
-    asked = Asked("llama3_8b", "v6e:2x2", "decode", format="bf16")
-    wide = predict(make_request(asked))
-    narrow = predict(make_request(dataclasses.replace(asked, format="int8")))
+    spec = CompileSpec("llama3_8b", "v6e:2x2", "decode", format="bf16")
+    wide = predict(make_request(spec))
+    narrow = predict(make_request(dataclasses.replace(spec, format="int8")))
     ratio = wide.always[0].bytes / narrow.always[0].bytes
     assert ratio == pytest.approx(2, rel=2e-3)  # int8 has a float32 scale per column
     assert wide.always[2:] == narrow.always[2:]
@@ -97,16 +97,16 @@ def test_no_change_is_offered_where_it_fits():
 
 
 @pytest.mark.parametrize(
-    ("asked", "kinds"),
+    ("spec", "kinds"),
     [
-        (Asked("llama3_8b", "v5p:2x2x1", "train", batch_size=64, seq_len=4096, remat="dots"),
+        (CompileSpec("llama3_8b", "v5p:2x2x1", "train", batch_size=64, seq_len=4096, remat="dots"),
          {"remat", "micro-batches", "batch"}),
-        (Asked("llama3_8b", "v6e:2x2", "decode", format="bf16", serve_batch=224),
+        (CompileSpec("llama3_8b", "v6e:2x2", "decode", format="bf16", serve_batch=224),
          {"format", "context", "batch"}),
     ],
 )  # fmt: skip
-def test_every_change_offered_fits_and_changes_one_thing(asked, kinds):
-    request = make_request(asked)
+def test_every_change_offered_fits_and_changes_one_thing(spec, kinds):
+    request = make_request(spec)
     verdict = Verdict.of(request)
     assert not verdict.fits
     assert verdict.over_bytes > 0

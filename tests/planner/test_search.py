@@ -144,13 +144,13 @@ def test_of_equally_quick_formats_the_one_with_more_bits_comes_first():
 def test_an_asked_compile_is_the_candidate():
     found = search(replace(TRAIN, batches=(64,)))
     split = next(p for p in found.plans if p.candidate.accumulate == 2)
-    asked = split.candidate.asked("llama3_8b")
-    assert (asked.program, asked.batch_size, asked.accumulate) == ("train", 64, 2)
-    assert asked.remat == split.candidate.profile.remat
-    assert asked.seq_len == 4096
+    spec = split.candidate.spec("llama3_8b")
+    assert (spec.program, spec.batch_size, spec.accumulate) == ("train", 64, 2)
+    assert spec.remat == split.candidate.profile.remat
+    assert spec.seq_len == 4096
     served = search(replace(DECODE, goal="prefill-throughput", prompt=512)).plans[0].candidate
-    asked = served.asked("llama3_8b")
-    assert (asked.program, asked.prompt, asked.context) == ("prefill", 512, 4096)
+    spec = served.spec("llama3_8b")
+    assert (spec.program, spec.prompt, spec.context) == ("prefill", 512, 4096)
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ from tpu_stack.cli.main import main
 from tpu_stack.errors import UserError
 from tpu_stack.models.presets import get_preset
 from tpu_stack.planner import serve_programs
-from tpu_stack.planner.aot.asked import Asked
 from tpu_stack.planner.aot.compile import compile_program
 from tpu_stack.planner.aot.request import make_request
 from tpu_stack.planner.aot.result import Compiled
+from tpu_stack.planner.aot.spec import CompileSpec
 from tpu_stack.planner.hlo import summarize
 from tpu_stack.planner.kernels.targets import has_compiler
 from tpu_stack.planner.programs import compile_all
@@ -75,12 +75,12 @@ def test_devices_talk_as_little_as_tensor_parallelism_needs():
 
 
 def test_a_program_that_was_renamed_names_the_new_one(capsys):
-    asked = Asked("llama3_8b", "8i:4", "decode", serve_batch=32, context=1000)
-    request = make_request(asked)
+    spec = CompileSpec("llama3_8b", "8i:4", "decode", serve_batch=32, context=1000)
+    request = make_request(spec)
     assert (request.profile.role, request.batch, request.context) == ("serve", 32, 1000)
     for old, new in (("engine-decode", "decode"), ("engine-prefill", "prefill")):
         with pytest.raises(UserError, match=f"did you mean '{new}'"):
-            make_request(Asked("llama3_8b", "8i:4", old))
+            make_request(CompileSpec("llama3_8b", "8i:4", old))
     with pytest.raises(SystemExit) as stop:
         main(["plan", "compile", "--program", "engine-decode"])
     error = capsys.readouterr().err
@@ -95,8 +95,8 @@ def test_a_program_that_was_renamed_names_the_new_one(capsys):
 @pytest.mark.parametrize("mesh", ["data=1,tensor=4", "data=2,tensor=2"])
 def test_the_compiler_takes_them_and_makes_no_second_cache(program, mesh, tmp_path):
     config = get_preset("qwen3_0_6b").replace(n_layers=2)
-    asked = Asked("qwen3_0_6b", "v6e:2x2", program, mesh, serve_batch=16, context=4096)
-    request = make_request(asked, config)
+    spec = CompileSpec("qwen3_0_6b", "v6e:2x2", program, mesh, serve_batch=16, context=4096)
+    request = make_request(spec, config)
     result = compile_program(request, cache=tmp_path)
     assert isinstance(result, Compiled)
     tensor, data = request.profile.mesh["tensor"], request.profile.mesh["data"]

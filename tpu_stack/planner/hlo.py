@@ -29,12 +29,12 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING
 
+from tpu_stack.planner.hlo_attribution import attribute
 from tpu_stack.planner.hlo_collective import KINDS, Collective, CollectiveRow, summarize, wire_bytes
 from tpu_stack.planner.hlo_cycles import CHAIN, Costs
 from tpu_stack.planner.hlo_frames import Frames
 from tpu_stack.planner.hlo_groups import span_of
 from tpu_stack.planner.hlo_loops import Scope, Site, callee, trip_count
-from tpu_stack.planner.hlo_serves import serves
 from tpu_stack.planner.hlo_source import as_written
 from tpu_stack.planner.hlo_text import Array, Instruction, Module, arrays, elements, parse
 
@@ -211,7 +211,7 @@ class _Walk:
                 overlapped=context.overlapped or start or chain is not None,
                 as_written=written,
                 notes=notes,
-                serves=serves(self.module, site, kind, op_name, self.frames, span.group_size),
+                purpose=attribute(self.module, site, kind, op_name, self.frames, span.group_size),
                 cover_cycles=cover,
             )
         )

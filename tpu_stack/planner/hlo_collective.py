@@ -29,8 +29,8 @@ class Collective:
     Invariants: `bytes` is the payload per device of one execution, as compiled; `trips` is how
     often it runs, None when an enclosing loop's count is unknown; `axes` are the mesh axes it
     spans in mesh order, None when its groups are no set of whole axes; `as_written` sums to the
-    same payload with XLA:CPU's rewrites undone (`hlo_source`); `serves` says in words what it is
-    for (`hlo_serves`); `cover_cycles` is the compiler's estimate of what it scheduled between the
+    same payload with XLA:CPU's rewrites undone (`hlo_source`); `purpose` says what it is for
+    (`hlo_attribution`); `cover_cycles` is the compiler's estimate of what it scheduled between the
     start and the end of one execution, None where it is not asynchronous.
     """
 
@@ -45,7 +45,7 @@ class Collective:
     overlapped: bool
     as_written: tuple[Part, ...]
     notes: tuple[str, ...] = ()
-    serves: str = ""
+    purpose: str = ""
     cover_cycles: int | None = None
 
     @property

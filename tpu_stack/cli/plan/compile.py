@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tpu_stack.cli.console import print_table, save_json
-from tpu_stack.cli.plan.asking import ProgramOptions
+from tpu_stack.cli.plan.program_options import ProgramOptions
 from tpu_stack.errors import UserError
 from tpu_stack.units import bytes_text, seconds_text
 
@@ -34,13 +34,13 @@ class Options(ProgramOptions):
 
 def run(options: Options) -> int:
     """Prints what came of it; returns 0 when there is a program, else 1."""
-    from tpu_stack.planner.aot.answer import compile_asked
+    from tpu_stack.planner.aot.answer import compile_spec
     from tpu_stack.planner.aot.result import Compiled, CompilerMissing, as_json
 
-    asked = options.asked()
+    spec = options.spec()
     with _spinner() as stage:
-        result = compile_asked(asked, cache=options.cache, timeout_s=options.timeout, stage=stage)
-    save_json(options.json, {"asked": vars(asked), **as_json(result)})
+        result = compile_spec(spec, cache=options.cache, timeout_s=options.timeout, stage=stage)
+    save_json(options.json, {"spec": vars(spec), **as_json(result)})
     if isinstance(result, CompilerMissing):
         raise UserError(result.message)
     _print_target(options, result)
@@ -68,7 +68,7 @@ def _spinner() -> Iterator[Callable[[str], None]]:
 
 def _print_target(options: Options, result: Any) -> None:
     target = result.target
-    proxy = f", as the proxy for {target.asked}" if target.is_proxy else ""
+    proxy = f", as the proxy for {target.profile_chip}" if target.is_proxy else ""
     rows = [
         ["compiled for", f"{target.topology} ({target.devices} JAX devices){proxy}"],
         ["links", target.links],
@@ -101,9 +101,10 @@ def print_failure(result: Any) -> None:
             f" of {bytes_text(result.limit_bytes)} of HBM per device"
         )
         if result.target.is_proxy:
+            own = bytes_text(result.target.hbm_bytes)
             print(
-                f"that is the HBM of {result.target.chip}, the proxy; {result.target.asked} has"
-                f" {bytes_text(result.target.hbm_bytes)} per device"
+                f"that is the HBM of {result.target.chip}, the proxy;"
+                f" {result.target.profile_chip} has {own} per device"
             )
         rows = [[bytes_text(a.bytes), a.shape, a.operator, a.kind] for a in result.largest[:TOP]]
         if rows:
@@ -117,7 +118,7 @@ def print_compiled(result: Any) -> None:
     """Prints memory, collectives and operations of a `Compiled`."""
     _print_memory(result)
     _print_collectives(result)
-    _print_served(result)
+    _print_costliest(result)
     _print_operations(result)
     print(
         "compiled (rung 3): memory, collectives and cycles are the compiler's, cycles by its own\n"
@@ -135,7 +136,7 @@ def _print_memory(result: Any) -> None:
         ["program", bytes_text(memory.code), ""],
         ["in all", bytes_text(memory.total_bytes),
          f"{memory.total_bytes / target.hbm_bytes:.1%} of {bytes_text(target.hbm_bytes)}"
-         f" of {target.asked}"],
+         f" of {target.profile_chip}"],
     ]  # fmt: skip
     if memory.peak:
         rows.append(["peak", bytes_text(memory.peak), "live at once, by the compiler's count"])
@@ -167,16 +168,16 @@ def _print_collectives(result: Any) -> None:
     print(f"on the wire: {bytes_text(sent)} that each device sends, by ring algorithms")
 
 
-def _print_served(result: Any) -> None:
+def _print_costliest(result: Any) -> None:
     costliest = sorted(_timed(result), key=lambda pair: -pair[1].own_s)[:TOP]
     rows = [
-        [c.serves, c.kind, "unmatched" if c.axes is None else "+".join(c.axes) or "none",
+        [c.purpose, c.kind, "unmatched" if c.axes is None else "+".join(c.axes) or "none",
          c.trips or "unknown", bytes_text(c.bytes), seconds_text(t.own_s),
          seconds_text(t.cover_s) if c.overlapped else "not asynchronous",
          seconds_text(t.exposed_s)]
         for c, t in costliest
     ]  # fmt: skip
-    columns = ["serves", "collective", "axes", "count", "bytes each", "projected time",
+    columns = ["purpose", "collective", "axes", "count", "bytes each", "projected time",
                "covered by", "exposed"]  # fmt: skip
     if rows:
         print_table(f"\nthe {len(rows)} costliest collectives", columns, rows)

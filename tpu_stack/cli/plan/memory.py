@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tpu_stack.cli.console import print_table, save_json
-from tpu_stack.cli.plan.asking import ProgramOptions
+from tpu_stack.cli.plan.program_options import ProgramOptions
 from tpu_stack.units import bytes_text
 
 TOP = 10
@@ -55,9 +55,9 @@ def _look(options: Options, stage: Callable[[str], None]) -> dict[str, Any]:
     from tpu_stack.planner.memory.changes import changes
     from tpu_stack.planner.memory.predict import Verdict
 
-    asked = options.asked()
-    verdict = Verdict.of(make_request(asked))
-    result: dict[str, Any] = {"asked": asdict(asked), **_verdict_json(verdict)}
+    spec = options.spec()
+    verdict = Verdict.of(make_request(spec))
+    result: dict[str, Any] = {"spec": asdict(spec), **_verdict_json(verdict)}
     if options.confirm:
         result["compiled"] = _compiled_json(verdict, options, stage)
     result["changes"] = []
@@ -177,7 +177,7 @@ def _print_cases(options: Options) -> int:
 
     found = rows()
     table = [
-        [row.case.name, row.case.asked.model, row.case.asked.profile,
+        [row.case.name, row.case.spec.model, row.case.spec.profile,
          bytes_text(row.verdict.prediction.total_bytes),
          bytes_text(row.compiled["total_bytes"]) if row.compiled else "not compiled",
          f"{row.error:+.1%}" if row.error is not None else "-",

@@ -1,9 +1,9 @@
 """Compiles a program for a TPU that is not here, in a child process, through the cache on disk.
 
 Example:
-    from tpu_stack.planner.aot.asked import Asked
+    from tpu_stack.planner.aot.spec import CompileSpec
     from tpu_stack.planner.aot.request import make_request
-    result = compile_program(make_request(Asked("llama3_8b", "v5p:4x4x4", "train")))
+    result = compile_program(make_request(CompileSpec("llama3_8b", "v5p:4x4x4", "train")))
     result.memory.total_bytes, result.report.collectives
 """
 
@@ -18,7 +18,6 @@ from typing import Any
 
 from tpu_stack.errors import UserError
 from tpu_stack.hardware.chips import get_chip
-from tpu_stack.planner.aot.asked import TIMEOUT_S
 from tpu_stack.planner.aot.oom import read_oom
 from tpu_stack.planner.aot.recompilation import digest_of, source_digests, versions
 from tpu_stack.planner.aot.request import CompileRequest
@@ -33,6 +32,7 @@ from tpu_stack.planner.aot.result import (
     Target,
     TimedOut,
 )
+from tpu_stack.planner.aot.spec import TIMEOUT_S
 from tpu_stack.planner.aot.store import Store
 from tpu_stack.planner.aot.target import topology_of
 from tpu_stack.planner.compiler_child import CompilerChild, Deadline
@@ -64,7 +64,7 @@ def compile_program(
 
     Returns: one of `result.Result`. A time-out, and an end from outside, are not kept.
 
-    Raises: UserError for a request that no compiler need be asked (`CompileRequest.check`).
+    Raises: UserError for a request that is refused without a compile (`CompileRequest.check`).
     """
     request.check()
     store, digest = Store(cache), digest_of(key_of(request))
@@ -82,14 +82,14 @@ def compile_program(
 def target_of(request: CompileRequest) -> Target:
     """What a request is compiled for."""
     profile, topology = request.profile, topology_of(request.profile)
-    chip, asked = get_chip(topology.chip), profile.chip_facts
+    chip, own = get_chip(topology.chip), profile.chip_facts
     return Target(
         topology=topology.name,
         chip=topology.chip,
-        asked=profile.chip,
+        profile_chip=profile.chip,
         devices=topology.devices,
         mesh=_compiled_mesh(request),
-        hbm_bytes=int(asked.require("hbm_bytes")) // asked.devices(1),
+        hbm_bytes=int(own.require("hbm_bytes")) // own.devices(1),
         compiler_hbm_bytes=int(chip.require("hbm_bytes")) // chip.devices(1),
         matmul=_matmul_text(request),
         wrap=topology.wrap,
@@ -122,7 +122,7 @@ def key_of(request: CompileRequest) -> dict[str, Any]:
         "program": request.program,
         "config": json.loads(json.dumps(asdict(request.config))),
         "topology": json.loads(json.dumps(asdict(topology_of(profile)))),
-        "asked_chip": profile.chip,
+        "profile_chip": profile.chip,
         "mesh": dict(profile.mesh),
         "rules": {axis: list(axes) for axis, axes in profile.rules.table.items()},
         "precision": asdict(profile.precision),

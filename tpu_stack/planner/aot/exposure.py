@@ -6,7 +6,7 @@ that is exposed; a collective that is not asynchronous is exposed whole. Two col
 at once are each given all of what lies between, so the sum is a lower bound.
 
     for item, time in zip(result.report.collectives, result.exposures):
-        print(item.serves, time.exposed_s)
+        print(item.purpose, time.exposed_s)
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """What is compiled: a program of a model under a profile, with every size filled in.
 
->>> request = make_request(Asked("llama3_8b", "v5p:4x4x4", "train"))
+>>> request = make_request(CompileSpec("llama3_8b", "v5p:4x4x4", "train"))
 >>> request.batch, request.seq_len, dict(request.profile.mesh)
 (128, 4096, {'data': 1, 'fsdp': 64, 'tensor': 1})
 """
@@ -12,7 +12,7 @@ from tpu_stack.errors import UserError
 from tpu_stack.models.abstract import tensor_specs
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.models.presets import get_preset
-from tpu_stack.planner.aot.asked import PROGRAMS, REMAT, Asked, nearest
+from tpu_stack.planner.aot.spec import PROGRAMS, REMAT, CompileSpec, nearest
 from tpu_stack.planner.aot.target import topology_of
 from tpu_stack.planner.workload import Workload
 from tpu_stack.quant.formats import get_format
@@ -46,8 +46,8 @@ class CompileRequest:
     format: str = "bf16"
 
     def check(self) -> None:
-        """Raises UserError for what no compiler need be asked: a program that is none, sizes that
-        do not divide, a topology that cannot be had."""
+        """Raises UserError for what is refused without a compile: an unknown program, sizes that do
+        not divide, a topology that does not exist."""
         if self.program not in PROGRAMS:
             raise nearest("program", self.program, PROGRAMS)
         role = "train" if self.program == "train" else "serve"
@@ -66,39 +66,39 @@ class CompileRequest:
         require_batch_divides(self.profile, self.batch // self.accumulate)
 
 
-def make_request(asked: Asked, config: ModelConfig | None = None) -> CompileRequest:
+def make_request(spec: CompileSpec, config: ModelConfig | None = None) -> CompileRequest:
     """Reads names, chooses the mesh where none is given (`Profile.fit`), fills in sizes.
 
-    `config` stands for `asked.model` where the model is no preset. Raises UserError for anything
+    `config` stands for `spec.model` where the model is no preset. Raises UserError for anything
     unknown, a value out of range, a mesh or batch that does not divide.
     """
-    config = config or get_preset(asked.model)
-    if asked.program not in PROGRAMS:
-        raise nearest("program", asked.program, PROGRAMS)
-    training = asked.program == "train"
-    get_format(asked.format)
-    profile = get_profile(asked.profile, "train" if training else "serve")
+    config = config or get_preset(spec.model)
+    if spec.program not in PROGRAMS:
+        raise nearest("program", spec.program, PROGRAMS)
+    training = spec.program == "train"
+    get_format(spec.format)
+    profile = get_profile(spec.profile, "train" if training else "serve")
     topology_of(profile)
-    specs = tensor_specs(config) if training else with_groups(config, asked.format)
-    profile = profile.with_mesh(asked.mesh) if asked.mesh else profile.fit(specs)
-    if asked.remat is not None:
-        if asked.remat not in REMAT:
-            raise nearest("remat", asked.remat, REMAT)
-        profile = dataclasses.replace(profile, remat=asked.remat)
-    if asked.accumulate < 1:
-        raise UserError(f"--accumulate is {asked.accumulate}; it must be at least 1")
+    specs = tensor_specs(config) if training else with_groups(config, spec.format)
+    profile = profile.with_mesh(spec.mesh) if spec.mesh else profile.fit(specs)
+    if spec.remat is not None:
+        if spec.remat not in REMAT:
+            raise nearest("remat", spec.remat, REMAT)
+        profile = dataclasses.replace(profile, remat=spec.remat)
+    if spec.accumulate < 1:
+        raise UserError(f"--accumulate is {spec.accumulate}; it must be at least 1")
     work = Workload.of(
         config, profile, profile,
-        batch_size=asked.batch_size, seq_len=asked.seq_len, serve_batch=asked.serve_batch,
-        context=asked.context, prompt=asked.prompt,
+        batch_size=spec.batch_size, seq_len=spec.seq_len, serve_batch=spec.serve_batch,
+        context=spec.context, prompt=spec.prompt,
     )  # fmt: skip
-    request = CompileRequest(config, profile, asked.program, work.batch_size, work.seq_len)
+    request = CompileRequest(config, profile, spec.program, work.batch_size, work.seq_len)
     if training:
-        request = dataclasses.replace(request, accumulate=asked.accumulate)
+        request = dataclasses.replace(request, accumulate=spec.accumulate)
     else:
         request = CompileRequest(
-            config, profile, asked.program, work.serve_batch,
-            context=work.context, prompt=work.prompt, format=asked.format,
+            config, profile, spec.program, work.serve_batch,
+            context=work.context, prompt=work.prompt, format=spec.format,
         )  # fmt: skip
     request.check()
     return request

@@ -1,6 +1,6 @@
 """What can come of compiling a program for a TPU: one type per outcome, each JSON-ready.
 
-An abort, a refusal or too large a program is an answer to the question asked, not a crash. JAX is
+An abort, a refusal or too large a program is an answer, not a crash. JAX is
 not imported here, so that an answer from the cache is quick.
 
     match result:
@@ -56,16 +56,16 @@ class Target:
 
     Attributes:
       topology: the compiler's name of it. wrap: which of its axes close into rings.
-      chip: whose compiler ran. asked: the profile's chip.
+      chip: whose compiler ran. profile_chip: the chip of the profile.
       devices: JAX devices. mesh: axis -> size.
-      hbm_bytes: of the chip asked for. compiler_hbm_bytes: of the chip compiled for.
+      hbm_bytes: of the profile's chip. compiler_hbm_bytes: of the chip compiled for.
       matmul: which implementation of the quantized product is in the program, and why.
       clock_hz: cycles per second of the chip compiled for (`kernels.targets`), None if not known.
     """
 
     topology: str
     chip: str
-    asked: str
+    profile_chip: str
     devices: int
     mesh: dict[str, int]
     hbm_bytes: int
@@ -84,8 +84,8 @@ class Target:
 
     @property
     def is_proxy(self) -> bool:
-        """Whether the compiler knows no `asked` and compiled for another chip in its place."""
-        return self.chip != self.asked
+        """Whether the compiler does not know the profile's chip, and compiled for another."""
+        return self.chip != self.profile_chip
 
 
 @dataclass(frozen=True)

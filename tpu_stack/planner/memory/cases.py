@@ -17,9 +17,9 @@ from typing import Any
 
 from tpu_stack.files import write_json
 from tpu_stack.models.presets import get_preset
-from tpu_stack.planner.aot.asked import Asked
 from tpu_stack.planner.aot.recompilation import versions
 from tpu_stack.planner.aot.request import CompileRequest, make_request
+from tpu_stack.planner.aot.spec import CompileSpec
 from tpu_stack.planner.memory.predict import Verdict
 
 RECORD = Path(__file__).with_name("cases.json")
@@ -31,23 +31,23 @@ class Case:
     were written with this program's figures in view; the others were predicted before."""
 
     name: str
-    asked: Asked
+    spec: CompileSpec
     seen: bool
     layers: int | None = None
 
     def request(self) -> CompileRequest:
         """The request to predict and compile."""
-        config = get_preset(self.asked.model)
+        config = get_preset(self.spec.model)
         config = config.replace(n_layers=self.layers) if self.layers else config
-        return make_request(self.asked, config)
+        return make_request(self.spec, config)
 
 
-def _train(model: str, profile: str, **more: Any) -> Asked:
-    return Asked(model, profile, "train", **more)
+def _train(model: str, profile: str, **more: Any) -> CompileSpec:
+    return CompileSpec(model, profile, "train", **more)
 
 
-def _serve(model: str, profile: str, program: str, format: str, **more: Any) -> Asked:
-    return Asked(model, profile, program, format=format, **more)
+def _serve(model: str, profile: str, program: str, format: str, **more: Any) -> CompileSpec:
+    return CompileSpec(model, profile, program, format=format, **more)
 
 
 _SMALL, _LLAMA, _QWEN = "qwen3_0_6b", "llama3_8b", "qwen3_8b"
@@ -121,7 +121,7 @@ def record(
         "held_bytes": found.held_bytes,
         "exact": found.exact,
         "libtpu": versions().get("libtpu"),
-        "asked": asdict(case.asked),
+        "spec": asdict(case.spec),
     }
     write_json(RECORD, recorded() | {case.name: figures})
     recorded.cache_clear()

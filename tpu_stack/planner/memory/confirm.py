@@ -9,10 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tpu_stack.errors import UserError
-from tpu_stack.planner.aot.asked import TIMEOUT_S
 from tpu_stack.planner.aot.compile import compile_program
 from tpu_stack.planner.aot.request import CompileRequest
 from tpu_stack.planner.aot.result import Compiled, CompilerMissing, OutOfMemory
+from tpu_stack.planner.aot.spec import TIMEOUT_S
 from tpu_stack.planner.hlo_text import parse
 from tpu_stack.planner.memory.buffers import most_held
 from tpu_stack.planner.memory.owners import Held, label

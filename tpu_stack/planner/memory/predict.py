@@ -1,9 +1,9 @@
 """Whether a program fits, by formula: the prediction for any request beside what a device has.
 
 Example:
-    from tpu_stack.planner.aot.asked import Asked
+    from tpu_stack.planner.aot.spec import CompileSpec
     from tpu_stack.planner.aot.request import make_request
-    verdict = Verdict.of(make_request(Asked("llama3_8b", "v5e:4x4", "train")))
+    verdict = Verdict.of(make_request(CompileSpec("llama3_8b", "v5e:4x4", "train")))
     verdict.fits, verdict.prediction.total_bytes, verdict.limit_bytes
 """
 

@@ -11,7 +11,7 @@ from tpu_stack.hardware.chips import Chip
 from tpu_stack.hardware.slices import is_slice
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.models.presets import get_preset
-from tpu_stack.planner.aot.asked import PROGRAMS, nearest
+from tpu_stack.planner.aot.spec import PROGRAMS, nearest
 from tpu_stack.planner.request import check_profile
 from tpu_stack.planner.search.goals import GOALS, Goal, goal_of
 from tpu_stack.planner.workload import Workload

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from tpu_stack.planner.aot.asked import Asked
+from tpu_stack.planner.aot.spec import CompileSpec
 from tpu_stack.quant.formats import get_format
 from tpu_stack.sharding.mesh import mesh_text
 from tpu_stack.sharding.profiles import Profile
@@ -57,16 +57,16 @@ class Candidate:
         """The candidate in words."""
         return f"{self.profile.name}, {self.mesh}, batch {self.batch}, {self.choice}"
 
-    def asked(self, model: str) -> Asked:
-        """The same, as `planner.aot` is asked to compile it."""
+    def spec(self, model: str) -> CompileSpec:
+        """The spec that `planner.aot` compiles of it."""
         mesh = mesh_text(self.profile.mesh)
         if self.program == "train":
-            return Asked(
+            return CompileSpec(
                 model, self.profile.name, "train", mesh, batch_size=self.batch,
                 seq_len=self.length, accumulate=self.accumulate, remat=self.profile.remat,
             )  # fmt: skip
         prompt = self.tokens // self.batch if self.program == "prefill" else None
-        return Asked(
+        return CompileSpec(
             model, self.profile.name, self.program, mesh, format=self.format,
             serve_batch=self.batch, context=self.length, prompt=prompt,
         )  # fmt: skip

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tpu_stack.errors import UserError
-from tpu_stack.planner.aot.answer import compile_asked
-from tpu_stack.planner.aot.asked import TIMEOUT_S
+from tpu_stack.planner.aot.answer import compile_spec
 from tpu_stack.planner.aot.result import (
     OUTCOMES,
     Compiled,
@@ -20,6 +19,7 @@ from tpu_stack.planner.aot.result import (
     Result,
     TimedOut,
 )
+from tpu_stack.planner.aot.spec import TIMEOUT_S
 from tpu_stack.planner.search.candidate import Plan
 
 
@@ -96,8 +96,8 @@ def confirm(
     found = []
     for plan in plans:
         try:
-            result = compile_asked(
-                plan.candidate.asked(model),
+            result = compile_spec(
+                plan.candidate.spec(model),
                 cache=cache,
                 timeout_s=timeout_s,
                 stage=lambda name, plan=plan: stage(plan, name),

@@ -11,7 +11,7 @@ from itertools import product
 from math import prod
 
 from tpu_stack.errors import UserError
-from tpu_stack.planner.aot.asked import REMAT
+from tpu_stack.planner.aot.spec import REMAT
 from tpu_stack.planner.search.ask import Question
 from tpu_stack.planner.tensors import shard_count
 from tpu_stack.sharding.axes import BATCH, TensorSpec

@@ -1,7 +1,7 @@
-"""What a person asked to compile, as typed: free of JAX, which takes seconds to import.
+"""The spec of a compile, as typed: free of JAX, which takes seconds to import.
 
 Example:
-    Asked("llama3_8b", "v5p:4x4x4", "train")
+    CompileSpec("llama3_8b", "v5p:4x4x4", "train")
 """
 
 import difflib
@@ -17,8 +17,8 @@ TIMEOUT_S = 1800.0
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A compile in the user's words. None: the default that `make_request` fills in.
+class CompileSpec:
+    """What to compile, by names and sizes. None: the default that `make_request` fills in.
 
     Attributes:
       model: preset. profile: NAME:TOPOLOGY. program: one of PROGRAMS.

@@ -1,4 +1,4 @@
-"""What a collective is for: the tensor it gathers, the gradient it sums, or the line that asked.
+"""Attributes a collective: to the tensor it gathers, the gradient it sums, or its source line.
 
 The text names the arguments of the program (`state.params['blocks']['mlp']['w_up']`), so a gathered
 value is followed back to one of them. A summed gradient is recognised by its shape among the
@@ -30,10 +30,10 @@ STACKED = "blocks."
 _PARAMETERS = re.compile(r"^(?:state\.)?params(?=[\[.])")
 
 
-def serves(
+def attribute(
     module: Module, site: Site, kind: str, op_name: str, frames: Frames, group_size: int
 ) -> str:
-    """One phrase for a person; the direction (forward, backward, ...) after a comma."""
+    """What a collective is for, in one phrase; its direction (forward, backward, ...) last."""
     source = frames.source(site.instruction.attributes)
     what = _what(module, site, kind, op_name, group_size, source)
     if not what:

@@ -1,19 +1,19 @@
 """The options that name one program of one model on one slice, as `compile` and `memory` take them.
 
 Example:
-    ProgramOptions(model="llama3_8b", profile="v5p:4x4x4").asked()
+    ProgramOptions(model="llama3_8b", profile="v5p:4x4x4").spec()
 """
 
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from tpu_stack.planner.aot.asked import Asked
+    from tpu_stack.planner.aot.spec import CompileSpec
 
 
 @dataclass(frozen=True)
 class ProgramOptions:
-    """A program in the user's words; verbs derive from it."""
+    """The options of one program; verbs derive from it."""
 
     model: str = "llama3_8b"
     """Preset."""
@@ -42,8 +42,9 @@ class ProgramOptions:
     timeout: float = 1800.0
     """Seconds after which a compile is ended."""
 
-    def asked(self) -> "Asked":
-        """The same for the planner, without what only a verb needs."""
-        from tpu_stack.planner.aot.asked import Asked
+    def spec(self) -> "CompileSpec":
+        """The spec of the compile, without what only a verb needs."""
+        from tpu_stack.planner.aot.spec import CompileSpec
 
-        return Asked(**{field.name: getattr(self, field.name) for field in fields(Asked)})
+        names = [field.name for field in fields(CompileSpec)]
+        return CompileSpec(**{name: getattr(self, name) for name in names})
