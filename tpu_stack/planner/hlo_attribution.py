@@ -4,6 +4,7 @@ The text names the arguments of the program (`state.params['blocks']['mlp']['w_u
 value is followed back to one of them. A summed gradient is recognised by its shape among the
 arguments. What remains is named by the source line in its metadata.
 
+Example:
     attribute(module, Site(scope, instruction), "all-gather", op_name, frames, group_size=64)
 """
 
