@@ -1,4 +1,4 @@
-"""`ts.compare`: what a model would cost on chips that are not here.
+"""`ts.compare` and `ts.plan`: what a model would cost on chips that are not here.
 
 Example:
     compare("llama3_70b", train="8t:4x4x4", serve="8i:8")["two_by_two"]
@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from tpu_stack.planner import compare as comparing
+from tpu_stack.planner.projection import project
+from tpu_stack.sharding.placement import choose_backend
 
 
 def compare(
@@ -30,6 +32,16 @@ def compare(
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import jax
 
+    choose_backend()
     with contextlib.suppress(RuntimeError):  # JAX has started: make do with its devices
         jax.config.update("jax_num_cpu_devices", comparing.devices_wanted(train, serve))
     return comparing.compare(comparing.make_request(model, train, serve, **options), progress)
+
+
+def plan(model: str, profile: str, **options: Any) -> dict[str, Any]:
+    """How long a step takes, term by term, *projected* by the simulator, JSON-ready.
+
+    `options` are those of `planner.projection.project`, such as batch_size=64 or
+    program="serve". Nothing is compiled. Raises UserError for what cannot be placed.
+    """
+    return project(model, profile, **options)

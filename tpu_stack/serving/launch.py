@@ -1,4 +1,5 @@
-"""A running engine from a bundle on disk, or from random weights, on the meshes that are there.
+"""A running engine from a bundle, from trainable parameters or from random weights, on the meshes
+that are there.
 
 Example:
     served = start_engine(Weights.of(Path("bundle")), Where(), EngineOptions())
@@ -14,6 +15,11 @@ from tpu_stack.serving.engine_options import EngineOptions
 from tpu_stack.sharding.placement import PlacementOptions, place, place_two
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from concurrent.futures import Future
+
+    from tpu_stack.data.chat_format import ChatFormat
+    from tpu_stack.data.tokenizer import Tokenizer
     from tpu_stack.serving.bundle import Bundle
     from tpu_stack.serving.service import InFlight, Service
     from tpu_stack.sharding.profiles import Profile
@@ -41,16 +47,27 @@ class Where:
 
 @dataclass(frozen=True)
 class Weights:
-    """A bundle, or a model with random weights: what to serve, before it is on any device."""
+    """What to serve, before it is on any device: a bundle, or what `loader` gives, or else random
+    weights.
+
+    Attributes:
+      format: of the weights. loader: gives an engine's weights on a mesh.
+      tokenizer, chat: None where there is no text.
+    """
 
     config: Any
     format: str
     bundle: "Bundle | None" = None
+    loader: "Callable[[Profile, Any], Any] | None" = None
+    tokenizer: "Tokenizer | None" = None
+    chat: "ChatFormat | None" = None
 
     def load(self, profile: "Profile", mesh: Any) -> Any:
-        """The parameters on a mesh."""
+        """The weights on a mesh, as an engine holds them."""
         if self.bundle is not None:
             return self.bundle.load(profile, mesh, split=True)
+        if self.loader is not None:
+            return self.loader(profile, mesh)
         from tpu_stack.serving.bench.random_weights import random_params
 
         return random_params(self.config, self.format, profile, mesh)
@@ -68,7 +85,56 @@ class Weights:
         from tpu_stack.serving.bundle import Bundle
 
         bundle = Bundle.open(path)
-        return cls(bundle.config, bundle.manifest.format, bundle)
+        return cls(
+            bundle.config,
+            bundle.manifest.format,
+            bundle,
+            tokenizer=bundle.tokenizer,
+            chat=bundle.chat,
+        )
+
+    @classmethod
+    def of_params(
+        cls, config: Any, params: Any, format: str, tokenizer: "Tokenizer | None" = None
+    ) -> "Weights":
+        """Trainable parameters, float32 on any mesh, packed to `format` when they are loaded."""
+
+        def load(profile: "Profile", mesh: Any) -> Any:
+            from tpu_stack.serving.weights import engine_weights
+
+            return engine_weights(config, params, format, profile, mesh)
+
+        return cls(config, format, loader=load, tokenizer=tokenizer)
+
+    @classmethod
+    def of_run(cls, path: Path, format: str) -> "Weights":
+        """The newest checkpoint of a run folder, packed to `format` a tensor at a time when it is
+        loaded. Raises UserError when there is none."""
+        from tpu_stack.checkpoint.store import CheckpointStore
+        from tpu_stack.data.chat_format import ChatFormat
+        from tpu_stack.data.tokenizer import Tokenizer
+        from tpu_stack.models.config import ModelConfig
+        from tpu_stack.serving.pack import restore_tensor
+        from tpu_stack.serving.weights import engine_weights
+
+        with CheckpointStore(path, read_only=True) as store:
+            step = store.latest()
+            meta = store.meta(step)
+        config = ModelConfig.from_dict(meta["model"])
+
+        def load(profile: "Profile", mesh: Any) -> Any:
+            with CheckpointStore(path, read_only=True) as store:
+                return engine_weights(
+                    config,
+                    lambda spec: restore_tensor(store, step, spec, profile, mesh),
+                    format,
+                    profile,
+                    mesh,
+                )
+
+        tokenizer = Tokenizer.from_json(meta["tokenizer"], where=f"the tokenizer of {path}")
+        chat = ChatFormat.read(path)
+        return cls(config, format, loader=load, tokenizer=tokenizer, chat=chat)
 
 
 @dataclass(frozen=True)
@@ -86,16 +152,23 @@ class Served:
     draft: Weights | None = None
     places: "tuple[tuple[Profile, Any], ...]" = ()
 
+    def load(
+        self, weights: Weights, in_flight: "InFlight", draft: Weights | None = None
+    ) -> "Future[int]":
+        """Has the engine take these weights between two steps; needs room for both. The future
+        gives the generation that is then live. Raises UserError where they do not fit."""
+        sides = [_loaded(weights, draft, *each) for each in self.places]
+        return self.service.load(sides[0] if len(sides) == 1 else tuple(sides), in_flight)
+
     def reload(self, in_flight: "InFlight") -> Path:
         """Opens the bundles again, checks that the running programs fit them, and has the engine
-        take their weights between two steps. Needs room for both. The folder that was read.
+        take their weights between two steps; see `load`. Returns the folder that was read.
 
         Raises UserError when they are no longer bundles, or of another model.
         """
         weights = _opened_again(self.weights)
         draft = None if self.draft is None else _opened_again(self.draft)
-        sides = [_loaded(weights, draft, *each) for each in self.places]
-        self.service.load(sides[0] if len(sides) == 1 else tuple(sides), in_flight)
+        self.load(weights, in_flight, draft)
         assert weights.bundle is not None
         return weights.bundle.path
 

@@ -7,6 +7,7 @@ replicates, so there is one unless the caller asks for a mesh or shows one, as t
 >>> profile, mesh = place("8t", "train", PlacementOptions(), [spec])
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -160,7 +161,18 @@ def _wanted(role: "Role", options: PlacementOptions) -> int | None:
     return wanted
 
 
+def choose_backend() -> None:
+    """Without a TPU's device file JAX uses the CPU, so that libtpu is not probed; whoever set
+    JAX_PLATFORMS, or has started JAX, has chosen already."""
+    import jax
+
+    has_tpu = any(os.path.exists(path) for path in ("/dev/accel0", "/dev/vfio/0"))
+    if not has_tpu and not jax.config.jax_platforms:
+        jax.config.update("jax_platforms", "cpu")
+
+
 def _on_cpu() -> bool:
     import jax
 
+    choose_backend()
     return jax.config.jax_platforms == "cpu"

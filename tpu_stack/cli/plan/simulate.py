@@ -1,13 +1,11 @@
 """`tpu-stack plan simulate`: how long a step takes, term by term, in milliseconds of your time."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from tpu_stack.cli.console import print_table, save_json
 from tpu_stack.units import bytes_text, seconds_text
-
-BATCHES = (1, 4, 16, 32, 64, 128, 256, 512)
 
 
 @dataclass(frozen=True)
@@ -61,79 +59,11 @@ def run(options: Options) -> None:
 
 
 def simulate(options: Options) -> dict[str, Any]:
-    """The result, JSON-ready. Raises UserError for what cannot be placed."""
-    import dataclasses
+    """The projection, JSON-ready; see `planner.projection.project`."""
+    from tpu_stack.planner.projection import project
 
-    from tpu_stack.planner.backtest.calibration import Calibration
-    from tpu_stack.planner.request import place
-
-    role = options.program or ("serve" if options.profile.startswith("8i") else "train")
-    config, profile = place(options.model, options.profile, role, options.mesh, options.format)
-    if options.remat and role == "train":
-        profile = dataclasses.replace(profile, remat=options.remat)
-    fitted = Calibration.load()
-    found = _train if role == "train" else _serve
-    chip = profile.chip_facts
-    return {
-        "model": options.model,
-        "profile": profile.name,
-        "role": role,
-        "mesh": dict(profile.mesh),
-        "label": "projected",
-        "rung": "4 projected: a simulator with constants fitted to published results",
-        **found(options, config, profile, fitted.full),
-        "notes": _notes(role, chip, fitted),
-    }
-
-
-def _train(options: Options, config: Any, profile: Any, fit: Any) -> dict[str, Any]:
-    from tpu_stack.planner.simulate.program import simulate_train
-    from tpu_stack.planner.workload import Workload
-
-    work = Workload.of(
-        config, profile, profile, batch_size=options.batch_size, seq_len=options.seq_len
-    )
-    step = simulate_train(
-        config, profile, fit.train, batch=work.batch_size, seq_len=work.seq_len,
-        accumulate=options.accumulate,
-    )  # fmt: skip
-    return {"batch_size": work.batch_size, "seq_len": work.seq_len, "train_step": step}
-
-
-def _serve(options: Options, config: Any, profile: Any, fit: Any) -> dict[str, Any]:
-    from tpu_stack.planner.memory.predict import limit_of
-    from tpu_stack.planner.memory.serve import ServeMemory
-    from tpu_stack.planner.simulate.program import serve_job, simulate_decode, simulate_prefill
-
-    job = serve_job(config, profile, options.format)
-    memory, capacity = ServeMemory(config, profile, options.format), limit_of(profile)
-    sizes = {"context": options.context, "prompt": options.prompt}
-    decode = []
-    for batch in (job.replicas * size for size in BATCHES):
-        total = memory.predict("decode", batch=batch, **sizes).held_bytes
-        step = simulate_decode(job, fit.train, fit.serve, batch=batch, context=options.context)
-        step |= {"bytes_per_device": total, "fits": total <= capacity}
-        decode.append(step)
-    return {
-        "format": options.format,
-        "context": options.context,
-        "hbm_bytes_per_device": capacity,
-        "prefill": simulate_prefill(job, fit.train, fit.serve, prompt=options.prompt),
-        "decode": decode,
-    }
-
-
-def _notes(role: str, chip: Any, fitted: Any) -> list[str]:
-    kinds = ("train",) if role == "train" else ("decode", "serve")
-    notes = []
-    if not any(f"{kind} {chip.name}" in fitted.seen for kind in kinds):
-        notes.append(
-            f"extrapolated: no published {' or '.join(kinds)} result on {chip.name} was calibrated"
-            " on; its constants are those of the nearest chips"
-        )
-    if chip.price_usd_per_hour is None:
-        notes.append(f"no price of {chip.name} is known, so no cost")
-    return notes
+    asked = {field.name: getattr(options, field.name) for field in fields(options)}
+    return project(**{name: value for name, value in asked.items() if name != "json"})
 
 
 def _print_train(result: dict[str, Any], where: str) -> None:
