@@ -89,8 +89,8 @@ class Model:
             max_tokens=max_tokens, chat=self.chat, stats=stats,
         )  # fmt: skip
 
-    def generate[P: str | Sequence[str]](
-        self, prompts: P, *, max_tokens: int = 64, **sampling: Any
+    def generate(
+        self, prompts: str | Sequence[str], *, max_tokens: int = 64, **sampling: Any
     ) -> Any:
         """The text after each prompt: a string for a string, a list for a list."""
         rows = [prompts] if isinstance(prompts, str) else list(prompts)
