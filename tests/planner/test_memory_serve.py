@@ -59,6 +59,17 @@ def test_pages_state_and_what_lies_beside_a_prefill_by_hand():
     assert decode.held_bytes == decode.total_bytes
 
 
+def test_heads_that_fill_no_lanes_are_padded_beside_what_is_given():
+    """64 of 128 lanes: twice the bytes, which only the kernel of decode asks for."""
+    config = get_preset("smollm2_135m").replace(n_layers=2)
+    memory = ServeMemory(config, get_profile("v6e:1", "serve"), "int8")
+    given = 2 * 3 * (2 * 32 * 16) * 128 * 64 * 2
+    decode, prefill = (memory.predict(name, **SIZES).held for name in ("decode", "prefill"))
+    assert decode["pages of keys and values"] == prefill["pages of keys and values"] == given
+    assert decode["pages, padded for the kernel"] == 2 * given + 3 * given // 2
+    assert "pages, padded for the kernel" not in prefill
+
+
 def test_twice_the_slots_are_twice_the_pages_and_weights_stay():
     profile = get_profile("v6e:4", "serve")
     memory = ServeMemory(LLAMA, profile, "int8")

@@ -1,4 +1,4 @@
-"""Programs whose memory the compiler has given, beside the prediction: train steps, and those of
+"""Programs whose memory the compiler has given, beside the prediction: train steps, and twelve of
 the serving engine's, dense models and mixtures of experts.
 
 `cases.json` holds the compiler's figures and its version, taken from compiled programs; the
@@ -51,7 +51,7 @@ def _serve(model: str, profile: str, program: str, format: str, **more: Any) -> 
 
 
 _SMALL, _LLAMA, _QWEN = "qwen3_0_6b", "llama3_8b", "qwen3_8b"
-_EXPERTS = "qwen3_30b_a3b"
+_EXPERTS, _MIXTRAL, _NARROW = "qwen3_30b_a3b", "mixtral_8x7b", "smollm2_135m"
 TRAIN_CASES = (
     Case("train, fsdp, v5p", _train(_LLAMA, "v5p:4x4x4"), True),
     Case("train, fsdp, 7x", _train(_LLAMA, "7x:2x2x1", batch_size=32, seq_len=2048), True),
@@ -65,12 +65,27 @@ SERVE_CASES = (
          _serve(_SMALL, "v5e:1x1", "decode", "int4", serve_batch=32, context=2048), True),
     Case("prefill, one device, v5e, 3 layers",
          _serve(_SMALL, "v5e:1x1", "prefill", "int4", serve_batch=32, context=2048), True, 3),
+    Case("decode, tensor, v5e, 4 layers",
+         _serve(_LLAMA, "v5e:2x2", "decode", "int4", serve_batch=16, context=4096), False, 4),
     Case("prefill, tensor, v5p, bf16, 3 layers",
          _serve(_LLAMA, "v5p:2x2x1", "prefill", "bf16", serve_batch=16, context=4096), True, 3),
+    Case("decode, data and tensor, 7x, 3 layers",
+         _serve(_LLAMA, "7x:2x2x1", "decode", "int8", serve_batch=32, context=4096,
+                mesh="data=2,tensor=4"), True, 3),
+    Case("decode, heads of 64, v6e, 3 layers",
+         _serve(_NARROW, "v6e:1x1", "decode", "int8", serve_batch=32, context=4096), True, 3),
     Case("decode, experts, v6e, 2 layers",
          _serve(_EXPERTS, "v6e:2x2", "decode", "int4", serve_batch=16, context=4096), True, 2),
     Case("prefill, experts, v6e, 2 layers",
          _serve(_EXPERTS, "v6e:2x2", "prefill", "int4", serve_batch=16, context=4096), True, 2),
+    Case("decode, experts, v5p, 2 layers",
+         _serve(_MIXTRAL, "v5p:2x2x1", "decode", "int8", serve_batch=64, context=2048), False, 2),
+    Case("prefill, experts, 7x, 2 layers",
+         _serve(_MIXTRAL, "7x:2x2x1", "prefill", "int8", serve_batch=16, context=4096), False, 2),
+    Case("decode, too large, v6e, 2 layers",
+         _serve(_QWEN, "v6e:1x1", "decode", "int8", serve_batch=512, context=16_384), False, 2),
+    Case("prefill, too large, v5e, 4 layers",
+         _serve(_LLAMA, "v5e:1x1", "prefill", "bf16", serve_batch=256, context=8192), False, 4),
 )  # fmt: skip
 CASES = TRAIN_CASES + SERVE_CASES
 

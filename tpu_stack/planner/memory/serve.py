@@ -64,14 +64,14 @@ class ServeMemory:
         state = self._state(slots, -(-context // page) * page)
         if program == "decode":
             return Prediction(
-                (*self.weights, self._pages(pages), *state),
+                (*self.weights, *self._pages(pages, kernel=True), *state),
                 {"sampling": self._sampling(slots), "layer": self._layer(slots, 1)},
                 self._code(program),
             )
         step = PrefillStep.of(prompt, slots)
         logits = array("logits", "float32", (step.rows, self.config.vocab_size), "unsplit")
         return Prediction(
-            (*self.weights, self._pages(pages), logits),
+            (*self.weights, *self._pages(pages), logits),
             {
                 "attention": self._attention(step.rows, step.chunk),
                 "layer": self._layer(step.rows, step.chunk),
@@ -100,16 +100,25 @@ class ServeMemory:
             Term("embedding tables", tables, self.format, split, True),
         )
 
-    def _pages(self, pages: int) -> Term:
-        """[K, L*P, page, H] of keys and of values."""
+    def _pages(self, pages: int, *, kernel: bool = False) -> tuple[Term, ...]:
+        """[K, L*P, page, H] of keys and of values, in the layout that pads them least.
+
+        The kernel of decode reads them row by row, with H along the lanes. Where H fills no lanes,
+        the compiler holds them in that layout too, padded, and three halves of them as they were
+        (libtpu 0.0.52, v6e).
+        """
         config = self.config
         heads = config.n_kv_heads // shard_count(self.profile, KV_HEADS)
         shape = (heads, config.n_layers * pages, PAGE["tpu"], config.head_dim)
         dtype = self.profile.precision.cache or self.profile.precision.compute
-        size = 2 * row_major_bytes(shape, 8 * jax.numpy.dtype(dtype).itemsize)
+        bits = 8 * jax.numpy.dtype(dtype).itemsize
+        half, padded = padded_bytes(shape, bits), row_major_bytes(shape, bits)
         text = f"2 x {dtype}[{','.join(map(str, shape))}]"
-        split = axes_text((KV_HEADS,), self.profile)
-        return Term("pages of keys and values", size, text, f"all layers, {split}", True)
+        split = f"all layers, {axes_text((KV_HEADS,), self.profile)}"
+        given = Term("pages of keys and values", 2 * half, text, split, True)
+        if padded == half or not kernel:
+            return (given,)
+        return (given, Term("pages, padded for the kernel", 2 * padded + 3 * half, text, split))
 
     def _state(self, slots: int, length: int) -> tuple[Term, ...]:
         """Of the decoding rows: how often each token is in the output, which are in the prompt, the
