@@ -110,4 +110,4 @@ def test_a_rung_that_does_not_hold_is_status_1(no_compiler, monkeypatch, capsys)
     bad = dataclasses.replace(good, limit=1e-30, small=(3, 256, 130), large=(16, 256, 128))
     monkeypatch.setattr(cases, "candidates", lambda: (bad,))
     assert main(["kernels", "verify", "--chip", "8i"]) == 1
-    assert "did not hold: quantized_matmul int8 bf16: interpret: error" in capsys.readouterr().out
+    assert "failed: quantized_matmul int8 bf16: interpret: error" in capsys.readouterr().out

@@ -49,7 +49,7 @@ def test_where_reading_binds_activations_stay_exact(format, chip):
 
 def test_an_activation_may_be_asked_for():
     found = explain("int8", "8i", DECODE, activation="int8")
-    assert found.chosen_by == "asked for"
+    assert found.chosen_by == "requested"
     assert found.support.startswith("emulated")
     json.dumps(found.as_json(), allow_nan=False)
 

@@ -121,7 +121,7 @@ def test_a_misaligned_shape_says_why():
 def test_each_form_of_a_kernel_is_interpreted_once():
     case = get_case("quantized_matmul", "mxfp4", "bf16")
     found = verify.interpret(
-        case, [case.small, *case.smooth], verify.kinds_of(("v5e", "v6e", "7x"))
+        case, [case.small, *case.aligned], verify.kinds_of(("v5e", "v6e", "7x"))
     )
     # Ragged columns: decoded alike but for VMEM's bounds, and by turns on 7x. Whole lanes: bytes
     # of products 128 deep on v5e and 256 on v6e.
@@ -202,7 +202,7 @@ def test_the_ladder_lists_what_did_not_hold(int8, monkeypatch):
 
 
 def test_a_large_shape_is_compiled_and_a_small_one_interpreted(int8):
-    assert verify._interpreted_shapes(int8, (16, 4096, 14336)) == [int8.small, *int8.smooth]
+    assert verify._interpreted_shapes(int8, (16, 4096, 14336)) == [int8.small, *int8.aligned]
     assert verify._interpreted_shapes(int8, (16, 256, 128)) == [(16, 256, 128)]
 
 

@@ -9,7 +9,7 @@ from tpu_stack.units import seconds_text
 
 @dataclass(frozen=True)
 class Options:
-    """Say which implementation, operand types and scale mode run for x [M, K] @ W [K, N] on a chip,
+    """Say which implementation, operand types and scale mode run x [M, K] @ W [K, N] on a chip,
     whether they are native or emulated, and why. Times are projected from chip facts.
 
     Example: tpu-stack kernels explain --format int4 --chip 8i --shape 16,4096,14336
@@ -28,7 +28,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Prints the choice, its reasons and the other candidates."""
+    """Prints the choice, the reasons for it and the other candidates."""
     from tpu_stack.planner.kernels.cases import parse_shape
     from tpu_stack.planner.kernels.explain import explain
 
@@ -58,7 +58,7 @@ def run(options: Options) -> None:
             [c.activation, " x ".join(c.operands), " x ".join(c.computed_as),
              f"{c.peak_flops_per_s:.3g}", f"{c.ridge_rows:.0f}", seconds_text(c.time_s), c.support]
         )  # fmt: skip
-    columns = ["activations", "asked", "multiplied as", "peak per chip", "ridge rows",
+    columns = ["activations", "operands", "multiplied as", "peak per chip", "ridge rows",
                "projected time at least", "support"]  # fmt: skip
     print_table("\ncandidates (projected from chip facts, not measured)", columns, rows)
     save_json(options.json, found.as_json())

@@ -10,8 +10,8 @@ from tpu_stack.units import bytes_text
 
 @dataclass(frozen=True)
 class Options:
-    """Read the compiler's static schedule of one kernel: bundles in the grid's loop and outside,
-    how full each unit is, which unit binds, spills. Nothing is run or measured.
+    """Read the compiler's static schedule of one kernel: bundles inside and outside the grid loop,
+    the occupancy of each unit, which unit binds, spills. Nothing is run or measured.
 
     Example: tpu-stack kernels profile --format int4 --chip v6e --shape 16,4096,14336
     """
@@ -69,7 +69,7 @@ def run(options: Options) -> int:
 
 
 def progress_of_one(note: str) -> Any:
-    """A bar for a single compile, which takes seconds."""
+    """A progress bar for one compile, which takes seconds."""
     from tpu_stack.cli.console import progress
 
     bar = progress()
@@ -78,7 +78,7 @@ def progress_of_one(note: str) -> Any:
 
 
 def _roofline(whole: dict[str, Any]) -> list[list[str]]:
-    """What the call takes and what it could: each DMA is taken to overlap with compute."""
+    """Rows of what a call takes beside the roofline, if every DMA overlaps with compute."""
     return [
         ["HBM, each operand moved once", f"{whole['hbm_cycles']:,}"],
         ["MXU at this pair's peak", f"{whole['mxu_cycles']:,}" if whole["mxu_cycles"] else "-"],
@@ -105,7 +105,7 @@ def _print(found: dict[str, Any], title: str) -> None:
         ["VMEM in use", bytes_text(found["vmem_bytes"])],
     ]
     if inner:
-        rows.append(["inner loops", f"{inner}, each counted once: their trip count is not known"])
+        rows.append(["inner loops", f"{inner}, each counted once: their trip counts are unknown"])
     print_table(title, ["profile", ""], rows)
     inside, outside = found["occupancy_loop"], found["occupancy_outside"]
     rows = [

@@ -10,9 +10,9 @@ from tpu_stack.units import bytes_text, seconds_text
 
 @dataclass(frozen=True)
 class Options:
-    """Search a kernel's tiles (and where weights' scales are applied) for a chip that is not here,
-    by HBM cycles, issued bundles and VMEM fit; on a host with that chip, the best are then
-    measured. Winners enter the kernel's tiles.json only with --write.
+    """Search a kernel's tiles and scale modes for a chip that need not be here, by HBM cycles,
+    issued bundles and VMEM; on a host with that chip, the best are then measured. --write puts
+    winners into the kernel's tiles.json.
 
     Example: tpu-stack kernels tune --chip v6e --format int4 --shape 16,4096,14336
     """
@@ -22,8 +22,7 @@ class Options:
     op: str = "quantized_matmul"
     """quantized_matmul, grouped_matmul, kv_attention or quantize_rows."""
     format: str | None = None
-    """Format of weights, pages or rows, such as int4; the default is every one that takes the
-    activation."""
+    """Format of weights, pages or rows, such as int4; the default is every format."""
     activation: str = "bf16"
     """Type of x: bf16, fp8 or int8."""
     shape: str | None = None
@@ -36,7 +35,7 @@ class Options:
     cache: Path | None = None
     """Folder of compile results (default ~/.cache/tpu-stack/kernels)."""
     write: bool = False
-    """Keep each winner that beats the present tiles in kernels/OP/tiles.json."""
+    """Write each winner that beats the current tiles to kernels/OP/tiles.json."""
     json: Path | None = None
     """Also write every candidate to this file."""
 
@@ -75,7 +74,7 @@ def run(options: Options) -> None:
     for case, candidates in found:
         _print(
             f"{case.name} for {options.chip}, {','.join(map(str, shape))}",
-            f"blocks of {settings.family_of(options.op).BLOCKS_OF}",
+            f"blocks of {settings.family_of(options.op).BLOCK_AXES}",
             candidates,
             options.top,
         )

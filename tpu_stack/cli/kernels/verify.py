@@ -1,4 +1,4 @@
-"""`tpu-stack kernels verify`: every kernel up the verification ladder."""
+"""`tpu-stack kernels verify`: every kernel on every rung of the verification ladder."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +9,9 @@ from tpu_stack.cli.console import print_table, progress, save_json
 
 @dataclass(frozen=True)
 class Options:
-    """Prove kernels rung by rung: interpreted against float64 with race and uninitialised-memory
-    detection, lowered for 8t, 8i and 7x, compiled for v5e, v5p, v6e and 7x by libtpu, each beside
-    its roofline. Exit status 1 when a rung does not hold. Compiles are kept by content.
+    """Check kernels on every rung: interpreted against float64 with race and uninitialised-memory
+    detection, lowered for 8t, 8i and 7x, compiled by libtpu for v5e, v5p, v6e and 7x beside the
+    roofline. Exit status 1 when a rung fails. Compile results are cached.
 
     Example: tpu-stack kernels verify --format int4 --activation bf16 --chip v6e --json ladder.json
     """
@@ -35,7 +35,7 @@ class Options:
 
 
 def run(options: Options) -> int:
-    """Prints the ladder; returns 1 when a rung that was run did not hold."""
+    """Prints the ladder; returns 1 when a rung failed."""
     from tpu_stack.errors import UserError
     from tpu_stack.planner.kernels.case_registry import find_cases
     from tpu_stack.planner.kernels.cases import parse_shape
@@ -45,7 +45,7 @@ def run(options: Options) -> int:
 
     if options.write and (options.chip or options.shape):
         raise UserError(
-            "--write publishes every chip at the cases' own shapes: drop --chip, --shape"
+            "--write publishes every chip at the default shapes: drop --chip and --shape"
         )
     if options.write and not has_compiler():
         raise UserError("--write needs the TPU compiler; install the extra [aot] (libtpu)")
@@ -69,7 +69,7 @@ def run(options: Options) -> int:
     if options.write:
         write_readme(results)
     for line in found["failed"]:
-        print(f"did not hold: {line}")
+        print(f"failed: {line}")
     return 1 if found["failed"] else 0
 
 
@@ -86,7 +86,7 @@ def print_ladder(results: list[dict[str, Any]], chips: list[str]) -> None:
         at = ",".join(map(str, found["shape"]))
         rows.append([result["case"], at, error, f"{found['limit']:.0e}", *cells])
     columns = ["case", "interpreted at", "error against float64", "limit"]
-    title = "rungs 1 and 2: interpreted without a race or an unset value, lowered"
+    title = "rungs 1 and 2: interpreted without races or uninitialised reads, and lowered"
     print_table(title, [*columns, *(f"lowered {chip}" for chip in lowered)], rows)
     rows = [
         [result["case"], ",".join(map(str, result["shape"])), chip, *_compiled_cells(row)]

@@ -1,4 +1,4 @@
-"""Kernels proven without a TPU: the ladder, the static profiler, the tuner and the dispatcher.
+"""Kernels verified without a TPU: the ladder, the static profiler, the tuner, the dispatcher.
 
 Example:
     from tpu_stack.planner.kernels import find_cases, verify_cases

@@ -1,7 +1,7 @@
-"""Cases of `kernels.kv_attention`: decode over a paged cache in each type that it may be kept in.
+"""Cases of `kernels.kv_attention`: decode attention over a paged cache in each page dtype.
 
-Shapes are B, S, N: sequences, tokens of each one's cache, query heads; heads of 128, four query
-heads to a key head, pages of 128 tokens.
+Shapes are B, S, N: sequences, cached tokens of each, query heads. Heads have 128 elements, a key
+head serves four query heads, pages have 128 tokens.
 
 >>> next(cases()).name
 'kv_attention bf16 bf16'
@@ -23,13 +23,13 @@ HEAD, GROUP, PAGE = 128, 4, 128
 
 
 def cases() -> Iterator[Case]:
-    """One per type of page."""
+    """One case per page dtype."""
     for format in PAGES:
         yield make_case(format, "bf16")
 
 
 def make_case(format: str, activation: str) -> Case:
-    """The case of one type of page, queries in bfloat16."""
+    """The case of one page dtype, with bfloat16 queries."""
     return Case(
         op="kv_attention",
         format=format,
@@ -49,10 +49,10 @@ def make_case(format: str, activation: str) -> Case:
 
 
 def _sizes(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
-    """Sequences, pages of each, query heads, key heads."""
+    """Sequences, pages per sequence, query heads, key heads."""
     batch, tokens, heads = shape
     if heads % GROUP:
-        raise ValueError(f"N = {heads} is not a multiple of {GROUP} query heads to a key head")
+        raise ValueError(f"N = {heads} is not a multiple of the {GROUP} query heads per key head")
     return batch, -(-tokens // PAGE), heads, heads // GROUP
 
 
@@ -73,7 +73,7 @@ def _abstract(format: str, shape: tuple[int, ...]) -> Operands:
 
 
 def _operands(format: str, shape: tuple[int, ...], seed: int) -> Operands:
-    """Pages in shuffled order; one length is the whole cache and one is none of it."""
+    """Random operands: pages in shuffled order, one full sequence and one of length 0."""
     batch, pages, _, _ = _sizes(shape)
     rng = np.random.default_rng(seed)
     made: Operands = {}
@@ -96,5 +96,5 @@ def _operands(format: str, shape: tuple[int, ...], seed: int) -> Operands:
 
 
 def _call(operands: Operands, *, exact: bool = False, **options: Any) -> Any:
-    """`exact` changes nothing: the result has the queries' type."""
+    """`exact` has no effect: the result has the queries' dtype."""
     return kv_attention(**operands, **options)

@@ -1,8 +1,7 @@
 """Settings of `kv_attention` that the tuner tries: pages and key heads per step.
 
-Sequences fill their pages to lengths spread evenly between none and all: large steps are fewer, but
-the last of a sequence is computed whole, so that the longest steps, best where every page is full,
-are not the best here.
+The tuner assumes sequence lengths uniform between 0 and the full cache. Larger steps are fewer, but
+the last step of a sequence computes a whole block: the largest steps win only for full caches.
 
 >>> case = get_case("kv_attention", "int8", "bf16")
 >>> next(settings(case, compile_target("7x"), (16, 4096, 32))).tiles
@@ -26,27 +25,27 @@ from tpu_stack.planner.kernels.setting import Setting
 from tpu_stack.planner.kernels.targets import CompileTarget
 
 TILES_FILE = Path(package.__file__).parent / "tiles.json"
-BLOCKS_OF = "pages, key heads"
-"""What the numbers of tiles count."""
+BLOCK_AXES = "pages, key heads"
+"""What the numbers of `tiles` count."""
 SECTION = "tuned"
-"""Of tiles.json that device kinds are in."""
+"""The key of tiles.json that holds the device kinds."""
 PAGE_COUNTS = (1, 2, 4, 8, 16, 32)
 
 
 def settings(case: Case, target: CompileTarget, shape: tuple[int, ...]) -> Iterator[Setting]:
-    """The current setting, then all that the kernel takes; some of them may be the same."""
+    """The current setting, then every setting that the kernel takes, with repetitions."""
     kind = target.device_kind
     current = plan_of(case, shape, kind)
     heads = [d for d in range(1, current.kv_heads + 1) if current.kv_heads % d == 0]
-    asked = [(current.pages, current.heads)]
-    asked += [(pages, some) for pages in PAGE_COUNTS for some in reversed(heads)]
-    for tiles in asked:
+    requested = [(current.pages, current.heads)]
+    requested += [(pages, some) for pages in PAGE_COUNTS for some in reversed(heads)]
+    for tiles in requested:
         plan = plan_of(case, shape, kind, tiles=tiles)
         yield _setting(case, shape, plan)
 
 
-def place_of(case: Case, shape: tuple[int, ...]) -> tuple[str, ...]:
-    """Where in a device kind's part of tiles.json the case's entry is."""
+def entry_path(case: Case, shape: tuple[int, ...]) -> tuple[str, ...]:
+    """The keys of the case's entry under a device kind in tiles.json."""
     return (jnp.dtype(PAGES[case.format]).name,)
 
 
@@ -58,7 +57,7 @@ def plan_of(case: Case, shape: tuple[int, ...], kind: str, **options: Any) -> Pl
 def entry_of(
     case: Case, kind: str, shape: tuple[int, ...], tiles: tuple[int, ...], scale_mode: None = None
 ) -> dict[str, int]:
-    """What has to differ in the rule of tiles.json for `tiles` to be the default at the shape."""
+    """The overrides of the rule in tiles.json that make `tiles` the default at the shape."""
     pages, heads = tiles
     plan = plan_of(case, shape, kind, tiles=(pages, heads))
     rule, dtype = rule_for(kind, PAGES[case.format]), jnp.dtype(PAGES[case.format])
@@ -75,9 +74,8 @@ def entry_of(
 
 
 def _setting(case: Case, shape: tuple[int, ...], plan: Plan) -> Setting:
-    """Pages are read once, whatever the tiles, and half of them by lengths as the module says. In
-    VMEM: two buffers of them, and in between the scores and weights of a step in float32 and keys
-    and values widened."""
+    """A call reads each used page once, half of all pages on average. VMEM holds two buffers of a
+    step's pages, its float32 scores and softmax weights, and its cast keys and values."""
     arrays = case.abstract(shape)
     of_pages = [name for name in arrays if name.endswith(("pages", "scales"))]
     kept = sum(array_bytes(arrays[name]) for name in of_pages)
@@ -96,11 +94,11 @@ def _setting(case: Case, shape: tuple[int, ...], plan: Plan) -> Setting:
     )
 
 
-def forget() -> None:
-    """Has tiles.json read again."""
+def clear_cache() -> None:
+    """Makes the next read load tiles.json again."""
     read_tiles.cache_clear()
 
 
-def tiles_text(table: dict[str, Any]) -> str:
-    """tiles.json as it is kept."""
+def format_table(table: dict[str, Any]) -> str:
+    """The text of tiles.json for a table."""
     return json.dumps(table, indent=2) + "\n"

@@ -1,8 +1,8 @@
-"""Reading a kernel's static schedule out of the TPU compiler's dumps (rung 3, compiled).
+"""Read a kernel's static schedule from the TPU compiler's dumps (rung 3, compiled).
 
-`--xla_jf_dump_to=DIR --xla_jf_dump_llo_text=true` makes libtpu write, for each Pallas kernel, the
-final VLIW bundles, one row per bundle of how many slots of each unit it fills, and the memory it
-allocated. The flags are undocumented, so anything unexpected is an error that names the version.
+`--xla_jf_dump_to=DIR --xla_jf_dump_llo_text=true` makes libtpu write, for each Pallas kernel, its
+final VLIW bundles, the slots of each unit that each bundle fills, and its memory allocations. The
+flags are undocumented, so anything unexpected is an error that names the version.
 
     read_schedules(Path("dump"))[0].bundles  # 1295
 """
@@ -27,11 +27,11 @@ _VMEM = re.compile(r"space=vmem, size = 0x([0-9a-f]+)(?:, offset = 0x([0-9a-f]+)
 
 @dataclass(frozen=True)
 class Region:
-    """Bundles of one part of the kernel and the slots they fill.
+    """The bundles of one part of a kernel and the slots that they fill.
 
     Attributes:
-      bundles: how many.
-      slots: unit -> slots filled, over all of these bundles.
+      bundles: their number.
+      slots: unit -> slots filled in all of them.
     """
 
     bundles: int
@@ -43,20 +43,20 @@ class Schedule:
     """One Pallas kernel's static schedule.
 
     Invariants: `loop.bundles + outside.bundles == bundles`; every unit of `capacity` is in both
-    regions' slots. Predicated bundles (a store that only the last step does) count as executed at
-    every step; the two turns that a pipelined loop makes without computing do not count; and a loop
-    inside the grid's loop counts once, its trip count being unknown: see `inner_loops`.
+    regions' slots. Predicated bundles, such as a store in the last step, count in every step. The
+    two iterations in which a pipelined loop only fills or drains do not count. A loop inside the
+    grid loop counts once, since its trip count is unknown: see `inner_loops`.
 
     Attributes:
-      name: the kernel's.
-      bundles: all of it, each once.
-      loop: the loop over grid steps; empty when the grid is one step.
+      name: the kernel's name.
+      bundles: the bundles of the whole kernel, each counted once.
+      loop: the loop over grid steps; empty when the grid has one step.
       outside: what runs once.
       capacity: unit -> slots per bundle.
-      grid: steps per axis, as the compiler bounds them; `UNBOUNDED` where it cannot. Where data
-        decide it may be an average (`with_steps`).
-      inner_loops: loops nested in the grid's loop.
-      vmem_bytes: highest VMEM address in use.
+      grid: steps per axis, as the compiler bounds them; `UNBOUNDED` for a dynamic axis until
+        `with_steps` sets it, perhaps to an average.
+      inner_loops: loops nested in the grid loop.
+      vmem_bytes: the highest VMEM address in use.
     """
 
     name: str
@@ -74,17 +74,16 @@ class Schedule:
 
     @property
     def executed(self) -> int:
-        """Bundles issued in one call: the loop at every step, and the rest once."""
+        """Bundles that one call issues: the loop once per step, the rest once."""
         return round(self.loop.bundles * math.prod(self.grid)) + self.outside.bundles
 
     @property
     def bounded(self) -> bool:
-        """Whether all axes of the grid are known, so that `steps` and `executed` mean something."""
+        """Whether all axes of the grid are known; otherwise `steps` and `executed` mean nothing."""
         return UNBOUNDED not in self.grid
 
     def with_steps(self, steps: float) -> "Schedule":
-        """The same schedule where the axis that the compiler could not bound has `steps`, which may
-        be an average."""
+        """The same schedule with `steps`, perhaps an average, on the dynamic axis of the grid."""
         return replace(self, grid=tuple(steps if n == UNBOUNDED else n for n in self.grid))
 
     def as_json(self) -> dict[str, Any]:
@@ -98,9 +97,9 @@ class Schedule:
 
 
 def read_schedules(folder: Path) -> list[Schedule]:
-    """The schedule of every Pallas kernel that the dump in `folder` holds, in its order.
+    """The schedule of every Pallas kernel in the dump in `folder`, in the dump's order.
 
-    Raises: DumpError when there is none, a file is missing, or its text is not as expected.
+    Raises: DumpError when there is none, or a file is missing or has another format.
     """
     found = []
     for path in sorted(folder.glob(f"*-{ANALYSIS}")):
@@ -152,9 +151,11 @@ def _text(folder: Path, stem: str, suffix: str) -> str:
 
 
 def read_utilization(text: str, name: str) -> tuple[dict[str, int], list[list[int]]]:
-    """Slots per bundle of each unit, and one row of filled slots per bundle.
+    """Slots per bundle of each unit, and a row of filled slots for each bundle.
 
-    The header that libtpu writes is "== CAPACTIY:", its spelling. Raises DumpError.
+    libtpu spells the header "== CAPACTIY:".
+
+    Raises: DumpError for any other format.
     """
     lines = text.splitlines()
     if len(lines) < 4 or not lines[0].startswith("== CAPA") or "UTILIZATION" not in lines[3]:

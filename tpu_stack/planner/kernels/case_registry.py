@@ -1,7 +1,7 @@
-"""The kernels under proof: one `Case` per op, weight format and activation type.
+"""The registry of cases: one `Case` per op, format and activation dtype.
 
-The ladder, the profiler, the tuner and the published matrix all walk this registry, so a kernel
-that is registered here is proven everywhere or shown not to be.
+The ladder, the profiler, the tuner and the published matrix iterate over it, so every registered
+kernel is verified on every rung or listed as failing.
 
 >>> [case.name for case in find_cases(format="int4", activation="bf16")]
 ['quantized_matmul int4 bf16', 'grouped_matmul int4 bf16']
@@ -26,39 +26,40 @@ FAMILIES: dict[str, ModuleType] = {
 
 @functools.cache
 def candidates() -> tuple[Case, ...]:
-    """Every pair of every op, those that its kernel refuses among them; nothing is traced."""
+    """Every case of every op, including those that the kernel refuses; nothing is traced."""
     return tuple(case for family in FAMILIES.values() for case in family.cases())
 
 
 @functools.cache
 def registry() -> tuple[Case, ...]:
-    """Every case that its kernel takes, in the order of the published matrix."""
+    """Every case that the kernel accepts, in the order of the published matrix."""
     return tuple(case for case in candidates() if case.refusal() is None)
 
 
 def get_case(op: str, format: str, activation: str) -> Case:
-    """One case by its names in the registry, without making the others."""
+    """The case of an op, format and activation, without making the others."""
     return FAMILIES[op].make_case(format, activation)
 
 
 def find_cases(
     op: str | None = None, format: str | None = None, activation: str | None = None
 ) -> list[Case]:
-    """The cases that fit and that their kernels take; None fits all.
+    """The cases that match and that the kernel accepts; None matches all.
 
-    Raises: UserError with the nearest name for an unknown one, with the reason when none is left.
+    Raises: UserError for an unknown name, with the nearest; and, with the reason, when no case is
+      left.
     """
     found = list(candidates())
-    for field, asked in (("op", op), ("format", format), ("activation", activation)):
-        if asked is None:
+    for field, requested in (("op", op), ("format", format), ("activation", activation)):
+        if requested is None:
             continue
         known = list(dict.fromkeys(getattr(case, field) for case in candidates()))
-        if asked not in known:
-            raise nearest(field, asked, known)
-        found = [case for case in found if getattr(case, field) == asked]
+        if requested not in known:
+            raise nearest(field, requested, known)
+        found = [case for case in found if getattr(case, field) == requested]
     able = [case for case in found if case.refusal() is None]
     if not able:
-        asked = ", ".join(word or "any" for word in (op, format, activation))
+        requested = ", ".join(word or "any" for word in (op, format, activation))
         why = found[0].refusal() if found else "no such pair is registered"
-        raise UserError(f"no kernel takes op, format, activation {asked}: {why}")
+        raise UserError(f"no kernel takes op, format, activation {requested}: {why}")
     return able

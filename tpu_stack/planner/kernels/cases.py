@@ -1,6 +1,6 @@
-"""One kernel under proof: a `Case` is an op at a weight format and an activation type.
+"""A `Case`: one op with one format and activation dtype, with everything needed to verify it.
 
-What an op's module of cases makes, and `case_registry` collects.
+Each op's `*_cases` module makes them, and `case_registry` collects them.
 
 >>> get_case("quantized_matmul", "int4", "bf16").check_shape((16, 4096, 14336))
 (16, 4096, 14336)
@@ -23,29 +23,29 @@ Operands = dict[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel at one format and activation type.
+    """One op with one format and activation dtype.
 
     Invariants: `operands` and `abstract` give the same names, shapes and dtypes for a shape; `call`
     and `reference` take those names; `reference` returns float64.
 
     Attributes:
-      op, format, activation: what names the case.
-      axes: what the numbers of a shape mean, as in ("M", "K", "N").
-      small: shape for the interpreter; every axis has a ragged edge.
-      smooth: more shapes for the interpreter, without the ragged edges that keep a kernel from ways
-        of its own on some chips.
-      large: shape that is compiled and laid beside the roofline.
-      operands: (shape, seed) -> concrete operands, the same for the same seed.
+      op, format, activation: the name of the case.
+      axes: names of a shape's numbers, such as ("M", "K", "N").
+      small: the interpreter's shape, ragged in every axis.
+      aligned: more shapes for the interpreter, without ragged edges, which rule out some of a
+        kernel's strategies.
+      large: the shape that is compiled and compared with the roofline.
+      operands: (shape, seed) -> concrete operands, deterministic in the seed.
       abstract: shape -> abstract operands.
       call: (operands, **options) -> result; options are `interpret` and those of `tunable`.
-      reference: operands -> the result in float64, from the operands as stored.
-      flops: shape -> operations of the mathematics.
-      pair: the operand types of its matrix product, as chip facts name them; None without one.
-      limit: largest relative Frobenius error against `reference`, and `limit_reason` why.
+      reference: operands -> the float64 result from the operands as stored.
+      flops: shape -> floating-point operations.
+      pair: operand dtypes of the matmul, as chip facts name them; None without a matmul.
+      limit: largest relative Frobenius error against `reference`; `limit_reason`: why.
       tunable: options of `call` that a tuner may set.
-      dynamic_steps: (shape, device kind, **options) -> steps of the grid's axis that depends on
-        data, on average over such data; None for a grid that shapes determine.
-      unread: shape -> bytes of the operands that HBM need not carry, on the same average.
+      dynamic_steps: (shape, device kind, **options) -> mean steps of the grid's dynamic axis; None
+        for a static grid.
+      unread: shape -> mean bytes of the operands that a call does not read.
     """
 
     op: str
@@ -65,14 +65,14 @@ class Case:
     tunable: tuple[str, ...] = ()
     dynamic_steps: Callable[..., float] | None = None
     unread: Callable[[tuple[int, ...]], int] = lambda shape: 0
-    smooth: tuple[tuple[int, ...], ...] = ()
+    aligned: tuple[tuple[int, ...], ...] = ()
 
     @property
     def name(self) -> str:
         return f"{self.op} {self.format} {self.activation}"
 
     def check_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Returns `shape`; raises UserError when it does not fit the op's axes or the kernel."""
+        """Returns `shape`. Raises: UserError when it does not fit the op's axes or the kernel."""
         if len(shape) != len(self.axes) or min(shape) < 1:
             raise UserError(
                 f"{self.op} takes a shape {','.join(self.axes)} of positive numbers, "
@@ -85,12 +85,12 @@ class Case:
         return shape
 
     def out_shape(self, shape: tuple[int, ...], **options: Any) -> Any:
-        """The abstract result. Raises ValueError, the kernel's own, where it refuses the call."""
+        """The abstract result. Raises: ValueError from the kernel when it refuses the call."""
         operands = self.abstract(shape)
         return jax.eval_shape(lambda a: self.call(a, interpret=True, **options), operands)
 
     def refusal(self) -> str | None:
-        """The kernel's own reason for not taking this case, None when it takes it."""
+        """The kernel's reason for refusing this case, or None."""
         try:
             self.out_shape(self.small)
         except ValueError as error:
@@ -98,21 +98,20 @@ class Case:
         return None
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes that HBM must carry once: operands and the result, sub-byte types packed, less what
-        the case's data leave `unread`."""
+        """Bytes that a call must move through HBM: operands and result, packed, less `unread`."""
         arrays = jax.tree.leaves((self.abstract(shape), self.out_shape(shape)))
         return sum(map(array_bytes, arrays)) - self.unread(shape)
 
 
 def array_bytes(array: Any) -> int:
-    """Packed bytes of an array or its abstract stand-in."""
+    """Packed bytes of an array or `jax.ShapeDtypeStruct`."""
     dtype = jnp.dtype(array.dtype)
     kind = jnp.finfo if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo
     return -(-math.prod(array.shape) * int(kind(dtype).bits) // 8)
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
-    """Numbers with commas between, as in 16,4096,14336. Raises UserError for anything else."""
+    """Parses numbers with commas, such as 16,4096,14336. Raises: UserError for anything else."""
     try:
         shape = tuple(int(part) for part in text.split(","))
     except ValueError as error:

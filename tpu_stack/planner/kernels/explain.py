@@ -145,13 +145,13 @@ def _candidate(format: str, activation: str, chip: Chip, shape: tuple[int, ...])
     )
 
 
-def _choose(candidates: list[Candidate], asked: str | None) -> tuple[Candidate, str]:
-    """The candidate asked for, or the most exact of those within 1% of the least time."""
-    if asked is not None:
-        [found] = [c for c in candidates if c.activation == asked]
+def _choose(candidates: list[Candidate], requested: str | None) -> tuple[Candidate, str]:
+    """The requested candidate, or the most exact of those within 1% of the least time."""
+    if requested is not None:
+        [found] = [c for c in candidates if c.activation == requested]
         if found.refused:
-            raise UserError(f"the kernel does not take this with {asked} rows: {found.refused}")
-        return found, "asked for"
+            raise UserError(f"the kernel does not take this with {requested} rows: {found.refused}")
+        return found, "requested"
     able = [c for c in candidates if c.refused is None]
     least = min(c.time_s for c in able)
     best = next(c for c in able if c.time_s <= 1.01 * least)

@@ -1,10 +1,10 @@
-"""Cases of `kernels.grouped_matmul`: eight experts, each quantized format.
+"""Cases of `kernels.grouped_matmul`: eight experts in each quantized format.
 
-What data decide, visits and the weights that are read, is the average over random routings; values
-are computed for ragged groups, one of them empty, and rows of no expert.
+Visits and the weights read depend on the routing and are averages over random routings. The
+operands have ragged groups, one of them empty, and padding rows.
 
-Rows of 8 bits are tried with one group size of each format: the others differ only in how many
-scales a block has, which bfloat16 rows show.
+8-bit activations are tried with one group size of each format: the others differ only in the number
+of scales per block, which the bfloat16 cases cover.
 
 >>> next(cases()).name
 'grouped_matmul int8 bf16'
@@ -44,7 +44,7 @@ ROUTINGS = 256
 
 
 def cases() -> Iterator[Case]:
-    """Format by activation."""
+    """Every format with every activation."""
     for fmt in FORMATS.values():
         activations = ("bf16",) if "_g" in fmt.name else tuple(ACTIVATIONS)
         for activation in activations if fmt.quantized else ():
@@ -52,7 +52,7 @@ def cases() -> Iterator[Case]:
 
 
 def make_case(format: str, activation: str) -> Case:
-    """The case of one pair, whether or not the kernel takes it."""
+    """The case of a format and activation, even if the kernel refuses it."""
     return dataclasses.replace(
         matmul_cases.make_case(format, activation),
         op="grouped_matmul",
@@ -69,7 +69,7 @@ def make_case(format: str, activation: str) -> Case:
 
 
 def group_sizes(m: int, seed: int) -> np.ndarray:
-    """Ragged groups [EXPERTS], one of them empty; their sum leaves the last rows to no expert."""
+    """int [EXPERTS]: ragged groups, one of them empty, and padding after them."""
     rng = np.random.default_rng((seed, m))
     sizes = np.diff(np.sort(rng.integers(0, m, EXPERTS + 1)))
     sizes[2] = 0
@@ -87,8 +87,8 @@ def plan_of(
 
 @functools.cache
 def mean_visits(rows: int, block: int) -> tuple[float, float]:
-    """Visits of experts to blocks of so many rows, and experts that have rows, where each row goes
-    to one of EXPERTS at random: the average of ROUTINGS."""
+    """Mean visits to blocks of `block` rows, and mean experts with rows, over ROUTINGS random
+    routings of `rows` rows."""
     rng = np.random.default_rng(0)
     sizes = rng.multinomial(rows, np.full(EXPERTS, 1 / EXPERTS), ROUTINGS)
     ends = np.cumsum(sizes, 1)
@@ -105,7 +105,7 @@ def _visits(
 
 
 def _unread(format: str, activation: str, shape: tuple[int, ...]) -> int:
-    """The weights of experts without rows."""
+    """Mean bytes of the weights of experts without rows."""
     idle = EXPERTS - mean_visits(shape[0], 1)[1]
     operands = _abstract(format, activation, shape)
     return round(sum(array_bytes(operands[name]) for name in ("values", "scales")) * idle / EXPERTS)

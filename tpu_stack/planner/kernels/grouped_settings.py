@@ -1,7 +1,6 @@
-"""Settings of `grouped_matmul` that the tuner tries: blocks of weights, and scale modes.
+"""Settings of `grouped_matmul` that the tuner tries: weight blocks and scale modes.
 
-Rows of a block are the plan's: few are cheap to multiply, but more blocks hold experts' ends.
-quantized_matmul's entries stand where the op has none of its own.
+The plan chooses the rows of a block. Entries of quantized_matmul apply where this op has none.
 
 >>> case = get_case("grouped_matmul", "int4", "bf16")
 >>> next(settings(case, compile_target("v6e"), (128, 4096, 14336))).tiles
@@ -28,23 +27,23 @@ from tpu_stack.planner.kernels.setting import Setting
 from tpu_stack.planner.kernels.targets import CompileTarget
 
 TILES_FILE = Path(package.__file__).parent / "tiles.json"
-BLOCKS_OF = "rows, K, N"
-"""What the numbers of tiles count."""
+BLOCK_AXES = "rows, K, N"
+"""What the numbers of `tiles` count."""
 SECTION = "tuned"
-"""Of tiles.json that device kinds are in."""
+"""The key of tiles.json that holds the device kinds."""
 
 
 def settings(case: Case, target: CompileTarget, shape: tuple[int, ...]) -> Iterator[Setting]:
-    """The current setting, then all that the kernel takes; some of them may be the same."""
+    """The current setting, then every setting that the kernel takes, with repetitions."""
     kind, setting = target.device_kind, _sized(case, shape)
     yield setting(plan_of(case, shape, kind))
     for mode in SCALE_MODES:
-        for bk in matmul_settings.DEPTHS:
+        for bk in matmul_settings.K_BLOCKS:
             for bn in matmul_settings.widths(shape[2], kind):
                 try:
                     plan = plan_of(case, shape, kind, tiles=(MOST_ROWS, bk, bn), scale_mode=mode)
                 except ValueError:
-                    continue  # not a setting of the kernel at this shape
+                    continue  # the kernel refuses it at this shape
                 yield setting(plan)
 
 
@@ -53,8 +52,8 @@ def plan_of(case: Case, shape: tuple[int, ...], kind: str, **options: Any) -> Pl
     return grouped_cases.plan_of(case.format, case.activation, shape, kind, **options)
 
 
-def place_of(case: Case, shape: tuple[int, ...]) -> tuple[str, str]:
-    """Where in a device kind's part of tiles.json the case's entry is."""
+def entry_path(case: Case, shape: tuple[int, ...]) -> tuple[str, str]:
+    """The keys of the case's entry under a device kind in tiles.json."""
     name = matmul_settings.tiles_name(case)
     if case.activation == "int8":
         name += "@int8"
@@ -68,7 +67,7 @@ def _rows_of_expert(shape: tuple[int, ...]) -> int:
 def entry_of(
     case: Case, kind: str, shape: tuple[int, ...], tiles: tuple[int, ...], scale_mode: str | None
 ) -> dict[str, Any]:
-    """What has to differ from quantized_matmul's entry for the setting to be the default."""
+    """The overrides of quantized_matmul's entry that make the setting the default."""
     average = _rows_of_expert(shape)
     name, x_dtype = matmul_settings.tiles_name(case), case.abstract(shape)["x"].dtype
     theirs, own = tuned(kind, name, average), tile_overrides(x_dtype, 0)
@@ -88,12 +87,12 @@ def entry_of(
 
 
 def mode_of(plan: Plan) -> str | None:
-    """The scale mode, as an option that has this plan; None where some tiles have another."""
+    """The scale mode to pass for this plan; None when its tiles use several."""
     return None if "after_group" in plan.tile_schedule else plan.scale_mode
 
 
 def _sized(case: Case, shape: tuple[int, ...]) -> Callable[[Plan], Setting]:
-    """A plan's setting, with the sizes of the case's arrays."""
+    """From a plan to its `Setting`, by the sizes of the case's arrays."""
     arrays = dict(case.abstract(shape))
     expert = sum(array_bytes(arrays[name]) for name in ("values", "scales")) / EXPERTS
     x = array_bytes(arrays["x"])
@@ -115,11 +114,11 @@ def _sized(case: Case, shape: tuple[int, ...]) -> Callable[[Plan], Setting]:
     return setting
 
 
-def forget() -> None:
-    """Has tiles.json read again."""
+def clear_cache() -> None:
+    """Makes the next read load tiles.json again."""
     read_tiles.cache_clear()
 
 
-def tiles_text(table: dict[str, Any]) -> str:
-    """tiles.json as it is kept."""
+def format_table(table: dict[str, Any]) -> str:
+    """The text of tiles.json for a table."""
     return json.dumps(table, indent=2) + "\n"

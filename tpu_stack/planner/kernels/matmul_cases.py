@@ -1,4 +1,4 @@
-"""Cases of `kernels.quantized_matmul`: every quantized format, every activation it takes.
+"""Cases of `kernels.quantized_matmul`: every quantized format with every activation.
 
 >>> next(cases()).name
 'quantized_matmul int8 bf16'
@@ -18,23 +18,23 @@ from tpu_stack.planner.kernels.cases import Case, Operands
 from tpu_stack.quant import FORMATS, QTensor, abstract_qtensor, get_format, quantize
 
 ACTIVATIONS = {"bf16": "bfloat16", "fp8": "float8_e4m3fn", "int8": "int8"}
-"""Word on the command line -> dtype of x. Those of 8 bits come with a float32 scale per row."""
+"""Name on the command line -> dtype of x. 8-bit activations have a float32 scale per row."""
 
 SMALL = (5, 640, 200)
-SMOOTH = (5, 640, 256)
-"""Weights become bytes where columns are whole lanes."""
+ALIGNED = (5, 640, 256)
+"""A multiple of 128 columns, which e5m2 bit planes need."""
 LARGE = (16, 4096, 14336)
 
 
 def cases() -> Iterator[Case]:
-    """Format by activation."""
+    """Every format with every activation."""
     for fmt in FORMATS.values():
         for activation in ACTIVATIONS if fmt.quantized else ():
             yield make_case(fmt.name, activation)
 
 
 def product_type(format: str) -> str:
-    """The narrowest type of the chip facts that holds the format's grid values exactly."""
+    """The narrowest dtype in the chip facts that represents the format's values exactly."""
     fmt = get_format(format)
     if fmt.storage == "int32":
         return "int2"
@@ -42,7 +42,7 @@ def product_type(format: str) -> str:
 
 
 def make_case(format: str, activation: str) -> Case:
-    """The case of one pair, whether or not the kernel takes it."""
+    """The case of a format and activation, even if the kernel refuses it."""
     limit, reason = _limit(format, activation)
     return Case(
         op="quantized_matmul",
@@ -60,15 +60,16 @@ def make_case(format: str, activation: str) -> Case:
         limit=limit,
         limit_reason=reason,
         tunable=("tiles", "scale_mode"),
-        smooth=(SMOOTH,),
+        aligned=(ALIGNED,),
     )
 
 
 def _limit(format: str, activation: str) -> tuple[float, str]:
-    """Products of few-bit numbers are exact in float32; bfloat16 operands round the scaled weight.
+    """The error limit and its reason.
 
-    2**-9 relative, uniformly spread, is 1.7e-3 in the Frobenius norm; 3e-3 leaves the accumulator
-    room. Integers times a scale per row and column are exact but for float32's own rounding.
+    Products of low-bit numbers are exact in float32; scaling the weight in bfloat16 rounds it. A
+    uniform relative error of up to 2**-9 is 1.7e-3 in the Frobenius norm, and 3e-3 leaves room for
+    the accumulator. Integers with one scale per row and column round in float32 only.
     """
     if activation == "int8" and format == "int8":
         return 1e-6, "int32 accumulation is exact; two float32 scales round"
@@ -76,7 +77,7 @@ def _limit(format: str, activation: str) -> tuple[float, str]:
 
 
 def rows_of_x(activation: str, m: int, k: int, rng: np.random.Generator) -> Operands:
-    """Gaussian x [m, k]; rows of 8 bits are quantized by their largest magnitude."""
+    """Gaussian x [m, k], quantized per row for 8-bit activations."""
     x = jnp.asarray(rng.standard_normal((m, k)), jnp.float32)
     if activation == "bf16":
         return {"x": x.astype(jnp.bfloat16)}
@@ -95,7 +96,7 @@ def abstract_rows(activation: str, m: int, k: int) -> Operands:
 
 
 def weight_leaves(weight: QTensor) -> Operands:
-    """A quantized weight as the kernels take it."""
+    """A quantized weight as keyword arguments of the kernels."""
     found = {"values": weight.values, "scales": weight.scales}
     if weight.tensor_scale is not None:
         found["tensor_scale"] = weight.tensor_scale

@@ -25,32 +25,32 @@ from tpu_stack.planner.kernels.targets import CompileTarget
 from tpu_stack.quant import get_format
 
 ROW_BLOCKS = {"decode": (64,), "prefill": (256, 512, 1024)}
-DEPTHS = (512, 1024, 2048, 4096)
-WIDTHS = (512, 1024, 2048)
+K_BLOCKS = (512, 1024, 2048, 4096)
+N_BLOCKS = (512, 1024, 2048)
 TILES_FILE = Path(package.__file__).parent / "tiles.json"
-BLOCKS_OF = "M, K, N"
-"""What the numbers of tiles count."""
+BLOCK_AXES = "M, K, N"
+"""What the numbers of `tiles` count."""
 SECTION = "tiles"
-"""Of tiles.json that device kinds are in."""
+"""The key of tiles.json that holds the device kinds."""
 
 
 def settings(case: Case, target: CompileTarget, shape: tuple[int, ...]) -> Iterator[Setting]:
-    """The current setting, then all that the kernel takes; some of them may be the same."""
+    """The current setting, then every setting that the kernel takes, with repetitions."""
     kind, nbytes = target.device_kind, _Bytes.of(case, shape)
     current = plan_of(case, shape, kind)
-    asked = [((current.bm, current.bk, current.bn), current.scale_mode)]
-    asked += [
+    requested = [((current.bm, current.bk, current.bn), current.scale_mode)]
+    requested += [
         ((bm, bk, bn), mode)
         for mode in SCALE_MODES
         for bm in ROW_BLOCKS[regime_of(shape[0])]
-        for bk in DEPTHS
+        for bk in K_BLOCKS
         for bn in widths(shape[2], kind)
     ]
-    for tiles, mode in asked:
+    for tiles, mode in requested:
         try:
             plan = plan_of(case, shape, kind, tiles=tiles, scale_mode=mode)
         except ValueError:
-            continue  # not a setting of the kernel at this shape
+            continue  # the kernel refuses it at this shape
         cut = (plan.bm, plan.bk, plan.bn)
         step = nbytes.of_step(shape, cut)
         widened = 4 * plan.bk * plan.bn + 8 * plan.bm * plan.bn
@@ -58,8 +58,8 @@ def settings(case: Case, target: CompileTarget, shape: tuple[int, ...]) -> Itera
 
 
 def widths(n: int, kind: str) -> list[int]:
-    """Of blocks of N columns; cores that share a call get as many each, as by default."""
-    return [columns_per_core(n, width, cores_of(kind)) for width in WIDTHS]
+    """Block widths to try for N columns, equal for all cores of a device."""
+    return [columns_per_core(n, width, cores_of(kind)) for width in N_BLOCKS]
 
 
 def plan_of(case: Case, shape: tuple[int, ...], kind: str, **options: Any) -> Plan:
@@ -71,7 +71,7 @@ def plan_of(case: Case, shape: tuple[int, ...], kind: str, **options: Any) -> Pl
 
 
 def tiles_name(case: Case) -> str:
-    """What tiles.json calls the case's weight: its stored type, but some are told apart."""
+    """The case's format in tiles.json: its dtype, or the format where several share a dtype."""
     fmt = get_format(case.format)
     if case.format == "nvfp4":
         return case.format
@@ -82,10 +82,10 @@ def tiles_name(case: Case) -> str:
 def entry_of(
     case: Case, kind: str, shape: tuple[int, ...], tiles: tuple[int, ...], scale_mode: str | None
 ) -> dict[str, Any]:
-    """The entry of tiles.json with which the kernel does by default what won.
+    """The entry of tiles.json that makes the winner the default.
 
-    `bm` is the block that was asked for, not cut to M. A scale mode that would not be the default
-    moves the bound that stands in its way, so that the shape and group of the case are on its side.
+    `bm` is the block that was requested, not clipped to M. For a scale mode that is not the
+    default, the thresholds move so that the case's shape and group select it.
     """
     decode = regime_of(shape[0]) == "decode"
     entry = tuned(kind, tiles_name(case), shape[0]) | {
@@ -97,7 +97,7 @@ def entry_of(
 
 
 def _bounds(entry: dict[str, Any], default: Plan, scale_mode: str | None) -> dict[str, Any]:
-    """The bounds to move in the entry, with which the plan is `default`, for the scale mode."""
+    """The thresholds to change for the scale mode in an entry whose plan is `default`."""
     if default.scale_mode == scale_mode:
         return {}
     if scale_mode == "after_group":
@@ -109,14 +109,14 @@ def _bounds(entry: dict[str, Any], default: Plan, scale_mode: str | None) -> dic
     return moved
 
 
-def place_of(case: Case, shape: tuple[int, ...]) -> tuple[str, str]:
-    """Where in a device kind's part of tiles.json the case's entry is."""
+def entry_path(case: Case, shape: tuple[int, ...]) -> tuple[str, str]:
+    """The keys of the case's entry under a device kind in tiles.json."""
     return tiles_name(case), regime_of(shape[0])
 
 
 @dataclass(frozen=True)
 class _Bytes:
-    """Packed bytes of the weight with its scales, of x and of the result, each once."""
+    """Packed bytes of the weight with its scales, of x and of the result."""
 
     weight: int
     x: int
@@ -130,23 +130,23 @@ class _Bytes:
         return cls(weight, array_bytes(arrays["x"]), out)
 
     def of_step(self, shape: tuple[int, ...], tiles: tuple[int, int, int]) -> float:
-        """What one grid step loads and stores: each array's share of its axes."""
+        """Bytes that one grid step loads and stores."""
         m, k, n = (min(1.0, block / size) for block, size in zip(tiles, shape, strict=True))
         return self.weight * k * n + self.x * m * k + self.out * m * n
 
     def of_call(self, shape: tuple[int, ...], tiles: tuple[int, int, int]) -> float:
-        """What a call moves: the weight once per block of M; x once per block of N, unless it is
-        all one block and stays."""
+        """Bytes that a call moves: the weight once per block of M, and x once per block of N unless
+        one block holds all of K."""
         m, k, n = (math.ceil(size / block) for block, size in zip(tiles, shape, strict=True))
         return self.weight * m + self.x * (n if k > 1 else 1) + self.out
 
 
-def forget() -> None:
-    """Has tiles.json read again."""
+def clear_cache() -> None:
+    """Makes the next read load tiles.json again."""
     read_tiles.cache_clear()
 
 
-def tiles_text(table: dict[str, Any]) -> str:
+def format_table(table: dict[str, Any]) -> str:
     """tiles.json as it is kept: indented, with one line per regime."""
     lines = ["{", f'  "libtpu": {json.dumps(table["libtpu"])},', '  "tiles": {']
     kinds = []

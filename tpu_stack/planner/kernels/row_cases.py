@@ -1,4 +1,4 @@
-"""Cases of `kernels.quantize_rows`: activations to each 8-bit type.
+"""Cases of `kernels.quantize_rows`: activations quantized to each 8-bit dtype.
 
 >>> next(cases()).name
 'quantize_rows fp8_e4m3 bf16'
@@ -19,13 +19,13 @@ TYPES = {"fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2", "int8": "int8"}
 
 
 def cases() -> Iterator[Case]:
-    """One per type that rows are quantized to."""
+    """One case per dtype that rows are quantized to."""
     for format in TYPES:
         yield make_case(format, "bf16")
 
 
 def make_case(format: str, activation: str) -> Case:
-    """The case of one type, from bfloat16 rows."""
+    """The case of one dtype, from bfloat16 rows."""
     dtype = TYPES[format]
     return Case(
         op="quantize_rows",
@@ -53,7 +53,7 @@ def _operands(shape: tuple[int, ...], seed: int) -> Operands:
 
 
 def _call(dtype: str, operands: Operands, *, exact: bool = False, **options: Any) -> Any:
-    """Values and scales; what they stand for, in float32, when `exact`."""
+    """(values, scales); when `exact`, their product in float32."""
     values, scales = quantize_rows(operands["x"], dtype, **options)
     return values.astype(jnp.float32) * scales if exact else (values, scales)
 

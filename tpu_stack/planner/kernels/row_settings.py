@@ -18,42 +18,42 @@ from tpu_stack.planner.kernels.setting import Setting
 from tpu_stack.planner.kernels.targets import CompileTarget
 
 TILES_FILE = Path(package.__file__).parent / "tiles.json"
-BLOCKS_OF = "rows"
-"""What the numbers of tiles count."""
+BLOCK_AXES = "rows"
+"""What the numbers of `tiles` count."""
 SECTION = "tuned"
-"""Of tiles.json that device kinds are in."""
+"""The key of tiles.json that holds the device kinds."""
 BLOCKS = tuple(ROWS * 2**power for power in range(6))
 
 
 def settings(case: Case, target: CompileTarget, shape: tuple[int, ...]) -> Iterator[Setting]:
-    """The current setting, then all of `BLOCKS`; some of them may be the same."""
+    """The current setting, then all of `BLOCKS`, with repetitions."""
     m, k = shape
     current = block_rows(m, k, TYPES[case.format], target.device_kind)
     call = case.nbytes(shape)
-    for asked in (None, *BLOCKS):
-        rows = current if asked is None else min(m, asked)
+    for requested in (None, *BLOCKS):
+        rows = current if requested is None else min(m, requested)
         step = call * rows / m
-        # In VMEM: two buffers, and one chunk of columns in float32, bits and values.
+        # VMEM holds two buffers and one chunk of columns as float32, bits and values.
         yield Setting((rows,), None, step, call, 2 * step + 16 * rows * min(k, CHUNK))
 
 
-def place_of(case: Case, shape: tuple[int, ...]) -> tuple[str, ...]:
-    """Where in a device kind's part of tiles.json the case's entry is."""
+def entry_path(case: Case, shape: tuple[int, ...]) -> tuple[str, ...]:
+    """The keys of the case's entry under a device kind in tiles.json."""
     return (TYPES[case.format],)
 
 
 def entry_of(
     case: Case, kind: str, shape: tuple[int, ...], tiles: tuple[int, ...], scale_mode: None = None
 ) -> int:
-    """Elements of a block with which `tiles` are the default at the shape."""
+    """Elements of a block that make `tiles` the default at the shape."""
     return tiles[0] * shape[1]
 
 
-def forget() -> None:
-    """Has tiles.json read again."""
+def clear_cache() -> None:
+    """Makes the next read load tiles.json again."""
     read_tiles.cache_clear()
 
 
-def tiles_text(table: dict[str, Any]) -> str:
-    """tiles.json as it is kept."""
+def format_table(table: dict[str, Any]) -> str:
+    """The text of tiles.json for a table."""
     return json.dumps(table, indent=2) + "\n"

@@ -117,7 +117,7 @@ def _interpreted_shapes(case: Case, shape: tuple[int, ...] | None) -> list[tuple
         elements = max(array.size for array in case.abstract(shape).values())
         if elements <= MAX_INTERPRETED:
             return [shape]
-    return [case.small, *case.smooth]
+    return [case.small, *case.aligned]
 
 
 def kinds_of(chips: Iterable[str]) -> list[str | None]:

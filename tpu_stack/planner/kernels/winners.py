@@ -41,7 +41,7 @@ def write_winners(
     written: dict[tuple[str, ...], str] = {}
     for case, chip, shape, winner in found:
         kind = get_chip(chip).device_kinds[0]
-        place = (family.SECTION, kind, *family.place_of(case, shape))
+        place = (family.SECTION, kind, *family.entry_path(case, shape))
         if place in written:
             continue
         at = table
@@ -49,6 +49,6 @@ def write_winners(
             at = at.setdefault(key, {})
         at[place[-1]] = family.entry_of(case, kind, shape, winner.tiles, winner.scale_mode)
         written[place] = case.name
-    write_text(path, family.tiles_text(table))
-    family.forget()
+    write_text(path, family.format_table(table))
+    family.clear_cache()
     return list(written.values())
