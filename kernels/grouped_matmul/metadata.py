@@ -42,7 +42,7 @@ class Visits(NamedTuple):
 def expert_of_rows(group_sizes: Int[Array, " E"], rows: int) -> Int[Array, " M"]:
     """int32 [rows]: the expert of each row; E for padding, rows past the sum of `group_sizes`."""
     ends = _running_sum(jnp.maximum(group_sizes, 0))
-    return jnp.sum(ends <= jnp.arange(rows)[:, None], 1, dtype=jnp.int32)
+    return jnp.sum(ends[None] <= jnp.arange(rows)[:, None], 1, dtype=jnp.int32)
 
 
 def visits(group_sizes: Int[Array, " E"], rows: int, block: int, interpret: Any = None) -> Visits:
@@ -123,4 +123,4 @@ def _kernel(
 def _running_sum(sizes: Int[Array, " E"]) -> Int[Array, " E"]:
     """cumsum by one comparison of all pairs, [E]."""
     index = jnp.arange(sizes.shape[0])
-    return jnp.sum(jnp.where(index <= index[:, None], sizes, 0), 1)
+    return jnp.sum(jnp.where(index[None] <= index[:, None], sizes[None], 0), 1)

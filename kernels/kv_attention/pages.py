@@ -44,7 +44,7 @@ def pages_to_fetch(page_table: Array, lengths: Array, count: int, plan: Plan) ->
     """
     length = jnp.clip(lengths, 0, plan.table * plan.page)[:, None]
     last = jnp.maximum(pl.cdiv(length, plan.page) - 1, 0)
-    entry = first_block(length, plan) * plan.pages + jnp.arange(plan.steps * plan.pages)
+    entry = first_block(length, plan) * plan.pages + jnp.arange(plan.steps * plan.pages)[None]
     fetch = jnp.take_along_axis(page_table, jnp.minimum(entry, last), axis=1)
     # The first entry of a sequence of length 0 may be any number.
     return jnp.clip(fetch, 0, count - 1)

@@ -70,7 +70,7 @@ class TeacherLoss:
 
     def __call__(self, params, frozen, batch, key) -> tuple[Terms, dict[str, Mean]]:
         x, weight = batch["clip"]["x"], batch["weight"]
-        apart = x @ params["w"] + params["b"] - jnp.tanh(x @ frozen["teacher"])
+        apart = x @ params["w"] + params["b"][None, None] - jnp.tanh(x @ frozen["teacher"])
         each = jnp.sum(apart**2, axis=-1)
         rows = jnp.sum(weight > 0)
         metrics = {

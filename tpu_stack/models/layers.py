@@ -76,6 +76,7 @@ class RMSNorm(nnx.Module):
         x32 = x.astype(jnp.float32)
         scale = self.scale[...].astype(jnp.float32) + (1.0 if self.offset else 0.0)
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        scale = jax.lax.broadcast_to_rank(scale, x.ndim)
         return (x32 * inverse * scale).astype(x.dtype)
 
 

@@ -89,7 +89,7 @@ def _attend_blocks(q_BTNH, pages, scales, tables_BM, positions_BT, window, *, sc
         s = jnp.einsum("KBMH,KBSH->KBMS", q_KBMH, k, preferred_element_type=jnp.float32) * scale
         s = s if scales is None else scaled(s, scales[0], ids_BP)
         s = s if softcap is None else softcap * jnp.tanh(s / softcap)
-        distance = positions_BT[:, :, None] - (i * tokens + jnp.arange(tokens))
+        distance = positions_BT[:, :, None] - (i * tokens + jnp.arange(tokens)[None, None])
         allowed_BTS = distance >= 0
         if window is not None:
             allowed_BTS &= distance < window

@@ -133,7 +133,7 @@ def _put(
     kv, total, page, _ = arrays["k"].shape
     first = jnp.arange(kv)[:, None, None] * (total * page)
     inside = rows_BT < total * page
-    rows_KBT = jnp.where(inside, first + rows_BT, kv * total * page)
+    rows_KBT = jnp.where(inside[None], first + rows_BT[None], kv * total * page)
 
     def put(array: Array, new: Array) -> Array:
         flat = array.reshape(kv * total * page, *new.shape[3:])
@@ -163,11 +163,14 @@ def init_paged_cache(
     config: ModelConfig,
     pages: int,
     page: int,
-    tables_BM: Int[Array, "B M"],
+    tables_BM: Int[Array, "B M"] | None,
     dtype: str = "bfloat16",
     device: Any = None,
 ) -> PagedCache:
-    """An empty cache of `pages` pages of `page` tokens in each layer; `device` or a sharding."""
+    """An empty cache of `pages` pages of `page` tokens in each layer; `device` or a sharding.
+
+    Without tables it is pages alone, as the engine keeps them: each step brings its rows' tables.
+    """
     arrays = {
         name: None if shape is None else jnp.zeros(shape.shape, shape.dtype, device=device)
         for name, shape in paged_shapes(config, pages, page, dtype).items()

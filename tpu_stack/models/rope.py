@@ -35,7 +35,7 @@ def rope_tables(
     positions_BT: Int[Array, "B T"], frequencies: np.ndarray
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
     """Cosines and sines, float32 [B, T, head_dim / 2]."""
-    angles = positions_BT[..., None].astype(jnp.float32) * frequencies
+    angles = positions_BT[..., None].astype(jnp.float32) * frequencies[None, None]
     return jnp.cos(angles), jnp.sin(angles)
 
 

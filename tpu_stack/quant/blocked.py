@@ -64,7 +64,7 @@ def _fused_rows(x_MK: Array, w: QTensor, grouped: bool) -> Array:
         rows, x_rows = _slice(w.values, i, FUSED_ROWS), _slice(x_MK, i, FUSED_ROWS, 1)
         total = jnp.zeros_like(y_MN)
         for row in range(FUSED_ROWS):
-            grid = rows[row].astype(jnp.float32) + w.offset
+            grid = rows[row : row + 1].astype(jnp.float32) + w.offset
             total = total + x_rows[:, row : row + 1] * grid
         if grouped:
             group = i // (w.group // FUSED_ROWS)

@@ -75,7 +75,7 @@ def pack_words(bits: Any) -> Int[Array, "*L W N"]:
     blocks = -(-rows // WORD_ROWS)
     padding = [(0, 0)] * len(lead) + [(0, blocks * WORD_ROWS - rows), (0, 0)]
     split = xp.pad(bits, padding).reshape(*lead, blocks, 32, 8, columns).astype(np.uint32)
-    shifts = np.arange(32, dtype=np.uint32)[:, None, None]
+    shifts = np.arange(32, dtype=np.uint32).reshape(*[1] * (len(lead) + 1), 32, 1, 1)
     words = (split << shifts).sum(-3, dtype=np.uint32)
     return words.reshape(*lead, 8 * blocks, columns).astype(np.int32)
 
@@ -89,6 +89,6 @@ def unpack_words(words: Any, rows: int) -> Int8[Array, "*L K N"]:
         for bit in range(32):
             bits[..., bit, :, :] = (split >> bit) & 1
     else:
-        shifts = np.arange(32, dtype=np.int32)[:, None, None]
+        shifts = np.arange(32, dtype=np.int32).reshape(*[1] * (len(lead) + 1), 32, 1, 1)
         bits = ((split[..., None, :, :] >> shifts) & 1).astype(np.int8)
     return bits.reshape(*lead, stored * 32, columns)[..., :rows, :]

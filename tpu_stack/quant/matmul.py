@@ -201,18 +201,18 @@ def _quantized_bwd(transpose, out_dtype, choice, residuals, g):
 _quantized.defvjp(_quantized_fwd, _quantized_bwd)
 
 
-def _output_scales(w: QTensor) -> Array:
-    """Per-channel scales as one row, [1, N] for weights and [1, V] for tables, float32."""
-    return w.full_scales().reshape(1, -1)
+def _channel_scales(w: QTensor, rank: int) -> Array:
+    """Per-channel scales [..., N] for weights and [..., V] for tables, float32, of `rank` axes."""
+    return w.full_scales().reshape(*[1] * (rank - 1), -1)
 
 
 def _xla(x: Array, w: QTensor, transpose: bool, out_dtype: Any, mode: str) -> Array:
     if mode == "before":
         return _dot(x, w.dequantize(x.dtype), transpose).astype(out_dtype)
     if mode == "input":
-        x = (x * _output_scales(w)[0]).astype(x.dtype)
+        x = (x * _channel_scales(w, x.ndim)).astype(x.dtype)
     y = _dot(x, w.grid(x.dtype), transpose)
-    return (y * _output_scales(w)[0] if mode == "after" else y).astype(out_dtype)
+    return (y * _channel_scales(w, y.ndim) if mode == "after" else y).astype(out_dtype)
 
 
 def _pallas(x: Array, w: QTensor, transpose: bool, out_dtype: Any, mode: str) -> Array:

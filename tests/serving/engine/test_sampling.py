@@ -72,7 +72,7 @@ def chosen(logits, params: list[SamplingParams], positions) -> np.ndarray:
     none = jnp.zeros(logits.shape, jnp.int32)
     rows = SamplingRows.of(params, logits.shape[1])
     every = jnp.ones(len(params), bool)
-    return np.asarray(draw(logits, rows, none, none > 0, jnp.asarray(positions), every))
+    return np.asarray(draw(logits, rows, none, none > 0, jnp.asarray(positions), every).tokens)
 
 
 def many(logits, count: int, *, seed: int = 0, position: int = 0, **options) -> np.ndarray:

@@ -24,14 +24,14 @@ def guess(
     B, S = history_BS.shape
     if count == 0:
         return jnp.zeros((B, 0), jnp.int32)
-    ends = jnp.arange(S)
+    ends = jnp.arange(S)[None]
     agree_BS = (ends < positions_B[:, None]) & (ends >= NGRAM - 1)
     for back in range(NGRAM):
         here = jnp.maximum(positions_B - back, 0)[:, None]
         shifted = jnp.roll(history_BS, back, axis=1)
         agree_BS &= shifted == jnp.take_along_axis(history_BS, here, axis=1)
     latest_B = jnp.max(jnp.where(agree_BS, ends, -1), axis=1)
-    places = latest_B[:, None] + 1 + jnp.arange(count)
+    places = latest_B[:, None] + 1 + jnp.arange(count)[None]
     tokens = jnp.take_along_axis(history_BS, jnp.clip(places, 0, S - 1), axis=1)
     known = (latest_B[:, None] >= 0) & (places <= positions_B[:, None])
     return jnp.where(known, tokens, -1)

@@ -147,7 +147,7 @@ def score_step(
 
 def _run_chunk(config, dtype, params, cache, tokens_RC, starts_R, lengths_R):
     """The decoder's outputs on one chunk of each row, and the decoder."""
-    offsets = jnp.arange(tokens_RC.shape[1])
+    offsets = jnp.arange(tokens_RC.shape[1])[None]
     positions = jnp.where(offsets < lengths_R[:, None], starts_R[:, None] + offsets, -1)
     model = bind(config, params)
     return model.hidden(tokens_RC, positions, cache=cache, dtype=dtype), model
@@ -166,7 +166,7 @@ def insert(
     """The state with the sequences in their slots, and the first tokens of the fresh ones."""
     vocab, length = logits_RV.shape[1], new.history.shape[1]
     fresh_R = new.lengths == new.prompts
-    offsets = jnp.arange(length)
+    offsets = jnp.arange(length)[None]
     in_prompt = offsets < new.prompts[:, None]
     in_output = ~in_prompt & (offsets < new.lengths[:, None])
     add = jax.vmap(lambda ids: jnp.zeros(vocab, jnp.int32).at[ids].add(1, mode="drop"))
@@ -211,7 +211,7 @@ def decode_step(
     """
     B, K = drafts_BK.shape
     fed_BT = jnp.concatenate([state.tokens[:, None], drafts_BK], axis=1)
-    offsets = jnp.arange(K + 1)
+    offsets = jnp.arange(K + 1)[None]
     places_BT = state.positions[:, None] + offsets
     positions_BT = jnp.where(active_B[:, None], places_BT, -1)
     model = bind(config, params)
@@ -240,7 +240,7 @@ def _advance(
 ) -> DecodeState:
     """The state after `new_B` of the chosen tokens."""
     B, T = chosen_BT.shape
-    offsets = jnp.arange(T)
+    offsets = jnp.arange(T)[None]
     kept_BT = offsets < new_B[:, None]
     row = jnp.arange(B)[:, None]
     vocab, length = state.counts.shape[1], state.history.shape[1]

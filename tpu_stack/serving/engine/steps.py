@@ -1,6 +1,6 @@
 """The two programs of an engine that run the model, as pure functions, and how they are compiled.
 
-The planner compiles the same ones for chips that are not here (planner/serve_programs.py).
+The planner compiles the same ones for chips that are not here (planner/engine_programs.py).
 
     decode = jit_decode((config,), profile, mesh, guesses=0)
     caches, state, output = decode(params, caches, state, tables_BM, active_B)
