@@ -71,7 +71,7 @@ def test_a_run_over_some_cases_keeps_the_others(readme, monkeypatch):
 
 def test_a_file_without_markers_is_left_alone(readme):
     readme.write_text("no markers")
-    with pytest.raises(UserError, match="has not the markers"):
+    with pytest.raises(UserError, match="does not have the markers"):
         table.write_readme([RESULT], readme)
     assert readme.read_text() == "no markers"
 

@@ -1,8 +1,9 @@
 """`ts.open`: a bundle, a run folder or a trained state, behind a running engine.
 
-with open("runs/a-int4") as model:
-    print(model.generate(["def ", "class "], max_tokens=32, temperature=0.8))
-    group = model.rollout(["def "], samples=64, max_tokens=16, temperature=1.0)
+Example:
+    with open("runs/a-int4") as model:
+        print(model.generate(["def ", "class "], max_tokens=32, temperature=0.8))
+        group = model.rollout(["def "], samples=64, max_tokens=16, temperature=1.0)
 """
 
 from collections.abc import Iterator, Sequence

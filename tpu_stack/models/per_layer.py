@@ -5,8 +5,6 @@ operand: a Pallas kernel, and every product of XLA:CPU, where the copies took ha
 (experiments/LOG.md). Training scans, which compiles once for all layers; serving unrolls them.
 
 >>> params = per_layer(params)
->>> from tpu_stack.models.decoder import forward
->>> logits_BTV = forward(config, params, tokens_BT)  # the same numbers
 """
 
 from dataclasses import dataclass, replace

@@ -1,6 +1,7 @@
 """How long a step takes on a chip that is not here, *projected* by the fitted simulator.
 
-project("llama3_70b", "v5p:4x8x8")["train_step"]["terms_s"]
+Example:
+    project("llama3_70b", "v5p:4x8x8")["train_step"]["terms_s"]
 """
 
 import dataclasses

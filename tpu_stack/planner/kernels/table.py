@@ -1,8 +1,8 @@
-"""kernels/README.md: the published matrix, written by `tpu-stack kernels verify --write`.
+"""The published matrix in kernels/README.md, written by `tpu-stack kernels verify --write`.
 
-Everything between the markers is generated: a row for every registered case, and nothing in it that
-depends on when or where it was made but on jax, libtpu and the kernels. A run over some of the
-cases renews their rows and keeps the others, provided that those were made with the same versions.
+Everything between the markers is generated: a row per registered case, which depends on jax, libtpu
+and the kernels alone, not on when or where it was made. A run over some cases renews their rows and
+keeps the others if they were made with the same versions.
 
     write_readme(verify_cases(find_cases("kv_attention")))
 """
@@ -24,7 +24,7 @@ END = "<!-- end of what is generated -->"
 
 
 def chip_cell(row: dict[str, Any]) -> str:
-    """One case on one chip: fraction of the roofline, what binds, bundles, native or emulated."""
+    """One case on one chip: fraction of the roofline, bound, bundles, native or emulated."""
     if row.get("not_run"):
         return "not run"
     mark = {"native": "n", "emulated": "e"}.get(row.get("support") or "", "-")
@@ -34,7 +34,7 @@ def chip_cell(row: dict[str, Any]) -> str:
 
 
 def header() -> str:
-    """The line that states what the matrix was made with."""
+    """The line that names the versions."""
     return f"Made with jax {jax.__version__} and libtpu {libtpu_version()}; nothing was measured."
 
 
@@ -43,10 +43,10 @@ def matrix(results: list[dict[str, Any]], before: str = "") -> str:
 
     Args:
       results: of `verify_cases`.
-      before: the generated part as it was; rows of other cases are kept from it when its header is
-        this one. A case that is in neither says that it was not run.
+      before: the previous generated part; its rows of other cases are kept if its header is the
+        same. A case in neither is marked "not run".
     """
-    columns = ["op", "format", "rows", "error"]
+    columns = ["op", "format", "activation", "error"]
     columns += [*(f"{chip} lowered" for chip in LOWER_TARGETS), *COMPILE_TARGETS]
     kept = before.splitlines() if header() in before else []
     rows = {_name(line): line for line in kept if line.startswith("| ")}
@@ -70,7 +70,7 @@ def matrix(results: list[dict[str, Any]], before: str = "") -> str:
 
 
 def _name(row: str) -> str:
-    """The case that a row of the matrix is about."""
+    """The name of the case in a row of the matrix."""
     return " ".join(cell.strip() for cell in row.split("|")[1:4])
 
 
@@ -88,13 +88,13 @@ def _lowered(row: dict[str, Any] | None) -> str:
 
 
 def write_readme(results: list[dict[str, Any]], path: Path = README) -> None:
-    """Renews what is between the markers of the README, whole or not at all.
+    """Replaces the text between the README's markers, whole or not at all.
 
-    Raises: UserError when the file has not both markers, in order.
+    Raises: UserError when the file does not have both markers in order.
     """
     text = path.read_text(encoding="utf-8")
     begin, end = text.find(BEGIN), text.find(END)
     if not 0 <= begin < end:
-        raise UserError(f"{path} has not the markers {BEGIN!r} and {END!r}; nothing was written")
+        raise UserError(f"{path} does not have the markers {BEGIN!r} and {END!r}: not written")
     generated = matrix(results, text[begin:end])
     write_text(path, text[:begin] + generated + text[end + len(END) :])
