@@ -17,8 +17,13 @@ demo: $(VENV)/base
 test: $(VENV)/dev
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations=15 -m "not slow"
 
+# Then the core of the quick suite at the compiler flags that users have; the suite's own are lower.
+AT_USERS_FLAGS := tests/models/test_hf_parity.py tests/training/test_step.py \
+	tests/serving/engine/test_engine.py tests/quant/test_matmul.py
+
 test-slow: $(VENV)/dev
 	$(BIN)/python -m pytest -m slow
+	XLA_FLAGS= $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(AT_USERS_FLAGS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
