@@ -16,6 +16,8 @@ class Batches(Protocol):
     """An endless, or finite, source of batches that can be resumed.
 
     `set_state(get_state())` in another process makes it continue bit for bit.
+    The trainer asks for the batch after step s when its hooks have been told of step s, and while
+    that step runs: a source that samples with the weights of step s gets them from a hook.
     """
 
     @property
