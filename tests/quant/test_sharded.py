@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from tpu_stack.errors import UserError
 from tpu_stack.quant import matmul, quantize, sharded_matmul
-from tpu_stack.quant.sharded import weight_specs
+from tpu_stack.quant.shard_specs import weight_specs
 
 K, N = 256, 64
 

@@ -16,7 +16,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tpu_stack.models.config import ModelConfig
-from tpu_stack.quant.project import project
+from tpu_stack.quant.matmul import matmul
 from tpu_stack.quant.qtensor import PARTS
 from tpu_stack.serving.layout import PackedLayout
 from tpu_stack.sharding.axes import EMBED, VOCAB
@@ -52,8 +52,8 @@ def cycles(name: str, format: str, as_they_should: bool) -> int:
 
     def logits(x, table):
         if name == "embed":  # as where the two tables are tied
-            return project(x, table, (VOCAB, EMBED), transpose=True, out_dtype=jnp.float32)
-        return project(x, table, (EMBED, VOCAB), out_dtype=jnp.float32)
+            return matmul(x, table, (VOCAB, EMBED), transpose=True, out_dtype=jnp.float32)
+        return matmul(x, table, (EMBED, VOCAB), out_dtype=jnp.float32)
 
     with sharding_scope(mesh, profile.rules):
         traced = jax.jit(logits).trace(x, table)

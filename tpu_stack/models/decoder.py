@@ -24,8 +24,8 @@ from tpu_stack.models.paged_cache import PagedCache
 from tpu_stack.models.per_layer import is_split, layer_of
 from tpu_stack.models.rope import inverse_frequencies, rope_tables
 from tpu_stack.models.weights import weight
-from tpu_stack.quant.matmul import take
-from tpu_stack.quant.project import project
+from tpu_stack.quant.matmul import matmul
+from tpu_stack.quant.take import take
 from tpu_stack.sharding.axes import BATCH, EMBED, VOCAB
 from tpu_stack.sharding.constrain import constrain
 
@@ -110,11 +110,11 @@ class Decoder(nnx.Module):
         """Hidden states to float32 logits, soft-capped where the config asks for it."""
         config = self.config
         if config.tie_embeddings:
-            logits = project(
+            logits = matmul(
                 x, self.embed.get_value(), (VOCAB, EMBED), transpose=True, out_dtype=jnp.float32
             )
         else:
-            logits = project(x, self.unembed.get_value(), (EMBED, VOCAB), out_dtype=jnp.float32)
+            logits = matmul(x, self.unembed.get_value(), (EMBED, VOCAB), out_dtype=jnp.float32)
         if config.logit_softcap is not None:
             logits = config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
         return constrain(logits, BATCH, *(None,) * (logits.ndim - 2), VOCAB)

@@ -1,7 +1,7 @@
 """The parts of one decoder block: RMSNorm, attention, and the block that joins them to an MLP.
 
 Every parameter is stacked over layers, [L, ...]; `decoder.py` scans over that axis and calls a
-block with one layer's slice. All matmuls go through `project`, so a weight may be a float
+block with one layer's slice. All matmuls go through `matmul`, so a weight may be a float
 array (training) or a packed `QTensor` (serving).
 
     outputs = Block(config, rngs)(x_BTD, context, cache)
@@ -22,7 +22,7 @@ from tpu_stack.models.moe import MoE
 from tpu_stack.models.paged_cache import PagedCache
 from tpu_stack.models.rope import rotate
 from tpu_stack.models.weights import norm_scale, weight
-from tpu_stack.quant.project import project
+from tpu_stack.quant.matmul import matmul
 from tpu_stack.sharding.axes import BATCH, EMBED, HEADS, KV_HEADS, LAYERS
 from tpu_stack.sharding.constrain import constrain
 
@@ -105,10 +105,10 @@ class Attention(nnx.Module):
         config = self.config
         B, T, _ = x_BTD.shape
         kv_axes, kv_shape = (EMBED, KV_HEADS), (B, T, config.n_kv_heads, config.head_dim)
-        q = project(x_BTD, self.wq.get_value(), (EMBED, HEADS))
+        q = matmul(x_BTD, self.wq.get_value(), (EMBED, HEADS))
         q = q.reshape(B, T, config.n_heads, config.head_dim)
-        k = project(x_BTD, self.wk.get_value(), kv_axes).reshape(kv_shape)
-        v = project(x_BTD, self.wv.get_value(), kv_axes).reshape(kv_shape)
+        k = matmul(x_BTD, self.wk.get_value(), kv_axes).reshape(kv_shape)
+        v = matmul(x_BTD, self.wv.get_value(), kv_axes).reshape(kv_shape)
         q = constrain(q, BATCH, None, HEADS, None)
         k = constrain(k, BATCH, None, KV_HEADS, None)
         v = constrain(v, BATCH, None, KV_HEADS, None)
@@ -125,7 +125,7 @@ class Attention(nnx.Module):
             out, new_cache = cache.attend(context.layer, q, k, v, context.mask, **how)
         out = constrain(out, BATCH, None, HEADS, None)
         out = out.reshape(B, T, config.n_heads * config.head_dim)
-        return project(out, self.wo.get_value(), (HEADS, EMBED)), new_cache
+        return matmul(out, self.wo.get_value(), (HEADS, EMBED)), new_cache
 
 
 class Block(nnx.Module):

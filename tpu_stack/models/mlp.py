@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.models.weights import weight
-from tpu_stack.quant.project import project
+from tpu_stack.quant.matmul import matmul
 from tpu_stack.sharding.axes import BATCH, EMBED, FFW, LAYERS
 from tpu_stack.sharding.constrain import constrain
 
@@ -34,10 +34,10 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         activation = activation_of(self.config)
-        up = project(x_BTD, self.w_up.get_value(), (EMBED, FFW))
+        up = matmul(x_BTD, self.w_up.get_value(), (EMBED, FFW))
         if self.config.gated_mlp:
-            hidden = activation(project(x_BTD, self.w_gate.get_value(), (EMBED, FFW))) * up
+            hidden = activation(matmul(x_BTD, self.w_gate.get_value(), (EMBED, FFW))) * up
         else:
             hidden = activation(up)
         hidden = constrain(hidden, BATCH, None, FFW)
-        return project(hidden, self.w_down.get_value(), (FFW, EMBED))
+        return matmul(hidden, self.w_down.get_value(), (FFW, EMBED))

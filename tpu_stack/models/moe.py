@@ -20,8 +20,7 @@ from tpu_stack.models.config import ModelConfig
 from tpu_stack.models.mlp import MLP, activation_of
 from tpu_stack.models.weights import router_weight, weight
 from tpu_stack.quant.grouped import grouped_matmul
-from tpu_stack.quant.project import rows_spec
-from tpu_stack.quant.sharded import weight_specs
+from tpu_stack.quant.shard_specs import batch_axes, weight_specs
 from tpu_stack.sharding.axes import EMBED, EXPERT, FFW, LAYERS
 from tpu_stack.sharding.constrain import current_scope
 
@@ -93,7 +92,7 @@ def _everywhere(config: ModelConfig, x, experts, shares, weights) -> Float[Array
     if scope is None or scope[0].size == 1:
         return _local(x, experts, shares, weights, config=config)
     mesh, rules = scope
-    tokens = PartitionSpec(rows_spec(x.shape[0], mesh, rules), None, None)
+    tokens = PartitionSpec(batch_axes(x.shape[0], mesh, rules), None, None)
     over_experts, over_width = rules.mesh_axes(EXPERT), rules.mesh_axes(FFW)
     wide = PartitionSpec(over_experts or None, None, over_width or None)
     narrow = PartitionSpec(over_experts or None, over_width or None, None)

@@ -5,11 +5,11 @@
 """
 
 from tpu_stack.quant.formats import FORMATS, Format, get_format
-from tpu_stack.quant.matmul import matmul, take
+from tpu_stack.quant.matmul import matmul, sharded_matmul
 from tpu_stack.quant.qtensor import QTensor, abstract_qtensor
 from tpu_stack.quant.quantize import quantize
 from tpu_stack.quant.select import Choice, chosen_implementation, explain, use_implementation
-from tpu_stack.quant.sharded import sharded_matmul
+from tpu_stack.quant.take import take
 
 __all__ = [
     "FORMATS",

@@ -1,7 +1,9 @@
-"""The one matrix product that models call, for every storage of the weight.
+"""The one matrix product that models call, for every storage of the weight and on any mesh.
 
 The dtype of `x` is the compute dtype, accumulation is float32, and a quantized weight is frozen:
-gradients reach `x` only. Which implementation runs is decided in `select.py`.
+gradients reach `x` only. Which implementation runs is decided in `select.py`. GSPMD partitions the
+products of plain weights, and of packed ones that XLA multiplies. It does not split a
+`pallas_call`: there each device runs the kernel on its shard of the weight (`sharded_matmul`).
 
 >>> y = matmul(x, q_int4)  # x [M, K]; array or QTensor [K, N]
 >>> logits = matmul(x, jnp.ones((64, 256)), transpose=True, out_dtype=jnp.float32)  # table [V, D]
@@ -13,22 +15,32 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
 
 from tpu_stack.errors import UserError
 from tpu_stack.kernels.quantized_matmul import quantized_matmul
+from tpu_stack.quant.array_product import array_product
 from tpu_stack.quant.blocked import blocked_matmul
-from tpu_stack.quant.formats import WORD_ROWS
 from tpu_stack.quant.qtensor import QTensor
 from tpu_stack.quant.rotation import rotate
-from tpu_stack.quant.select import Choice, choose
+from tpu_stack.quant.select import Choice, choose, kernel_per_device
+from tpu_stack.quant.shard_specs import (
+    axis_names,
+    batch_axes,
+    check_divides,
+    padded_spec,
+    weight_specs,
+)
 from tpu_stack.quant.sliced import sliced_matmul
-from tpu_stack.quant.transposed import Transposed, multiply_reduce
+from tpu_stack.quant.transposed import Transposed
+from tpu_stack.sharding.constrain import current_scope
 
 
 def matmul(
     x: Float[Array, "*B K"],
     w: Array | QTensor | Transposed,
+    axes: tuple[str, str] | None = None,
     *,
     transpose: bool = False,
     out_dtype: Any = None,
@@ -37,9 +49,12 @@ def matmul(
     """`x @ w`, or `x @ w.T` when `transpose`.
 
     Args:
-      x: activations [..., K], a float dtype; also the dtype that the weight is cast to.
+      x: activations [..., K], a float dtype; also the dtype that the weight is cast to. With `axes`
+        the first of at least two axes is the batch.
       w: [K, N], an array, a QTensor or a Transposed; [N, K] when `transpose`, as an embedding table
         [V, D].
+      axes: the logical axes of `w`. On a mesh of several devices where the kernel runs, each
+        multiplies by its shard, and a sharded contraction is summed. None leaves `w` whole.
       transpose: contract with the last axis of `w`.
       out_dtype: dtype of the result; `x.dtype` when None. Rounded once from float32.
       implementation: one of `select.IMPLEMENTATIONS`; None takes `use_implementation`'s, else the
@@ -51,51 +66,28 @@ def matmul(
       implementation that cannot run here.
     """
     if isinstance(w, Transposed):
-        return matmul(
-            x, w.stored, transpose=not transpose, out_dtype=out_dtype, implementation=implementation
-        )
+        w, transpose = w.stored, not transpose
     _check_shapes(x, w, transpose)
     out_dtype = jnp.dtype(out_dtype or x.dtype)
     if not isinstance(w, QTensor):
         w = w.astype(x.dtype)
-        implementation = choose(x.shape, w, transpose).implementation
-        return _dot(x, w, transpose, out_dtype, implementation == "multiply_reduce")
+        fused = choose(x.shape, w, transpose).implementation == "multiply_reduce"
+        return array_product(x, w, transpose, out_dtype, fused)
+    scope = current_scope()
+    if axes and scope and scope[0].size > 1 and kernel_per_device():
+        mesh, rules = scope
+        w_spec = rules.partition_spec(axes, "a weight")
+        middle = (None,) * (x.ndim - 2)
+        x_spec = PartitionSpec(
+            batch_axes(x.shape[0], mesh, rules), *middle, w_spec[1 if transpose else 0]
+        )
+        how: Any = {"transpose": transpose, "out_dtype": out_dtype, "implementation": "pallas"}
+        return sharded_matmul(x, w, mesh, x_spec, w_spec, **how)
     choice = choose(x.shape, w, transpose, implementation)
     with jax.named_scope(f"quant.{choice.implementation}.{w.format}"):
         if not w.rotation:
             return _quantized(x, w, transpose, out_dtype, choice)
         return _rotated(x, w, transpose, out_dtype, choice)
-
-
-def take(w: Array | QTensor, ids: Int[Array, "*B"], dtype: Any = None) -> Float[Array, "*B D"]:
-    """Rows `ids` of `w` [V, D]: the embedding lookup, for an array or a QTensor.
-
-    Returns: [..., D] in `dtype`; when None, the array's dtype, or bfloat16 for a QTensor. A row
-      outside the table is NaN rather than a neighbour; negative ids count from the end.
-    """
-    if not isinstance(w, QTensor):
-        return jnp.take(w, ids, axis=0, mode="fill").astype(dtype or w.dtype)
-    if w.rotation:
-        raise UserError("take: rows of a rotated weight are mixed with their neighbours")
-    rows = w.shape[0]
-    ids = jnp.where(ids < 0, ids + rows, ids)
-    scales = w.full_scales()
-    if w.contract_axis == -2:
-        scales, group = scales[:, 0], ids // w.group
-    else:
-        group = ids
-    picked = _rows_of(w, ids) * jnp.take(scales, group, axis=0, mode="clip")
-    inside = ((ids >= 0) & (ids < rows))[..., None]
-    return jnp.where(inside, picked, jnp.nan).astype(dtype or jnp.bfloat16)
-
-
-def _rows_of(w: QTensor, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
-    """Grid values of the rows `ids`, float32; any row's for ids outside."""
-    if not w.packed_bits:
-        return jnp.take(w.values, ids, axis=0, mode="clip").astype(jnp.float32) + w.offset
-    words = jnp.take(w.values, 8 * (ids // WORD_ROWS) + ids % 8, axis=0, mode="clip")
-    bit = ids % WORD_ROWS // 8
-    return 2.0 * ((words >> bit[..., None]) & 1).astype(jnp.float32) - 1.0
 
 
 def _check_shapes(x: Any, w: Any, transpose: bool) -> None:
@@ -113,57 +105,6 @@ def _check_shapes(x: Any, w: Any, transpose: bool) -> None:
         w.check("matmul weight")
 
 
-def _dot(
-    x: Array, w: Array, transpose: bool, out_dtype: Any = jnp.float32, fused: bool = False
-) -> Array:
-    """The product, rounded once from float32 to `out_dtype`.
-
-    A plain weight's product is computed in `out_dtype` itself: a float32 product, cast afterwards,
-    would make the backward matmuls and the tensor-parallel sums float32 too, at twice the bytes.
-    """
-    return _product(x, w, transpose, jnp.dtype(out_dtype), fused)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _product(x: Array, w: Array, transpose: bool, out_dtype: Any, fused: bool) -> Array:
-    dims = (((x.ndim - 1,), (1 if transpose else 0,)), ((), ()))
-    dot = partial(jax.lax.dot_general, dimension_numbers=dims, preferred_element_type=out_dtype)
-    if not fused:
-        return dot(x, w)
-
-    def one_pass(x: Array, w: Array) -> Array:
-        y_MN = multiply_reduce(x.reshape(-1, x.shape[-1]), w)
-        return y_MN.astype(out_dtype).reshape(*x.shape[:-1], -1)
-
-    # lowered for another platform from a CPU process (ahead of time), it is a dot
-    return jax.lax.platform_dependent(x, w, cpu=one_pass, default=dot)
-
-
-def _product_fwd(x, w, transpose, out_dtype, fused):
-    return _product(x, w, transpose, out_dtype, fused), (x, w)
-
-
-def _product_bwd(transpose, out_dtype, fused, residuals, g):
-    """Both gradients as products of matrices; the weight's comes out as the weight is stored.
-
-    Autodiff derives for `x` [B, T, K] a product [N, K] and its transpose. XLA:CPU copies an
-    operand for that, and computes again what produced it.
-    """
-    x, w = residuals
-    g_MN, x_MK = (y.reshape(-1, y.shape[-1]) for y in (g, x))
-    dx = _dot_dims(g_MN, w, (1, 0 if transpose else 1), x.dtype)
-    left, right = (g_MN, x_MK) if transpose else (x_MK, g_MN)
-    return dx.reshape(x.shape), _dot_dims(left, right, (0, 0), w.dtype)
-
-
-def _dot_dims(a: Array, b: Array, contract: tuple[int, int], dtype: Any) -> Array:
-    dims = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, preferred_element_type=dtype)
-
-
-_product.defvjp(_product_fwd, _product_bwd)
-
-
 def _rotated(x: Array, w: QTensor, transpose: bool, out_dtype: Any, choice: Choice) -> Array:
     """The product with a rotated weight: rotating x, or the result, undoes the rotation of K."""
     plain = replace(w, rotation=0)
@@ -175,14 +116,30 @@ def _rotated(x: Array, w: QTensor, transpose: bool, out_dtype: Any, choice: Choi
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _quantized(x: Array, w: QTensor, transpose: bool, out_dtype: Any, choice: Choice) -> Array:
-    run = _RUN[choice.implementation]
-    if choice.implementation in ("xla_blocked", "xla_sliced") and not choice.requested:
+    how = (transpose, out_dtype, choice.scale_mode)
+    if choice.implementation != "pallas":
+        run = _XLA[choice.implementation]
+        if run is _xla or choice.requested:
+            return run(x, w, *how)
         # Lowered for another platform from a CPU process (ahead of time), the default is "xla".
-        args = (transpose, out_dtype, choice.scale_mode)
         return jax.lax.platform_dependent(
-            x, w, cpu=lambda x, w: run(x, w, *args), default=lambda x, w: _xla(x, w, *args)
+            x, w, cpu=lambda x, w: run(x, w, *how), default=lambda x, w: _xla(x, w, *how)
         )
-    return run(x, w, transpose, out_dtype, choice.scale_mode)
+    try:
+        y_MN = quantized_matmul(
+            x.reshape(-1, x.shape[-1]),
+            w.values,
+            w.scales,
+            tensor_scale=w.tensor_scale,
+            offset=w.offset,
+            transpose=transpose,
+            rows=w.shape[0] if w.packed_bits and transpose else None,
+            scale_mode=choice.scale_mode,
+            out_dtype=out_dtype,
+        )
+    except (ValueError, TypeError) as error:
+        raise UserError(f"the pallas matmul cannot run this: {error}") from error
+    return y_MN.reshape(*x.shape[:-1], y_MN.shape[-1])
 
 
 def _quantized_fwd(x, w, transpose, out_dtype, choice):
@@ -208,36 +165,75 @@ def _channel_scales(w: QTensor, rank: int) -> Array:
 
 def _xla(x: Array, w: QTensor, transpose: bool, out_dtype: Any, mode: str) -> Array:
     if mode == "before":
-        return _dot(x, w.dequantize(x.dtype), transpose).astype(out_dtype)
+        return array_product(x, w.dequantize(x.dtype), transpose).astype(out_dtype)
     if mode == "input":
         x = (x * _channel_scales(w, x.ndim)).astype(x.dtype)
-    y = _dot(x, w.grid(x.dtype), transpose)
+    y = array_product(x, w.grid(x.dtype), transpose)
     return (y * _channel_scales(w, y.ndim) if mode == "after" else y).astype(out_dtype)
 
 
-def _pallas(x: Array, w: QTensor, transpose: bool, out_dtype: Any, mode: str) -> Array:
-    *lead, k = x.shape
-    x_MK = x.reshape(-1, k)
-    try:
-        y_MN = quantized_matmul(
-            x_MK,
-            w.values,
-            w.scales,
-            tensor_scale=w.tensor_scale,
-            offset=w.offset,
-            transpose=transpose,
-            rows=w.shape[0] if w.packed_bits and transpose else None,
-            scale_mode=mode,
-            out_dtype=out_dtype,
+_XLA = {"xla": _xla, "xla_blocked": blocked_matmul, "xla_sliced": sliced_matmul}
+
+
+def sharded_matmul(
+    x: Float[Array, "*B K"],
+    w: Array | QTensor,
+    mesh: Mesh | AbstractMesh,
+    x_spec: PartitionSpec,
+    w_spec: PartitionSpec,
+    *,
+    transpose: bool = False,
+    out_dtype: Any = None,
+    implementation: str | None = None,
+) -> Float[Array, "*B N"]:
+    """`matmul(x, w, ...)` with `x` and `w` sharded over `mesh` as given.
+
+    Args:
+      x_spec: spec of x [..., K].
+      w_spec: spec of the weight's two axes, [K, N] (or [N, K] when `transpose`); the scales follow.
+      The rest as in `matmul`.
+
+    Returns: [..., N], sharded as x's leading axes and w's output axis.
+
+    Raises: UserError when the two specs disagree on the contraction, when sizes do not divide, or
+      when a shard would cut through a scale group.
+    """
+    x_parts, w_parts = padded_spec(x_spec, x.ndim), padded_spec(w_spec, 2)
+    k_axis = 1 if transpose else 0
+    contract, output = w_parts[k_axis], w_parts[1 - k_axis]
+    if axis_names(x_parts[-1]) != axis_names(contract):
+        raise UserError(
+            f"sharded_matmul: x splits the contraction over {x_parts[-1]} and the weight over "
+            f"{contract}; they must agree"
         )
-    except (ValueError, TypeError) as error:
-        raise UserError(f"the pallas matmul cannot run this: {error}") from error
-    return y_MN.reshape(*lead, y_MN.shape[-1])
+    check_divides(x.shape, x_parts, mesh, "x")
+    check_divides(w.shape, w_parts, mesh, "weight")
+    w_specs = weight_specs(w, PartitionSpec(*w_parts), mesh)
+    local_dtype = jnp.float32 if axis_names(contract) else out_dtype
+    result_dtype = jnp.dtype(out_dtype or x.dtype)
+    local = partial(
+        matmul, transpose=transpose, out_dtype=local_dtype, implementation=implementation
+    )
+
+    def body(x: Array, w: Array | QTensor) -> Array:
+        y = local(x, w)
+        if axis_names(contract):
+            y = jax.lax.psum(y, axis_names(contract))
+        return y.astype(result_dtype)
+
+    return jax.shard_map(
+        body,
+        mesh=mesh,
+        in_specs=(PartitionSpec(*x_parts), w_specs),
+        out_specs=PartitionSpec(*x_parts[:-1], output),
+        check_vma=False,  # a pallas_call does not say over which axes its result varies
+    )(*_placed((x, w), (PartitionSpec(*x_parts), w_specs), mesh))
 
 
-_RUN = {
-    "xla": _xla,
-    "xla_blocked": blocked_matmul,
-    "xla_sliced": sliced_matmul,
-    "pallas": _pallas,
-}
+def _placed(operands: Any, specs: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """Moves operands to `specs` where the mesh makes shardings part of types; else `shard_map`."""
+    if AxisType.Explicit not in mesh.axis_types:
+        return operands
+    return jax.tree.map(
+        lambda leaf, spec: jax.reshard(leaf, NamedSharding(mesh, spec)), operands, specs
+    )
