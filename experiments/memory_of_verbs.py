@@ -131,8 +131,8 @@ def open_bundle(bundle: Path, devices: int) -> None:
     """What `serve` does before it compiles."""
     import jax
 
-    from tpu_stack.planner.tensors import with_groups
     from tpu_stack.serving.bundle import Bundle
+    from tpu_stack.serving.layout import with_groups
     from tpu_stack.sharding.placement import PlacementOptions, place
 
     jax.config.update("jax_platforms", "cpu")

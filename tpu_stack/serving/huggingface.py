@@ -23,6 +23,7 @@ from tpu_stack.data.chat_format import CHAT, ChatFormat
 from tpu_stack.data.tokenizer import Tokenizer
 from tpu_stack.errors import UserError
 from tpu_stack.files import replacing_folder
+from tpu_stack.models.abstract import tensor_specs
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.models.hf.families import Family
 from tpu_stack.models.hf.folder import CONFIG, HuggingFaceFolder, read_json
@@ -32,6 +33,7 @@ from tpu_stack.models.hf.save import write_weights
 from tpu_stack.models.hf.write_config import write_config
 from tpu_stack.serving.chat_files import read_chat
 from tpu_stack.serving.pack import restore_for_serving
+from tpu_stack.sharding.mesh import make_mesh
 from tpu_stack.sharding.profiles import Profile
 
 TOKENIZER = "tokenizer.json"
@@ -62,8 +64,9 @@ def import_folder(
 ) -> Imported:
     """Writes the run folder `out` of an opened `folder`, whole or not at all.
 
-    The weights are float32, sharded by `profile` on `mesh`. Raises UserError when `out` exists, the
-    tokenizer or chat format cannot be read, or a tensor does not divide the mesh.
+    The weights are float32, read into the layout of `profile` on `mesh` where it is of real
+    devices. Raises UserError when `out` exists, the tokenizer or chat format cannot be read, or a
+    tensor does not divide the mesh.
     """
     if out.exists():
         raise UserError(f"{out} exists; choose another --out")
@@ -75,7 +78,8 @@ def import_folder(
         )
     chat = read_chat(folder.path, tokenizer)
     dtypes = {name: tensor.dtype for name, tensor in folder.tensors.items()}
-    params = load_params(folder, profile, mesh, listener)
+    profile.check(tensor_specs(folder.config))
+    params = load_params(folder, *_where_to_load(profile, mesh), listener)
     meta = {
         "model": folder.config.to_dict(),
         "tokenizer": tokenizer.to_json(),
@@ -97,6 +101,15 @@ def import_folder(
         dict(Counter(dtypes.values())),
         folder.left_out,
     )
+
+
+def _where_to_load(profile: Profile, mesh: Mesh) -> tuple[Profile, Mesh]:
+    """`mesh`, or one of a CPU's virtual devices: they share a memory, and the checkpoint is the
+    same."""
+    if mesh.devices.flat[0].platform != "cpu":
+        return profile, mesh
+    one = profile.emulate(1)
+    return one, make_mesh(one.mesh, [mesh.devices.flat[0]])
 
 
 def export_folder(

@@ -68,7 +68,7 @@ def _write(stacked: jax.Array, part: jax.Array, index: tuple[Any, ...]) -> jax.A
 
 
 def _host(folder: HuggingFaceFolder, piece: Piece) -> np.ndarray:
-    return folder.read(piece).astype(np.float32, order="C")
+    return folder.read(piece).astype(np.float32, order="C", copy=False)
 
 
 def _place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:

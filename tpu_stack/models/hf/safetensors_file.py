@@ -27,6 +27,7 @@ DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _ALIGNMENT = 8
+_CPU_ALIGNMENT = 64
 _LARGEST_HEADER = 100_000_000  # the library's own limit
 
 
@@ -47,7 +48,7 @@ class StoredTensor:
 
     def read(self) -> np.ndarray:
         """The tensor, in the dtype it is stored in. Raises UserError when it cannot be read."""
-        array = np.empty(prod(self.shape), DTYPES[self.dtype])
+        array = _aligned(prod(self.shape), DTYPES[self.dtype])
         try:
             with self.file.open("rb") as file:
                 file.seek(self.offset)
@@ -57,6 +58,13 @@ class StoredTensor:
         if got != array.nbytes:
             raise UserError(f"{self.file} ends within tensor {self.name}")
         return array.reshape(self.shape)
+
+
+def _aligned(size: int, dtype: np.dtype) -> np.ndarray:
+    """An uninitialised array that JAX takes on a CPU as it is, where it would copy others."""
+    buffer = np.empty(size * dtype.itemsize + _CPU_ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % _CPU_ALIGNMENT
+    return buffer[start : start + size * dtype.itemsize].view(dtype)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
