@@ -1,4 +1,4 @@
-"""One case of the bench: what its name says, what it compiles, and the least it can take.
+"""One case of the bench: its name parsed, the program it compiles, and its roofline.
 
 >>> hbm_cycles("int4@int8", "v6e", [16, 4096, 14336])
 35805
@@ -22,13 +22,13 @@ from tpu_stack.kernels.quantized_matmul.operands import chip_info, cores_of
 from tpu_stack.kernels.quantized_matmul.peers import BFLOAT16, PEERS, Peer, make_peer
 
 CLOCK_HZ = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9, "7x": 2.2e9}
-"""Implied by peak bf16 FLOP/s over MXU size in jax's chip table; used only to state HBM cycles."""
+"""Peak bf16 FLOP/s over MXU size in jax's chip table; converts seconds to cycles only."""
 KINDS = {"v5e": "TPU v5e", "v5p": "TPU v5p", "v6e": "TPU v6e", "7x": "TPU7x"}
 """The device kind of each chip."""
 
 
 class Parts(NamedTuple):
-    """What a case's name says; `peer` and `mode` are empty where it says nothing."""
+    """The parts of a case's name; `peer` and `mode` are empty where it has none."""
 
     peer: str
     format: str
@@ -54,7 +54,7 @@ def parse(case: str) -> Parts:
 
 
 def program(case: str, shape: list[int]) -> Peer:
-    """The function that one case compiles, its abstract operands and the steps of its grid."""
+    """The function of a case, its abstract operands and its grid steps."""
     parts = parse(case)
     if parts.peer:
         return make_peer(parts.peer, parts.format, parts.activation, tuple(shape))
@@ -70,7 +70,7 @@ def program(case: str, shape: list[int]) -> Peer:
 
 
 def hbm_cycles(case: str, chip: str, shape: list[int]) -> int:
-    """Clock cycles that moving the operands and result once takes at the chip's HBM bandwidth."""
+    """Cycles to move the operands and the result once at the chip's HBM bandwidth."""
     parts, (m, k, n) = parse(case), shape
     if parts.format == BFLOAT16:
         moved = 2.0 * (m * k + k * n)
@@ -81,8 +81,10 @@ def hbm_cycles(case: str, chip: str, shape: list[int]) -> int:
 
 
 def mxu_cycles(case: str, chip: str, shape: list[int], operands: Sequence[str]) -> int:
-    """Clock cycles of the product at the chip's peak rate for `operands`; a peer's are unknown, and
-    then the rate is that of its rows' type, the fastest that it can have."""
+    """Cycles of the product at the chip's peak rate for `operands`.
+
+    A peer's operands are unknown; the activation's dtype then gives the fastest possible rate.
+    """
     activation = parse(case).activation
     types = set(operands or (activation,))
     info = _info(chip)
@@ -93,7 +95,7 @@ def mxu_cycles(case: str, chip: str, shape: list[int], operands: Sequence[str]) 
 
 
 def bandwidth(chip: str) -> float:
-    """HBM bytes per second of one device, from jax's chip table."""
+    """HBM bytes/s of one device, from jax's chip table."""
     return float(_info(chip).mem_bw_bytes_per_second) * cores_of(KINDS[chip])
 
 

@@ -1,4 +1,4 @@
-"""The blocks of a call's grid: the tuned or given ones, cut to the arrays and to whole tiles.
+"""Block sizes of a call: the tuned or given ones, clipped to the arrays, in whole tiles.
 
 >>> x, storage = jnp.ones((16, 4096), jnp.bfloat16), Storage("integer", "int4")
 >>> entry = {"bm": 64, "bk": 4096, "bn": 1024}
@@ -15,15 +15,15 @@ from tpu_stack.kernels.quantized_matmul.widen import Storage
 
 LANES = 128
 ROWS = 16
-"""Smallest block of M: one bfloat16 tile on every chip but 8t, half a float32 one there. Fewer rows
-than this are one whole block: Mosaic cannot compile a block that is taller than such an array."""
+"""Smallest block of M: one bfloat16 tile on every chip but 8t. Fewer rows are one whole block,
+since Mosaic cannot compile a block that is taller than such an array."""
 EVEN = 64
-"""Rows that several blocks of M are multiples of, two tiles of 8 bits: M is cut into equal blocks,
-since a last one that is nearly empty takes as long as the others."""
+"""M is cut into equal blocks of a multiple of this many rows, two 8-bit tiles, because a nearly
+empty last block takes as long as the others."""
 SHARED = 256
-"""Columns that blocks of N for several cores are multiples of."""
+"""Blocks of N for several cores are a multiple of this many columns."""
 SUBLANES = 8
-"""Pallas's rule for the second-minor axis: a block of scales has a multiple of this many groups."""
+"""A block of scales has a multiple of this many groups: Pallas's rule for the second-minor axis."""
 
 
 def choose_blocks(
@@ -38,10 +38,12 @@ def choose_blocks(
     entry: dict[str, Any],
     cores: int = 1,
 ) -> tuple[int, int, int]:
-    """(bm, bk, bn): the tuned or given ones, cut to the arrays, in whole tiles of every operand.
+    """(bm, bk, bn): the tuned or given blocks, clipped to the arrays, in whole tiles.
 
-    cores: of the device. Where there is one block of M, they share those of N, so that these are
-    as many for each core.
+    cores: TensorCores of the device. With one block of M they share the blocks of N, whose number
+      is then a multiple of `cores`.
+
+    Raises: ValueError for `tiles` that are not whole tiles of every operand.
     """
     step_k, step_n = _steps(group, mode, transpose, storage)
     wanted = tiles or _tuned_blocks(entry, jnp.dtype(x.dtype).itemsize, k, step_k, step_n)
@@ -61,9 +63,9 @@ def choose_blocks(
 
 
 def columns_per_core(n: int, bn: int, cores: int, step: int = 1) -> int:
-    """Columns of a block, `bn` or fewer, of which N has as many for each core.
+    """At most `bn` columns of a block such that every core gets as many blocks of N.
 
-    step: what they are a multiple of.
+    step: the columns are a multiple of it.
     """
     if cores == 1:
         return bn
@@ -72,7 +74,7 @@ def columns_per_core(n: int, bn: int, cores: int, step: int = 1) -> int:
 
 
 def _steps(group: int, mode: str, transpose: bool, storage: Storage) -> tuple[int, int]:
-    """What bk and bn must be multiples of: whole lanes, and whole tiles of weights and scales."""
+    """bk and bn must be multiples of these: whole lanes, whole tiles of weights and scales."""
     rows = storage.step
     if mode in ("before", "after_group"):
         rows = math.lcm(rows, SUBLANES * group)
@@ -82,7 +84,7 @@ def _steps(group: int, mode: str, transpose: bool, storage: Storage) -> tuple[in
 def _tuned_blocks(
     entry: dict[str, Any], x_bytes: int, k: int, step_k: int, step_n: int
 ) -> tuple[int, int, int]:
-    """The tuned blocks; bk is the largest that divides K, if one is at least half the tuned one."""
+    """The tuned blocks, bk reduced to a divisor of K if one is at least half of it."""
     bk = entry["bk"] * 2 // max(x_bytes, 2)  # a float32 block is twice the VMEM
     bk = max(step_k, bk // step_k * step_k)
     for divisor in range(bk, max(bk // 2, 1) - 1, -step_k):
@@ -93,5 +95,5 @@ def _tuned_blocks(
 
 
 def round_up(value: int, multiple: int) -> int:
-    """The least multiple that is no less than the value."""
+    """The least multiple of `multiple` that is at least `value`."""
     return math.ceil(value / multiple) * multiple

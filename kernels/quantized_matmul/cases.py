@@ -1,4 +1,4 @@
-"""The formats by name, as arrays: what the tests, the bench and the ladder call the kernel with.
+"""Operands of the kernel in every format, for the tests and the benches.
 
 >>> x, values, scales, keywords = random_operands(FORMATS["mxfp4"], "int8", m=16, k=256, n=128)
 >>> values.shape, scales.shape, list(keywords)
@@ -19,7 +19,7 @@ ACTIVATIONS = ("bfloat16", "float32", "float8_e4m3fn", "int8")
 
 @dataclass(frozen=True)
 class Case:
-    """What a format's arrays are.
+    """The arrays of a format.
 
     Attributes:
       name: the format's name.
@@ -27,8 +27,8 @@ class Case:
       scales: dtype name of the scales.
       group: rows that share a scale; 0 for one scale per column.
       offset: added to every value.
-      tensor_scale: whether one more float32 scale multiplies all.
-      low, high: range of random integer values, both ends included; 0, 0 for floats and words.
+      tensor_scale: whether one more float32 scale multiplies all values.
+      low, high: inclusive range of random integer values; 0, 0 for floats and words.
     """
 
     name: str
@@ -71,7 +71,7 @@ FORMATS = {
 
 
 def stored_bytes(array: Any) -> float:
-    """Bytes that an array takes in HBM, where XLA:TPU packs types of less than a byte."""
+    """Bytes of an array in HBM, where XLA:TPU packs sub-byte dtypes."""
     bits = {"int4": 4, "float4_e2m1fn": 4, "int2": 2}
     return array.size * bits.get(array.dtype.name, 8 * array.dtype.itemsize) / 8
 
@@ -79,9 +79,9 @@ def stored_bytes(array: Any) -> float:
 def abstract_operands(
     case: Case, activation: str, m: int, k: int, n: int, sharding: Any = None
 ) -> tuple[Any, Any, Any, dict[str, Any]]:
-    """Shapes and dtypes of x, values and scales, and of the keywords that are arrays.
+    """Abstract x, values, scales, and the keyword arguments that are arrays.
 
-    The keyword "offset" is left out: it is `case.offset`, a number.
+    The keyword "offset" is not among them: it is `case.offset`, a number.
     """
 
     def array(shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
@@ -99,9 +99,9 @@ def abstract_operands(
 def random_operands(
     case: Case, activation: str, m: int, k: int, n: int, seed: int = 0
 ) -> tuple[Any, Any, Any, dict[str, Any]]:
-    """x, values, scales and keywords for `quantized_matmul`, drawn from `seed`.
+    """Random x, values, scales and keyword arguments for `quantized_matmul`.
 
-    K must be a multiple of the case's group. Signs past K are zero bits, as the layout asks.
+    K must be a multiple of the case's group. Signs past K are zero bits, as the layout requires.
     """
     rng = np.random.default_rng(seed)
     keywords: dict[str, Any] = {"offset": case.offset} if case.offset else {}

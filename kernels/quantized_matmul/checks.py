@@ -1,4 +1,4 @@
-"""What a call's arrays must be, and what they mean: dtypes, the weight's shape, its groups.
+"""Validation of a call's arrays: dtypes, the shape of the weight, the size of its groups.
 
 >>> group_of((4096, 512), (128, 1, 512))
 32
@@ -16,7 +16,7 @@ SCALE_DTYPES = ("bfloat16", "float32", "float8_e8m0fnu", "float8_e4m3fn")
 
 
 def check_dtypes(x: Any, scales: Any, tensor_scale: Any, x_scales: Any, out_dtype: Any) -> Any:
-    """The result's dtype, that asked for or x's. Raises: ValueError for what no kernel takes."""
+    """The result's dtype. Raises: ValueError for dtypes and shapes that no kernel takes."""
     narrow = jnp.dtype(x.dtype).name in ("float8_e4m3fn", "int8")
     if x_scales is not None and x_scales.shape != (x.shape[0], 1):
         raise ValueError(f"x_scales is {x_scales.shape}; x {x.shape} needs {(x.shape[0], 1)}")
@@ -38,7 +38,7 @@ def check_dtypes(x: Any, scales: Any, tensor_scale: Any, x_scales: Any, out_dtyp
 def logical_shape(
     x: Any, values: Any, scales: Any, storage: Storage, transpose: bool, rows: int | None
 ) -> tuple[int, int]:
-    """[rows, columns] of the weight, which for 1-bit words is not the array's shape."""
+    """(rows, columns) of the weight, which for 1-bit words differs from the array's shape."""
     stored, columns = values.shape
     if storage.name != "signs":
         return stored, columns
@@ -53,9 +53,11 @@ def logical_shape(
 
 
 def group_of(values: tuple[int, int], scales: tuple[int, ...]) -> int:
-    """Rows of the weight that share a scale; 0 for one per row.
+    """Rows of the weight that share a scale; 0 for one scale per row.
 
-    values, scales: shapes. Raises: ValueError for scales that do not fit.
+    values, scales: shapes.
+
+    Raises: ValueError for scales that do not fit.
     """
     rows, columns = values
     if scales == (rows, 1):

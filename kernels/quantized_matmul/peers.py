@@ -1,7 +1,7 @@
-"""Other people's ways to the same product, for the bench to compile beside the kernel.
+"""Other implementations of the product, which the bench compiles beside the kernel.
 
-XLA's own programs, JAX's Pallas product of bfloat16, and qwix, which is optional. What a peer does
-not take is refused with the reason, and the bench prints that as its row.
+XLA's own programs, JAX's Pallas matmul for bfloat16, and qwix, which is optional. A peer that does
+not take a format raises with the reason, which the bench prints as its row.
 
 >>> peer = make_peer("xla", "int8", "int8", (16, 64, 128))
 >>> jax.eval_shape(peer.function, *peer.operands).shape
@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 from tpu_stack.kernels.quantized_matmul.cases import FORMATS, abstract_operands
 
 BFLOAT16 = "bf16"
-"""Named as a format: weights that are not quantized, which only peers multiply."""
+"""The "format" of weights that are not quantized, which only peers multiply."""
 PEERS = {
     "xla": "XLA: widen and scale the weight in bfloat16, then a dot; for bf16 the dot alone",
     "jax": "jax.experimental.pallas.ops.tpu.matmul on bfloat16",
@@ -30,7 +30,7 @@ PEERS = {
     "qwix": "qwix.contrib.kernels.quantized_matmul, its Pallas kernel",
 }
 XLA_PEERS = ("xla", "qwix_dot")
-"""Those that are no Pallas kernels."""
+"""Peers that are not Pallas kernels."""
 QWIX_BLOCKS = (256, 512, 1024)
 """M, K, N: the default of qwix's QuantizedMatmulConfig, from its sweep on v5."""
 JAX_BLOCKS = (512, 1024, 1024)
@@ -41,8 +41,8 @@ class Peer:
     """One peer's program.
 
     Attributes:
-      function, operands: what to compile, and the abstract arguments.
-      steps: of its grid when it is a Pallas kernel; None for XLA's programs.
+      function, operands: the function to compile and its abstract arguments.
+      steps: grid steps of a Pallas kernel; None for XLA's programs.
     """
 
     function: Callable[..., Any]
@@ -65,7 +65,7 @@ def make_peer(peer: str, name: str, activation: str, shape: tuple[int, ...]) -> 
         return _qwix_dot(name, activation, shape)
     if peer == "qwix":
         return _qwix_kernel(name, activation, shape)
-    raise ValueError(f"{PEERS[peer]}: takes {BFLOAT16} alone, not {name}")
+    raise ValueError(f"{PEERS[peer]}: takes only {BFLOAT16}, not {name}")
 
 
 def _bfloat16(peer: str, shape: tuple[int, ...]) -> Peer:
@@ -74,7 +74,7 @@ def _bfloat16(peer: str, shape: tuple[int, ...]) -> Peer:
     if peer == "xla":
         return Peer(_dot, operands)
     if peer != "jax":
-        raise ValueError(f"{PEERS[peer]}: takes quantized weights alone")
+        raise ValueError(f"{PEERS[peer]}: takes only quantized weights")
     bm, bk, bn = (min(block, size) for block, size in zip(JAX_BLOCKS, shape, strict=True))
     if m % bm or k % bk or n % bn:
         raise ValueError(f"jax's matmul takes multiples of its blocks {bm, bk, bn}, not {shape}")
@@ -93,7 +93,7 @@ def _dot(x: Array, w: Array) -> Float[Array, "M N"]:
 def _dequantize_then_dot(
     offset: float, x: Array, values: Array, scales: Array, keywords: dict[str, Array]
 ) -> Float[Array, "M N"]:
-    """Integers and float8 rows of x are widened too, and their factors applied to the result."""
+    """Casts quantized x to bfloat16 too and applies its scales to the result."""
     k, n = x.shape[1], values.shape[1]
     if values.dtype == jnp.int32:
         tiles = values.reshape(-1, 1, 8, n) >> jnp.arange(32).reshape(1, 32, 1, 1)
@@ -109,7 +109,7 @@ def _dequantize_then_dot(
 
 
 def _qwix_dot(name: str, activation: str, shape: tuple[int, ...]) -> Peer:
-    """x as it is, or as a QArray with a scale per row; qwix keeps scales in float32."""
+    """x as an array, or as a QArray with a scale per row; qwix keeps scales in float32."""
     import qwix  # pyright: ignore  (optional: lint must pass without it)
 
     case = FORMATS[name]

@@ -1,4 +1,4 @@
-"""The oracle: the same product with numpy in float64 (or float32), from the operands as stored."""
+"""The oracle: the product in numpy float64 or float32, from the operands as stored."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ WORD_ROWS = 256
 
 
 def stored_values(values: Any, offset: float = 0.0, rows: int | None = None) -> np.ndarray:
-    """What `values` mean before scaling, float64 [rows, columns]; int32 is words of 32 signs.
+    """The unscaled values of a stored weight, float64 [rows, columns]; int32 is words of 32 signs.
 
-    `rows`: rows of a packed 1-bit weight, all that its words hold when None.
+    rows: of a packed 1-bit weight; None for all rows of its words.
     """
     array = np.asarray(values)
     if array.dtype == np.int32:
@@ -61,7 +61,7 @@ def reference_quantized_matmul(
 ) -> np.ndarray:
     """`x_scales * (x @ W)` (`W.T` when `transpose`) in `dtype`, float64 or float32.
 
-    No rounding but `dtype`'s: what every implementation is compared with.
+    Rounds in `dtype` only; every implementation is compared with it.
     """
     if np.asarray(values).dtype == np.int32 and not transpose:
         rows = np.asarray(x).shape[1]

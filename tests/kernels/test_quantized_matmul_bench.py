@@ -56,12 +56,12 @@ def test_a_peer_computes_the_same_product(peer, case):
 @pytest.mark.parametrize(
     ("peer", "name", "shape", "says"),
     [
-        ("jax", "int4", SHAPE, "takes bf16 alone"),
+        ("jax", "int4", SHAPE, "takes only bf16"),
         ("jax", "bf16", (16, 1500, 256), "multiples of its blocks"),
         pytest.param("qwix", "int4", SHAPE, "multiplies int8 by int8", marks=needs_qwix),
         pytest.param("qwix_dot", "int2", SHAPE, "no half-offset", marks=needs_qwix),
         pytest.param("qwix_dot", "int1", SHAPE, "no packed signs", marks=needs_qwix),
-        ("qwix", "bf16", SHAPE, "takes quantized weights alone"),
+        ("qwix", "bf16", SHAPE, "takes only quantized weights"),
     ],
 )
 def test_a_peer_refuses_what_it_does_not_take(peer, name, shape, says):
