@@ -165,7 +165,7 @@ def test_rows_have_seeds_of_their_own(trained):
     assert {request.sampling.temperature for request in service.asked} == {1.0}
 
 
-def test_rows_are_cancelled_when_nobody_listens_any_more(trained):
+def test_rows_are_cancelled_when_the_iterator_is_closed(trained):
     service = Scripted([[1] * 9, [1] * 9])
     stream = stream_text(service, trained.tokenizer, ["!", "!"])
     next(stream)

@@ -177,12 +177,12 @@ def _run(
     left = 0
 
     def listener(row: int) -> Callable[[Event], None]:
-        def hear(event: Event) -> None:
+        def on_event(event: Event) -> None:
             listen(row, event)
             if isinstance(event, Finished):
                 ended.put(event)
 
-        return hear
+        return on_event
 
     def wait() -> None:
         event = ended.get()

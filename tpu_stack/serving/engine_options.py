@@ -61,10 +61,10 @@ class EngineOptions:
 
     def applied(self, profile: Profile) -> Profile:
         """The profile with the precision that the options ask for."""
-        told = {
+        chosen = {
             "compute": self.dtype,
             "cache": CACHE_DTYPES[self.cache_dtype] if self.cache_dtype else self.dtype,
         }
-        told = {name: dtype for name, dtype in told.items() if dtype is not None}
-        precision = dataclasses.replace(profile.precision, **told)
+        chosen = {name: dtype for name, dtype in chosen.items() if dtype is not None}
+        precision = dataclasses.replace(profile.precision, **chosen)
         return dataclasses.replace(profile, precision=precision)

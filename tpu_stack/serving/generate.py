@@ -47,7 +47,7 @@ class _Clock:
         self.started = time.perf_counter()
         self._times: list[list[float]] = [[] for _ in range(rows)]
 
-    def tell(self, row: int) -> None:
+    def note(self, row: int) -> None:
         self._times[row].append(time.perf_counter())
 
     def write(self, stats: GenerationStats) -> None:
@@ -89,7 +89,7 @@ def stream_text(
     def listener(row: int):
         def listen(event: Event) -> None:
             if isinstance(event, Token):
-                clock.tell(row)
+                clock.note(row)
             events.put((row, event))
 
         return listen
@@ -103,7 +103,8 @@ def stream_text(
                 stats.new_tokens += 1
                 text = streams[row].feed(event).text
             else:
-                assert isinstance(event, Finished), "nobody replaces this engine's weights"
+                if not isinstance(event, Finished):
+                    raise RuntimeError("the engine's weights were replaced while text was streamed")
                 if event.reason == "error":
                     raise RuntimeError(f"the engine failed: {event.detail}")
                 stats.finished[row] = event.reason

@@ -62,13 +62,13 @@ class Replicas:
             route = _Route(min(range(len(self._services)), key=lambda at: busy[at]))
             self._routes[number] = route
 
-        def tell(event: Event) -> None:
+        def forward(event: Event) -> None:
             if isinstance(event, Finished):
                 self._forget(number)
             listener(event)
 
         try:
-            route.ticket = self._services[route.at].submit(request, tell)
+            route.ticket = self._services[route.at].submit(request, forward)
         except BaseException:
             self._forget(number)
             raise

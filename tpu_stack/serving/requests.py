@@ -1,4 +1,4 @@
-"""What a client asks of the engine, and what the engine tells it: tokens in, tokens out.
+"""Requests to an engine, and the events that it answers with: token ids in, token ids out.
 
 Text, stop strings and chat templates live above (`text_stream.py`, `http/`); the engine knows ids
 only.

@@ -36,7 +36,7 @@ class Stats:
       waiting, running: requests in the queue (preempted ones too) and in slots.
       slots: requests that decode at once.
       pages, pages_free, pages_cached: of the key/value cache; cached ones hold prefixes that
-        nobody uses now, and are given up when pages run out.
+        no sequence uses now, and are evicted when pages run out.
       prompt_tokens, cached_prompt_tokens, new_tokens: counters. Prompt tokens computed are the
         first less the second.
       submitted, preempted: counters. finished: counter per reason.

@@ -2,7 +2,7 @@
 
 The engine sends off a step while the one before runs, so seconds that the host spends are mostly
 not seconds that the device waits. What counts is how much longer a step of the engine takes than
-the same program sent off with nothing to do in between.
+the same program dispatched with nothing to do in between.
 
     host_overhead(service, rounds=3).share  # 0.021
 """
@@ -54,7 +54,7 @@ class _Round:
     times: list[float] = field(default_factory=list)
     probes: list[Future[float]] = field(default_factory=list)
 
-    def hear(self) -> None:
+    def on_token(self) -> None:
         self.times.append(time.perf_counter())
         if len(self.times) % WINDOW == 0:
             self.probes.append(self.service.between_steps(program_alone))
@@ -73,7 +73,7 @@ class _Round:
 def program_alone(engine: Engine) -> float:
     """Seconds per decode step of the program by itself, for those that decode now.
 
-    Nobody's tokens change. Raises RuntimeError where pages for PROBE more of each are missing.
+    No request's tokens change. Raises RuntimeError where pages for PROBE more of each are missing.
     """
     engine.drain()
     active = np.zeros(engine.shapes.slots, bool)
@@ -127,7 +127,7 @@ def _round(service: EngineThread, rows: int, new: int, seed: int) -> list[tuple[
 
     def listen(index: int, event: Event) -> None:
         if isinstance(event, Token) and index == rows - 1:  # the last to come: all rows are full
-            round_.hear()
+            round_.on_token()
         elif isinstance(event, Finished):
             over.append(event.reason)
             left.release()

@@ -2,7 +2,7 @@
 
 The draft draws each token as the target will: same sampling parameters, same key for a position.
 Where the two agree on the likeliest tokens they then draw the same one, sampling or greedy, which
-is what `state.decode_step` keeps. Its keys and values lie in pages of its own with the target's
+is what `steps.decode_step` keeps. Its keys and values lie in pages of its own with the target's
 page numbers, so that a page table serves both.
 
     cache, drafts_BK = draft_tokens(config, dtype, params, cache, state, active_B, count=4)

@@ -299,7 +299,7 @@ class Engine:
     # Ends -------------------------------------------------------------------------------------
 
     def drain(self) -> None:
-        """Waits for all that was sent off."""
+        """Waits for every program that was dispatched, and hands out its tokens."""
         self._finish_prefills(wait=True)
         while self._results:
             self._results.pop()

@@ -1,7 +1,7 @@
 """Guesses for speculation out of the text itself: what followed these two tokens the last time.
 
 No second model: code, quotations and lists repeat themselves (prompt lookup; Saxena 2023). A wrong
-guess costs a row of one product; `state.decode_step` keeps only what the model would have said.
+guess costs a row of one product; `steps.decode_step` accepts only what the model would have chosen.
 
     drafts_BK = guess(state.history, state.positions, count=3)
 """

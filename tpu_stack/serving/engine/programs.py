@@ -51,7 +51,7 @@ class Prefilled:
     Attributes:
       logits: [R, V], after the last token of each row. scores: [R, C], log-probabilities of the
         targets, of a program that scores.
-      pages: on two meshes, what is on its way from one to the other.
+      pages: on two meshes, those being transferred from one to the other.
     """
 
     logits: jax.Array
@@ -141,7 +141,7 @@ class Programs:
     # What an engine calls ---------------------------------------------------------------------
 
     def prefill(self, params: Any, tokens_RC, starts_R, lengths_R, tables_RM) -> Prefilled:
-        """Runs a chunk of each row; see `state.prefill_step`."""
+        """Runs a chunk of each row; see `steps.prefill_step`."""
         with sharding_scope(self.mesh, self.profile.rules):
             self._caches, logits = self._prefill(
                 self._models(params), self._caches, tables_RM, tokens_RC, starts_R, lengths_R
@@ -151,7 +151,7 @@ class Programs:
     def score(
         self, params: Any, tokens_RC, starts_R, lengths_R, tables_RM, targets_RC
     ) -> Prefilled:
-        """As `prefill`, with the log-probabilities of `targets_RC`; see `state.score_step`."""
+        """As `prefill`, with the log-probabilities of `targets_RC`; see `steps.score_step`."""
         chunk = (tables_RM, tokens_RC, starts_R, lengths_R, targets_RC)
         with sharding_scope(self.mesh, self.profile.rules):
             self._caches, logits, scores = self._score(self._models(params), self._caches, *chunk)
@@ -184,7 +184,7 @@ class Programs:
         return output
 
     def seconds_per_step(self, params: Any, tables_BM, active_B, count: int) -> float:
-        """Of the decode program by itself: `count` steps sent off at once, and awaited.
+        """Of the decode program by itself: `count` steps dispatched at once, and awaited.
 
         Afterwards the rows stand where they stood. `tables_BM` must have pages for that many more
         tokens of every active row: keys are left there, which later steps write again.

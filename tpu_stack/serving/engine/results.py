@@ -1,4 +1,4 @@
-"""Steps that are on their way, and their tokens, read in the order in which they were sent.
+"""Steps that the device still runs, and their tokens, read in the order of dispatch.
 
 Example:
     results.push(programs.decode(params, tables, active), batch)
@@ -25,7 +25,7 @@ class Results:
     """Hands out tokens, and ends the sequences that they complete.
 
     Args:
-      counters: `Stats` counters, which are kept up. finish: ends a sequence. on_token: called with
+      counters: `Stats` counters, which are updated. finish: ends a sequence. on_token: called with
         a sequence for every token of it.
     """
 

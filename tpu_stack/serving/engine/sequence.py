@@ -22,7 +22,7 @@ PROMPT_WEIGHT, OUTPUT_WEIGHT = 1, 2
 
 @dataclass(eq=False)
 class Sequence:
-    """A request on its way through the engine.
+    """The state of one request in the engine.
 
     Attributes:
       tokens: prompt and output so far. blocks: of its tokens, in order. block_hashes: of the
@@ -30,7 +30,7 @@ class Sequence:
       computed: prompt tokens whose keys and values are in the cache. cached: those of them that
         the prefix cache had.
       slot: its row of the batch. decoding: past its prompt.
-      pending: new tokens, at most, that steps sent off will bring.
+      pending: new tokens, at most, of steps that were dispatched.
       swapped: what its blocks held, on the host, while preempted.
       scores: of a prompt that is scored, the chunks so far: (log-probabilities on the device, row,
         tokens).
@@ -73,7 +73,7 @@ class Sequence:
 
 
 class WaitingQueue:
-    """Waiting sequences: by priority, then the client that has had least, then arrival."""
+    """Waiting sequences: by priority, then the client that was served least, then arrival."""
 
     def __init__(self) -> None:
         self._lines: dict[tuple[int, str], deque[Sequence]] = {}
@@ -89,7 +89,7 @@ class WaitingQueue:
         """Queues it; `first` puts one that was preempted before its client's others.
 
         A client that comes (back) starts level with the one that has had least among those
-        waiting, so that nobody saves up a claim by being away.
+        waiting, so that no client saves up a claim by being away.
         """
         request = sequence.request
         waiting = {client for _, client in self._lines}

@@ -1,4 +1,4 @@
-"""What the decoding batch carries between steps, and the pure steps that change it.
+"""What the decoding batch carries between steps, and how sequences and tokens enter it.
 
 A row is a slot of the batch. All that a step needs to know about its request is on the device, so
 that the host may send off the next step before it has read the last one's tokens.
@@ -15,9 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from tpu_stack.models.config import ModelConfig
-from tpu_stack.models.decoder import Params, bind
-from tpu_stack.models.paged_cache import PagedCache
 from tpu_stack.serving.engine.sampling import (
     Choice,
     SamplingRows,
@@ -26,11 +23,6 @@ from tpu_stack.serving.engine.sampling import (
     top_logprobs,
 )
 from tpu_stack.serving.requests import MAX_LOGPROBS
-from tpu_stack.sharding.axes import BATCH
-from tpu_stack.sharding.constrain import constrain
-
-SCORED_ROWS = 64
-"""Tokens whose logits are computed at once when scoring; divides every chunk of a prompt."""
 
 
 @jax.tree_util.register_dataclass
@@ -100,66 +92,6 @@ def empty_state(slots: int, length: int, vocab: int) -> DecodeState:
     return DecodeState(tokens, positions, history, zeros, zeros > 0, rows)
 
 
-def prefill_step(
-    config: ModelConfig,
-    dtype: Any,
-    params: Params,
-    cache: PagedCache,
-    tokens_RC: Int[Array, "R C"],
-    starts_R: Int[Array, " R"],
-    lengths_R: Int[Array, " R"],
-) -> tuple[PagedCache, Float[Array, "R V"]]:
-    """Runs one chunk of each row's prompt, and returns the logits after its last token.
-
-    Args:
-      starts_R: position of the chunk's first token. lengths_R: its tokens, 0 for an unused row.
-    """
-    outputs, model = _run_chunk(config, dtype, params, cache, tokens_RC, starts_R, lengths_R)
-    assert outputs.cache is not None
-    return outputs.cache, _last_logits(model, outputs.hidden, lengths_R)
-
-
-def score_step(
-    config: ModelConfig,
-    dtype: Any,
-    params: Params,
-    cache: PagedCache,
-    tokens_RC: Int[Array, "R C"],
-    starts_R: Int[Array, " R"],
-    lengths_R: Int[Array, " R"],
-    targets_RC: Int[Array, "R C"],
-) -> tuple[PagedCache, Float[Array, "R V"], Float[Array, "R C"]]:
-    """`prefill_step`, and the log-probability of `targets_RC[r, c]` as the token after token c."""
-    outputs, model = _run_chunk(config, dtype, params, cache, tokens_RC, starts_R, lengths_R)
-    assert outputs.cache is not None
-    rows, chunk, _ = outputs.hidden.shape
-    width = max(1, SCORED_ROWS // rows)
-
-    def block(start: Int[Array, ""]) -> Float[Array, "R w"]:
-        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, width, axis=1)  # noqa: E731
-        logits_RwV = constrain(model.logits(cut(outputs.hidden)), BATCH, None, None)
-        return token_logprobs(logits_RwV, cut(targets_RC))
-
-    scores = jax.lax.map(block, jnp.arange(0, chunk, width))
-    scores_RC = jnp.moveaxis(scores, 0, 1).reshape(rows, chunk)
-    return outputs.cache, _last_logits(model, outputs.hidden, lengths_R), scores_RC
-
-
-def _run_chunk(config, dtype, params, cache, tokens_RC, starts_R, lengths_R):
-    """The decoder's outputs on one chunk of each row, and the decoder."""
-    offsets = jnp.arange(tokens_RC.shape[1])[None]
-    positions = jnp.where(offsets < lengths_R[:, None], starts_R[:, None] + offsets, -1)
-    model = bind(config, params)
-    return model.hidden(tokens_RC, positions, cache=cache, dtype=dtype), model
-
-
-def _last_logits(model, hidden_RCD, lengths_R) -> Float[Array, "R V"]:
-    """After the last token of each row."""
-    last = jnp.maximum(lengths_R - 1, 0)[:, None, None]
-    last_RD = jnp.take_along_axis(hidden_RCD, last, axis=1)[:, 0]
-    return constrain(model.logits(last_RD), BATCH, None)
-
-
 def insert(
     state: DecodeState, logits_RV: Float[Array, "R V"], new: InsertRows
 ) -> tuple[DecodeState, StepOutput]:
@@ -181,7 +113,7 @@ def insert(
     counts_RV = counts_RV.at[each, tokens_R].add(fresh_R)
     inserted = DecodeState(tokens_R, positions_R, history_RS, counts_RV, seen_RV, new.rows)
     put = lambda old, row: old.at[new.slots].set(row, mode="drop")  # noqa: E731
-    output = _output(
+    output = step_output(
         logits_RV[:, None],
         Choice(tokens_R[:, None], choice.logprobs[:, None]),
         fresh_R,
@@ -192,50 +124,7 @@ def insert(
     return jax.tree.map(put, state, inserted), output
 
 
-def decode_step(
-    config: ModelConfig,
-    dtype: Any,
-    params: Params,
-    cache: PagedCache,
-    state: DecodeState,
-    active_B: Bool[Array, " B"],
-    drafts_BK: Int[Array, "B K"],
-) -> tuple[PagedCache, DecodeState, StepOutput]:
-    """Feeds each active row its last token and K guesses; keeps the guesses that come true.
-
-    Position by position the target's own choice is made, from the same key as without guesses, and
-    a guess is kept when it is that choice: the output is, token for token, what it would have been
-    without speculation, whatever proposes the guesses. That is the coupling by common random
-    numbers, in place of Leviathan et al.'s (2023, arXiv:2211.17192) rejection. Guesses below 0 are
-    none.
-    """
-    B, K = drafts_BK.shape
-    fed_BT = jnp.concatenate([state.tokens[:, None], drafts_BK], axis=1)
-    offsets = jnp.arange(K + 1)[None]
-    places_BT = state.positions[:, None] + offsets
-    positions_BT = jnp.where(active_B[:, None], places_BT, -1)
-    model = bind(config, params)
-    tokens = jnp.maximum(fed_BT, 0)
-    outputs = model.hidden(tokens, positions_BT, cache=cache, dtype=dtype)
-    assert outputs.cache is not None
-    logits_BTV = constrain(model.logits(outputs.hidden), BATCH, None, None)
-
-    counts_BV, chosen = state.counts, []
-    for t in range(K + 1):  # the counts of step t hold the guesses before it
-        if t:
-            counts_BV = counts_BV.at[jnp.arange(B), tokens[:, t]].add(1)
-        now = (state.rows, counts_BV, state.seen, places_BT[:, t] + 1, active_B)
-        chosen.append(choose(logits_BTV[:, t], *now))
-    choice = Choice(*(jnp.stack(each, axis=1) for each in zip(*chosen, strict=True)))
-    chosen_BT = choice.tokens
-    true_BK = jnp.cumprod((chosen_BT[:, :-1] == drafts_BK).astype(jnp.int32), axis=1)
-    new_B = jnp.where(active_B, 1 + jnp.sum(true_BK, axis=1), 0)
-    guessed_B = jnp.where(active_B, jnp.sum(drafts_BK >= 0, axis=1), 0)
-    output = _output(logits_BTV, choice, new_B, guessed_B, state.rows, active_B)
-    return outputs.cache, _advance(state, chosen_BT, new_B), output
-
-
-def _advance(
+def advance(
     state: DecodeState, chosen_BT: Int[Array, "B T"], new_B: Int[Array, " B"]
 ) -> DecodeState:
     """The state after `new_B` of the chosen tokens."""
@@ -256,7 +145,7 @@ def _advance(
     )
 
 
-def _output(
+def step_output(
     logits_BTV: Float[Array, "B T V"],
     choice: Choice,
     new_B: Int[Array, " B"],

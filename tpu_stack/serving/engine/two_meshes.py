@@ -44,7 +44,7 @@ class TwoMeshes:
         return self._from.prepared(params[0]), self._to.prepared(params[1])
 
     def prefill(self, params: Any, tokens_RC, starts_R, lengths_R, tables_RM) -> Prefilled:
-        """Runs a chunk of each row, and sends its pages and logits on their way."""
+        """Runs a chunk of each row, and starts the transfer of its pages and logits."""
         chunk = (tokens_RC, starts_R, lengths_R, tables_RM)
         return self._transfer(self._from.prefill(params[0], *chunk), *chunk)
 

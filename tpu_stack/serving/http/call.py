@@ -70,7 +70,7 @@ class _Sequence:
     stream: TextStream
     ticket: Ticket | None = None
     finish: Finish | None = None
-    closed: bool = False  # the engine has said its last word
+    closed: bool = False  # the engine has sent its last event
     new_tokens: int = 0
     cached_tokens: int = 0
     started: float = field(default_factory=time.perf_counter)
@@ -95,7 +95,7 @@ class Inbox:
             self._events.append((time.perf_counter(), index, event))
             try:
                 self._loop.call_soon_threadsafe(self._wake)
-            except RuntimeError:  # the loop has closed: nobody listens any more
+            except RuntimeError:  # the loop has closed, and with it the connection
                 self._events.clear()
 
         return listen
@@ -177,7 +177,7 @@ class Call:
         self._host.calls.discard(self)
 
     def abort(self, error: ApiError) -> None:
-        """Ends the call with an error that its client is told."""
+        """Ends the call with an error, which its client gets."""
         self._ended_as = error.code or self._ended_as
         self._inbox.fail(error)
         for sequence in self._sequences:

@@ -19,7 +19,7 @@ class ApiError(UserError):
 
     Attributes:
       status: the HTTP status. param: the field at fault. code: OpenAI's word for the fault.
-      headers: what else the client is told, such as when to try again.
+      headers: more for the client, such as when to try again.
     """
 
     def __init__(

@@ -147,7 +147,7 @@ class Fields:
             raise invalid(path, f"'{path}' is not supported by this server.", "unsupported_value")
 
     def finish(self) -> None:
-        """Raises ApiError when a field is left that nobody took, as OpenAI does."""
+        """Raises ApiError when a field is unknown, as OpenAI does."""
         if self._body:
             path = self.path(min(self._body))[:100]
             raise invalid(path, f"Unknown parameter: '{path}'.", "unknown_parameter")

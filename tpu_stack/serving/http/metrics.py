@@ -1,7 +1,7 @@
 """What a server has done and how fast, for Prometheus at `/metrics` and for the page at `/stats`.
 
 Latencies are measured in the server, from a request's submission; counts and gauges are the
-engine's own snapshot, read when somebody asks. Every server has a registry of its own.
+engine's own snapshot, read at each scrape. Every server has a registry of its own.
 
     Metrics(service).exposition()[:6]  # b'# HELP'
 """
@@ -66,7 +66,7 @@ class _EngineCollector(Collector):
         )
         pages = GaugeMetricFamily(
             "tpu_stack_cache_pages",
-            "Pages of the key/value cache by state; cached ones hold prefixes nobody uses now.",
+            "Pages of the key/value cache by state; cached ones hold prefixes that no request uses.",
             labels=["state"],
         )
         for state, count in pages_by_state(stats).items():
@@ -83,7 +83,7 @@ class _EngineCollector(Collector):
 
 
 def pages_by_state(stats: Stats) -> dict[str, int]:
-    """Pages in use, free, and kept for their prefixes; they add up to all pages.
+    """Pages in use, free, and cached for their prefixes; they add up to all pages.
 
     Free ones are those that hold nothing: an engine may count cached pages as free or apart.
     """

@@ -4,7 +4,7 @@ OpenAI's fields keep OpenAI's meaning, bounds and defaults (temperature 1). Five
 beyond it: `top_k`, `min_p`, `repetition_penalty`, `priority` (lower goes first) and `deadline_s`
 (seconds after which the request is given up). Fields that OpenAI knows and that cannot change an
 answer here (`metadata`, `service_tier`, ...) are ignored; those that would (`tools`, `suffix`, ...)
-are refused, and so is a field that nobody knows.
+are refused, and so is an unknown field.
 
     common = read_common(Fields(body), vocab_size=256)
 """
@@ -32,7 +32,7 @@ class Common:
 
     Attributes:
       n: choices per prompt. stops: strings that end one.
-      user: who asks, for fairness between clients.
+      user: whose request it is, for fairness between clients.
       include_usage: whether a stream ends in a chunk of token counts.
     """
 
