@@ -66,7 +66,7 @@ class _EngineCollector(Collector):
         )
         pages = GaugeMetricFamily(
             "tpu_stack_cache_pages",
-            "Pages of the key/value cache by state; cached ones hold prefixes that no request uses.",
+            "Pages of the key/value cache by state; cached ones hold prefixes that nothing uses.",
             labels=["state"],
         )
         for state, count in pages_by_state(stats).items():
