@@ -57,7 +57,7 @@ class PagedCache:
 
     def attend(
         self,
-        layer: Int[Array, ""],
+        layer: Int[Array, ""] | int,
         q_BTNH: Float[Array, "B T N H"],
         k_BTKH: Float[Array, "B T K H"],
         v_BTKH: Float[Array, "B T K H"],
@@ -90,7 +90,7 @@ class PagedCache:
 
     def write(
         self,
-        layer: Int[Array, ""],
+        layer: Int[Array, ""] | int,
         positions_BT: Int[Array, "B T"],
         k_BTKH: Float[Array, "B T K H"],
         v_BTKH: Float[Array, "B T K H"],
@@ -113,7 +113,9 @@ class PagedCache:
         written = on_heads(_put, (specs, specs, None), specs)(arrays, new, rows_BT)
         return dataclasses.replace(self, **written)
 
-    def _rows(self, layer: Int[Array, ""], positions_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    def _rows(
+        self, layer: Int[Array, ""] | int, positions_BT: Int[Array, "B T"]
+    ) -> Int[Array, "B T"]:
         """Where one head's tokens are written, counted in tokens; out of bounds to be dropped."""
         inside = (positions_BT >= 0) & (positions_BT < self.length)
         entries = jnp.clip(positions_BT // self.page, 0, self.tables.shape[1] - 1)
