@@ -56,7 +56,7 @@ class LayerContext:
       mask: who sees whom.
     """
 
-    layer: Int[Array, ""]
+    layer: Int[Array, ""] | int
     positions: Int[Array, "B T"]
     cos: Float[Array, "B T half"]
     sin: Float[Array, "B T half"]

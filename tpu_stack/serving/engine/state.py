@@ -116,8 +116,8 @@ def insert(
     output = step_output(
         logits_RV[:, None],
         Choice(tokens_R[:, None], choice.logprobs[:, None]),
-        fresh_R,
-        fresh_R & False,
+        fresh_R.astype(jnp.int32),
+        jnp.zeros_like(new.slots),
         new.rows,
         fresh_R,
     )
