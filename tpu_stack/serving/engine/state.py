@@ -4,7 +4,7 @@ A row is a slot of the batch. All that a step needs to know about its request is
 that the host may send off the next step before it has read the last one's tokens.
 
     state = insert(state, logits_RV, InsertRows(...))
-    cache, state, output = decode_step(config, dtype, params, cache, state, active_B, drafts_BK)
+    output = step_output(...)
 """
 
 from dataclasses import dataclass, replace
