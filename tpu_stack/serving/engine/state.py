@@ -3,7 +3,7 @@
 A row is a slot of the batch. All that a step needs to know about its request is on the device, so
 that the host may send off the next step before it has read the last one's tokens.
 
-    state = insert(state, logits_RV, InsertRows(...))
+    state, output = insert(state, logits_RV, InsertRows(...))
     output = step_output(...)
 """
 
