@@ -62,12 +62,8 @@ SECTIONS = {
         ("tpu-stack plan search --model llama3_8b --chips v6e:64 --goal train-throughput",),
     ),
     "rollout": Section(
-        "5 measured on this CPU",
-        ("python experiments/rollout_throughput.py runs/results/bundle-int8",),
-    ),
-    "log-probabilities": Section(
-        "0 reference",
-        ("python experiments/logprob_agreement.py runs/results/train",),
+        "5 measured on this CPU; differences of log-probabilities 0 reference",
+        ("python experiments/rollout.py",),
     ),
     "memory-of-verbs": Section(
         "5 measured on this CPU", ("python experiments/memory_of_verbs.py",)
