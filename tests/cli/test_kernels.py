@@ -6,7 +6,7 @@ import json
 import pytest
 
 from tpu_stack.cli.main import main
-from tpu_stack.planner.kernels import cases
+from tpu_stack.planner.kernels import case_registry
 from tpu_stack.planner.kernels import compile as compiling
 
 INT8 = ["--op", "quantized_matmul", "--format", "int8", "--activation", "bf16"]
@@ -106,8 +106,8 @@ def test_without_libtpu_the_compiler_s_verbs_say_so(no_compiler, capsys):
 
 
 def test_a_rung_that_does_not_hold_is_status_1(no_compiler, monkeypatch, capsys):
-    good = cases.get_case("quantized_matmul", "int8", "bf16")
+    good = case_registry.get_case("quantized_matmul", "int8", "bf16")
     bad = dataclasses.replace(good, limit=1e-30, small=(3, 256, 130), large=(16, 256, 128))
-    monkeypatch.setattr(cases, "candidates", lambda: (bad,))
+    monkeypatch.setattr(case_registry, "candidates", lambda: (bad,))
     assert main(["kernels", "verify", "--chip", "8i"]) == 1
     assert "failed: quantized_matmul int8 bf16: interpret: error" in capsys.readouterr().out

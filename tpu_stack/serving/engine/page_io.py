@@ -39,4 +39,4 @@ def _rows(cache: PagedCache, ids: Int[Array, " n"]) -> Int[Array, "L n"]:
     """The places of pages `ids` in every layer; out of bounds for ids of P or more."""
     total = cache.k.shape[1]
     layers = jnp.arange(total // cache.pages)[:, None] * cache.pages
-    return jnp.where(ids < cache.pages, layers + ids, total)
+    return jnp.where(ids[None] < cache.pages, layers + ids[None], total)
