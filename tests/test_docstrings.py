@@ -1,4 +1,4 @@
-"""The examples of docstrings: every `>>>` runs, and every other line of code calls what exists.
+"""The examples of docstrings: every `>>>` runs, and the functions that other code names exist.
 
 An example sees its module's names and those of `FIXTURES` that it mentions, so that it stays a line
 long. What needs a TPU compiler, a server or minutes is an indented line without `>>>`: it is not
@@ -247,7 +247,9 @@ def wrong_calls(tree: ast.Module, namespace: dict[str, Any]) -> list[str]:
     assigned = {
         n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
     }
-    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    imports: list[ast.stmt] = [
+        node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
     exec(compile(ast.Module(imports, []), "docstring", "exec"), namespace)
     wrong = []
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):

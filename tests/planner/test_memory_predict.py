@@ -24,7 +24,7 @@ def table():
 
 def test_every_case_was_compiled_and_is_within_ten_percent(table):
     assert len(SERVE_CASES) == 12
-    assert {case.asked.profile.partition(":")[0] for case in SERVE_CASES} == {
+    assert {case.spec.profile.partition(":")[0] for case in SERVE_CASES} == {
         "v5e", "v5p", "v6e", "7x",
     }  # fmt: skip
     assert len(table) == len(CASES)

@@ -124,7 +124,7 @@ def test_the_second_call_compiles_nothing(runs, model, mesh):
     profile, devices = serving(mesh)
     compiled = []
 
-    def listen(event: str, seconds: float, **_) -> None:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if "backend_compile" in event:
             compiled.append(event)
 

@@ -55,9 +55,9 @@ def test_refusals(options, message):
 
 
 def test_two_meshes_share_no_device():
-    (prefill, one), (decode, other) = place_two("8t:2", "8i:4", SPECS)
-    assert (one.size, other.size) == (2, 4)
+    (prefill, one), (decode, other) = place_two("8t:4", "8i:4", SPECS)
+    assert (one.size, other.size) == (4, 4)
     assert (dict(one.shape), dict(other.shape)) == (dict(prefill.mesh), dict(decode.mesh))
     assert not set(one.devices.flat) & set(other.devices.flat)
     with pytest.raises(UserError, match="--decode is 8i; say on how many chips, as 8i:4"):
-        place_two("8t:2", "8i", SPECS)
+        place_two("8t:4", "8i", SPECS)

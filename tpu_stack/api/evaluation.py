@@ -11,6 +11,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from tpu_stack.api.settings import as_paths
 from tpu_stack.checkpoint.store import CheckpointStore
 from tpu_stack.data.pipeline import DataConfig, eval_batches, load_corpus
 from tpu_stack.data.tokenizer import Tokenizer
@@ -30,7 +31,7 @@ from tpu_stack.training.evaluate import Evaluator
 def evaluate(
     target: str | Path,
     *,
-    data: Sequence[str | Path] = (),
+    data: str | Path | Sequence[str | Path] = (),
     text: DataConfig = DataConfig(tokenizer="bpe:2048"),  # noqa: B008
     profile: str = "8i",
     compute_dtype: str = "bfloat16",
@@ -51,7 +52,7 @@ def evaluate(
         raise UserError(f"--compute-dtype is {compute_dtype!r}; bfloat16 or float32 would do")
     devices_for(profile, "serve", where)  # opening a checkpoint starts JAX
     source = open_target(Path(target))
-    text = replace(text, paths=tuple(map(str, data)) or text.paths)
+    text = replace(text, paths=as_paths(data) or text.paths)
     placed, mesh = place(profile, "serve", where, with_groups(source.config, source.format))
     require_batch_divides(placed, text.batch_size)
     corpus = load_corpus(text, source.tokenizer)

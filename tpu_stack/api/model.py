@@ -8,10 +8,12 @@ Example:
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tpu_stack.api.settings import check_names
 from tpu_stack.data.chat_format import ChatFormat
 from tpu_stack.errors import UserError
 from tpu_stack.serving.client import Completions, Scores, rollout, score
@@ -52,16 +54,24 @@ def open(
     return Model(start_engine(weights, Where(profile, place=where), engine, warm_up=False))
 
 
-def _weights(source: str | Path | TrainResult, format: str) -> Weights:
+def _weights(source: str | Path | TrainResult, format: str, rotation: int = 0) -> Weights:
     if isinstance(source, TrainResult):
         job = source.job
-        return Weights.of_params(job.config, source.state.params, format, job.corpus.tokenizer)
+        params, tokenizer = source.state.params, job.corpus.tokenizer
+        return Weights.of_params(job.config, params, format, tokenizer, rotation)
     path = Path(source)
     if (path / MANIFEST).is_file():
         return Weights.of(path)
     if (path / "checkpoints").is_dir():
-        return Weights.of_run(path, format)
+        return Weights.of_run(path, format, rotation)
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give a bundle or a run folder")
     raise UserError(f"{path} is neither a bundle (manifest.json) nor a run folder (checkpoints/)")
+
+
+def _sampling(settings: dict[str, Any]) -> SamplingParams:
+    check_names("sampling", settings, [field.name for field in fields(SamplingParams)])
+    return SamplingParams(**settings)
 
 
 class Model:
@@ -84,7 +94,8 @@ class Model:
     ) -> Iterator[tuple[int, str]]:
         """(row, text) as rows grow; see `serving.generate.stream_text`. `sampling` are fields of
         `SamplingParams`, such as temperature=0.8."""
-        params = SamplingParams(**sampling)
+        params = _sampling(sampling)
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         return stream_text(
             self.service, self.tokenizer, prompts, params,
             max_tokens=max_tokens, chat=self.chat, stats=stats,
@@ -105,7 +116,8 @@ class Model:
     ) -> Completions:
         """`samples` completions of every prompt, as arrays with both log-probabilities of each
         token and the generation of its weights; see `serving.client.rollout`."""
-        params, ends = SamplingParams(**sampling), frozenset(self.chat.ends(self.tokenizer))
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        params, ends = _sampling(sampling), frozenset(self.chat.ends(self.tokenizer))
         requests = [
             GenerationRequest(self.ids(prompt), max_tokens, params, ends) for prompt in prompts
         ]
@@ -113,6 +125,7 @@ class Model:
 
     def score(self, sequences: Sequence[Prompt], *, start: int | Sequence[int] = 1) -> Scores:
         """The model's log-probabilities of given tokens; see `serving.client.score`."""
+        sequences = [sequences] if isinstance(sequences, str) else sequences
         return score(self.service, [self.ids(each) for each in sequences], start=start)
 
     def ids(self, prompt: Prompt) -> tuple[int, ...]:
@@ -129,7 +142,10 @@ class Model:
     ) -> "Future[int]":
         """Newer weights of the same model, packed to this one's format, between two steps; the
         future gives the generation that is then live. Raises UserError where they do not fit."""
-        weights = _weights(source, self._served.weights.format)
+        if in_flight not in ("finish", "restart"):
+            raise UserError(f"in_flight is {in_flight!r}; requests in flight finish or restart")
+        now = self._served.weights
+        weights = _weights(source, now.format, now.rotation)
         return self._served.load(weights, in_flight)
 
     def close(self) -> None:

@@ -7,11 +7,17 @@ Example:
 import contextlib
 import os
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
+from tpu_stack.api.settings import check_names
 from tpu_stack.planner import compare as comparing
 from tpu_stack.planner.projection import project
+from tpu_stack.planner.workload import Workload
 from tpu_stack.sharding.placement import choose_backend
+
+_NAMED = ("model", "config", "train", "serve", "sizes")
+"""Parameters that `compare` names itself, or fills in."""
 
 
 def compare(
@@ -33,6 +39,8 @@ def compare(
     import jax
 
     choose_backend()
+    known = (*signature(comparing.make_request).parameters, *signature(Workload.of).parameters)
+    check_names("compare", options, [name for name in known if name not in _NAMED])
     with contextlib.suppress(RuntimeError):  # JAX has started: make do with its devices
         jax.config.update("jax_num_cpu_devices", comparing.devices_wanted(train, serve))
     return comparing.compare(comparing.make_request(model, train, serve, **options), progress)
@@ -44,4 +52,5 @@ def plan(model: str, profile: str, **options: Any) -> dict[str, Any]:
     `options` are those of `planner.projection.project`, such as batch_size=64 or
     program="serve". Nothing is compiled. Raises UserError for what cannot be placed.
     """
+    check_names("plan", options, list(signature(project).parameters)[2:])
     return project(model, profile, **options)

@@ -6,10 +6,10 @@ Example:
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from tpu_stack.api.settings import as_paths, check_names
 from tpu_stack.data.pipeline import DataConfig
 from tpu_stack.errors import UserError
 from tpu_stack.sharding.placement import PlacementOptions
@@ -23,7 +23,7 @@ def train(
     model: str | None = "nano",
     profile: str = "8t",
     *,
-    data: Sequence[str | Path] = (),
+    data: str | Path | Sequence[str | Path] = (),
     out: str | Path | None = None,
     init: str | Path | None = None,
     resume: bool = False,
@@ -45,8 +45,11 @@ def train(
 
     Raises UserError as the verb does, and for a setting that `TrainConfig` has not.
     """
-    train_config = TrainConfig(**_known(settings))
-    paths = tuple(map(str, data)) or text.paths
+    check_names("train", settings, [field.name for field in fields(TrainConfig)])
+    if resume and out is None:
+        raise UserError("resume continues the run in `out`, and out is None; name its folder")
+    train_config = TrainConfig(**settings)
+    paths = as_paths(data) or text.paths
     job = make_job(
         None if init is not None else model,
         profile,
@@ -56,13 +59,3 @@ def train(
         placement=place,
     )
     return train_job(job, None if out is None else Path(out), resume=resume, hooks=hooks)
-
-
-def _known(settings: dict[str, Any]) -> dict[str, Any]:
-    names = [field.name for field in fields(TrainConfig)]
-    for name in settings:
-        if name not in names:
-            near = get_close_matches(name, names, 1)
-            hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(names)}"
-            raise UserError(f"train has no setting {name!r}{hint}")
-    return settings

@@ -7,6 +7,7 @@ Example:
 import dataclasses
 from typing import Any, Literal
 
+from tpu_stack.errors import UserError
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.planner.backtest.calibration import Calibration
 from tpu_stack.planner.memory.predict import limit_of
@@ -50,6 +51,8 @@ def project(
 
     Raises UserError for what cannot be placed.
     """
+    if program not in (None, "train", "serve"):
+        raise UserError(f"program is {program!r}; the simulator projects train and serve")
     role = program or ("serve" if profile.startswith("8i") else "train")
     config, placed = place(model, profile, role, mesh, format)
     fitted = Calibration.load()

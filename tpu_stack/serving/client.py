@@ -18,6 +18,7 @@ from queue import SimpleQueue
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from tpu_stack.errors import UserError
 from tpu_stack.serving.requests import (
     Event,
     Finished,
@@ -87,6 +88,8 @@ def rollout(
     Raises UserError for a request that the engine cannot serve, and RuntimeError when the engine
     fails; the other requests are then cancelled.
     """
+    if samples < 1:
+        raise UserError(f"samples is {samples}; it must be at least 1")
     rows = [
         _row(request, i * samples + j) for i, request in enumerate(requests) for j in range(samples)
     ]
@@ -158,7 +161,9 @@ def score(
     )
 
 
-def _padded(rows: Sequence[Sequence[float]], dtype: type, padding: int = 0) -> np.ndarray:
+def _padded(
+    rows: Sequence[Sequence[float] | np.ndarray], dtype: type, padding: int = 0
+) -> np.ndarray:
     """[N, T] of rows of unequal lengths."""
     padded = np.full((len(rows), max(map(len, rows), default=0)), padding, dtype)
     for row, values in zip(padded, rows, strict=True):

@@ -51,7 +51,8 @@ class Weights:
     weights.
 
     Attributes:
-      format: of the weights. loader: gives an engine's weights on a mesh.
+      format, rotation: of the weights, as `pack` was asked.
+      loader: gives an engine's weights on a mesh.
       tokenizer, chat: None where there is no text.
     """
 
@@ -61,6 +62,7 @@ class Weights:
     loader: "Callable[[Profile, Any], Any] | None" = None
     tokenizer: "Tokenizer | None" = None
     chat: "ChatFormat | None" = None
+    rotation: int = 0
 
     def load(self, profile: "Profile", mesh: Any) -> Any:
         """The weights on a mesh, as an engine holds them."""
@@ -91,23 +93,29 @@ class Weights:
             bundle,
             tokenizer=bundle.tokenizer,
             chat=bundle.chat,
+            rotation=bundle.manifest.rotation,
         )
 
     @classmethod
     def of_params(
-        cls, config: Any, params: Any, format: str, tokenizer: "Tokenizer | None" = None
+        cls,
+        config: Any,
+        params: Any,
+        format: str,
+        tokenizer: "Tokenizer | None" = None,
+        rotation: int = 0,
     ) -> "Weights":
         """Trainable parameters, float32 on any mesh, packed to `format` when they are loaded."""
 
         def load(profile: "Profile", mesh: Any) -> Any:
             from tpu_stack.serving.weights import engine_weights
 
-            return engine_weights(config, params, format, profile, mesh)
+            return engine_weights(config, params, format, profile, mesh, rotation)
 
-        return cls(config, format, loader=load, tokenizer=tokenizer)
+        return cls(config, format, loader=load, tokenizer=tokenizer, rotation=rotation)
 
     @classmethod
-    def of_run(cls, path: Path, format: str) -> "Weights":
+    def of_run(cls, path: Path, format: str, rotation: int = 0) -> "Weights":
         """The newest checkpoint of a run folder, packed to `format` a tensor at a time when it is
         loaded. Raises UserError when there is none."""
         from tpu_stack.checkpoint.store import CheckpointStore
@@ -130,11 +138,12 @@ class Weights:
                     format,
                     profile,
                     mesh,
+                    rotation,
                 )
 
         tokenizer = Tokenizer.from_json(meta["tokenizer"], where=f"the tokenizer of {path}")
         chat = ChatFormat.read(path)
-        return cls(config, format, loader=load, tokenizer=tokenizer, chat=chat)
+        return cls(config, format, loader=load, tokenizer=tokenizer, chat=chat, rotation=rotation)
 
 
 @dataclass(frozen=True)
@@ -156,7 +165,11 @@ class Served:
         self, weights: Weights, in_flight: "InFlight", draft: Weights | None = None
     ) -> "Future[int]":
         """Has the engine take these weights between two steps; needs room for both. The future
-        gives the generation that is then live. Raises UserError where they do not fit."""
+        gives the generation that is then live.
+
+        Raises UserError for another model, format, rotation or tokenizer than the running one's.
+        """
+        _check_same_model(self.weights, weights)
         sides = [_loaded(weights, draft, *each) for each in self.places]
         return self.service.load(sides[0] if len(sides) == 1 else tuple(sides), in_flight)
 
@@ -171,6 +184,23 @@ class Served:
         self.load(weights, in_flight, draft)
         assert weights.bundle is not None
         return weights.bundle.path
+
+
+def _check_same_model(running: Weights, new: Weights) -> None:
+    for part in ("config", "format", "rotation"):
+        if getattr(running, part) != getattr(new, part):
+            have, want = getattr(new, part), getattr(running, part)
+            said = "" if part == "config" else f" ({have}, not {want})"
+            raise UserError(
+                f"the new weights have another {part} than the running model{said}; start an engine"
+                " of its own"
+            )
+    tokenizers = {each.tokenizer.digest() for each in (running, new) if each.tokenizer}
+    if len(tokenizers) > 1:
+        raise UserError(
+            "the new weights have another tokenizer than the running model; start an engine of its"
+            " own"
+        )
 
 
 def _opened_again(weights: Weights) -> Weights:

@@ -135,7 +135,9 @@ def start_devices(wanted: int | None) -> list:
         except RuntimeError:  # the backend has started: use the devices it has
             if len(jax.devices()) < count:
                 raise UserError(
-                    f"{count} devices are wanted and {len(jax.devices())} are running"
+                    f"{count} devices are wanted and {len(jax.devices())} are running: their number"
+                    " is fixed once JAX has started; ask for the larger mesh first, or for"
+                    f" {len(jax.devices())}"
                 ) from None
         return jax.devices()[:count]
     devices = jax.devices()

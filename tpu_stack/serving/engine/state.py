@@ -161,12 +161,12 @@ def step_output(
         ids, logprobs = top_logprobs(logits_BTV.reshape(B * T, V), n)
         return ids.reshape(B, T, n), logprobs.reshape(B, T, n)
 
-    def asked_for(least: int, wanted: Any, *none: Array) -> Any:
+    def asked_for(least: int, wanted: Any, none: Any) -> Any:
         asked = jnp.any((rows.logprobs >= least) & active_B)
-        return jax.lax.cond(asked, wanted, lambda: none if len(none) > 1 else none[0])
+        return jax.lax.cond(asked, wanted, lambda: none)
 
     zeros = jnp.zeros((B, T, n))
-    ids, top_values = asked_for(1, top, zeros.astype(jnp.int32), zeros)
+    ids, top_values = asked_for(1, top, (zeros.astype(jnp.int32), zeros))
     return StepOutput(
         choice.tokens,
         new_B.astype(jnp.int32),

@@ -93,10 +93,10 @@ def _prefill(configs, dtype, params, caches: Caches, tables, *args):
 
 
 def _score(configs, dtype, params, caches: Caches, tables, *args):
-    *chunk, targets = args
+    *chunk, _ = args
     target, *drafts = caches
     cache = replace(target, tables=tables)
-    cache, logits, scores = score_step(configs[0], dtype, params[0], cache, *chunk, targets)
+    cache, logits, scores = score_step(configs[0], dtype, params[0], cache, *args)
     done = (replace(cache, tables=None),)
     if drafts:  # later prompts may share these blocks, and draft from them
         rest, _ = _prefill(configs[1:], dtype, params[1:], tuple(drafts), tables, *chunk)

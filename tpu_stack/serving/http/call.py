@@ -226,6 +226,7 @@ class Call:
             return self._update(sequence, found, "stop" if found.stopped else None)
         if isinstance(event, Restarted):
             return self._restart(sequence)
+        assert isinstance(event, Finished), "the server scores nothing"
         return self._finished(sequence, event)
 
     def _finished(self, sequence: _Sequence, event: Finished) -> Update | None:
