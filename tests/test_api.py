@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,7 +87,7 @@ def test_wrong_arguments_are_one_clear_line(call, message):
 def runs(tmp_path_factory):
     """Two runs of other tokenizers, and a rotated bundle of the first."""
     folder = tmp_path_factory.mktemp("runs")
-    sizes = {"steps": 1, "batch_size": 8, "seq_len": 32}
+    sizes: Any = {"steps": 1, "batch_size": 8, "seq_len": 32}
     eight = PlacementOptions(devices=8)
     for name, vocabulary in (("a", "bpe:300"), ("b", "bpe:310")):
         text = DataConfig(tokenizer=vocabulary)
@@ -105,7 +106,7 @@ def test_new_weights_keep_the_rotation_and_must_be_of_the_same_model(runs):
         with pytest.raises(UserError, match=r"another (config|tokenizer)"):
             model.load(runs / "b")
         with pytest.raises(UserError, match="finish or restart"):
-            model.load(runs / "a", "later")
+            model.load(runs / "a", "later")  # pyright: ignore[reportArgumentType]
         with pytest.raises(UserError, match="did you mean temperature"):
             model.generate("def ", temprature=1)
         with pytest.raises(UserError, match="samples is 0"):

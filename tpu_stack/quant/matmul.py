@@ -65,9 +65,9 @@ def matmul(
     Raises: UserError for shapes that do not fit, a weight that breaks QTensor's invariants, or an
       implementation that cannot run here.
     """
-    transpose = transpose != isinstance(w, Transposed)
-    weight: Any = w.stored if isinstance(w, Transposed) else w
-    w = weight
+    if isinstance(w, Transposed):
+        w, transpose = w.stored, not transpose
+    assert not isinstance(w, Transposed)  # of a transposed weight there is none
     _check_shapes(x, w, transpose)
     out_dtype = jnp.dtype(out_dtype or x.dtype)
     if not isinstance(w, QTensor):
