@@ -28,12 +28,13 @@ class Topology(NamedTuple):
     chips: int
 
 
-def parse_topology(text: str, chip: Chip) -> Topology:
+def parse_topology(text: str, chip: Chip, *, rentable: bool = True) -> Topology:
     """Reads "4x4x4", "4x4" or a plain count of *chips*, and checks it against the chip.
 
     Raises UserError when a size is not a whole number of at least 1, when the number of axes is
     not the torus's rank (a plain count fits every chip; Boardfly and cpu take nothing else), when
-    there are more chips than a pod has, or when no slice has this shape or count.
+    there are more chips than a pod has, or, where it must be `rentable`, when no slice has this
+    shape or count.
     """
     where = f"topology {text[:40]!r} of {chip.name}"
     parts = text.split("x")
@@ -48,7 +49,8 @@ def parse_topology(text: str, chip: Chip) -> Topology:
     if chip.pod_chips is not None and chips > chip.pod_chips.number:
         limit = chip.pod_chips
         raise UserError(f"{where} is {chips} chips; a pod has {limit.value} ({limit.source})")
-    require_slice(chip, sizes)
+    if rentable:
+        require_slice(chip, sizes)
     return Topology(sizes, chips)
 
 

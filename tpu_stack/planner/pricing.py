@@ -41,12 +41,13 @@ class ProgramCost:
 
 
 def mesh_links(profile: Profile, chip: Chip) -> MeshLinks:
-    """Where the profile's mesh lies on `chip`: on its own topology, else on the nearest to a cube.
+    """Where the profile's mesh lies on `chip`: on its own topology, else on the nearest to a cube,
+    which need be no slice that can be rented: another chip is priced with as many devices.
 
     Raises UserError when its devices do not fill whole chips, or fill more than a pod has.
     """
     links = MeshLinks(chip, (), profile.mesh)
-    sizes = parse_topology(str(links.chips), chip).sizes
+    sizes = parse_topology(str(links.chips), chip, rentable=False).sizes
     if chip.name == profile.chip:
         sizes = parse_topology(profile.name.partition(":")[2], chip).sizes
     if len(sizes) == 1:
