@@ -198,5 +198,5 @@ def test_settings_of_experts_are_what_the_kernel_takes():
 @pytest.mark.parametrize("rows", [0, 16, 33])
 def test_rows_of_a_block_fill_tiles(rows):
     case = get_case("quantize_rows", "int8", "bf16")
-    with pytest.raises(ValueError, match=rf"tiles \({rows},\): .* all 64 or a multiple of 32"):
+    with pytest.raises(ValueError, match=rf"tiles \({rows},\): .* all 64 rows or a multiple of 32"):
         case.out_shape((64, 256), tiles=(rows,))
