@@ -35,7 +35,7 @@ def test_every_case_was_compiled_and_is_within_ten_percent(table):
 def test_fits_or_not_agrees_and_both_happen(table):
     assert all(row.agrees for row in table)
     for program in ("train", "prefill", "decode"):
-        verdicts = {row.verdict.fits for row in table if row.case.asked.program == program}
+        verdicts = {row.verdict.fits for row in table if row.case.spec.program == program}
         assert verdicts == {True, False}
 
 
