@@ -266,3 +266,20 @@ def test_weights_that_never_go_live_say_so():
         last.result(timeout=60)
     with pytest.raises(UserError, match="shutting down"):
         service.load(weights())
+    with pytest.raises(UserError, match="shutting down"):
+        service.between_steps(lambda engine: engine.stats())  # type: ignore[attr-defined]
+
+
+def test_an_engine_closed_meanwhile_gives_no_half_rows():
+    service = started(weights(), slots=8)
+
+    def close_once_it_decodes() -> None:
+        while service.stats().new_tokens < 4:
+            time.sleep(0.001)
+        service.close()
+
+    closing = threading.Thread(target=close_once_it_decodes)
+    closing.start()
+    with pytest.raises(RuntimeError, match="closed"):
+        rollout(service, [GenerationRequest((1,), 120)] * 4)
+    closing.join()

@@ -18,7 +18,7 @@ from tpu_stack.serving.engine_options import EngineOptions
 from tpu_stack.serving.generate import GenerationStats, stream_text
 from tpu_stack.serving.layout import PackedLayout
 from tpu_stack.serving.pack import pack
-from tpu_stack.serving.requests import Finished, SamplingParams, Token
+from tpu_stack.serving.requests import Finished, QueueFull, SamplingParams, Token
 from tpu_stack.serving.service import Service, Stats, Ticket
 
 LENGTH, NEW = 48, 12
@@ -171,6 +171,38 @@ def test_rows_are_cancelled_when_the_iterator_is_closed(trained):
     next(stream)
     stream.close()  # type: ignore[attr-defined]
     assert service.cancelled == [1, 2]
+
+
+class Bounded(Scripted):
+    """Holds one request; it is full, and ends that one, when it is asked to take another."""
+
+    def __init__(self, rows: list[list[int]]):
+        super().__init__(rows)
+        self.held = None
+
+    def submit(self, request, listener):
+        held, self.held = self.held, None
+        if held is not None:
+            held()
+            raise QueueFull(1, 0.0)
+        ticket = Ticket(len(self.asked) + 1, request)
+        submit = super().submit
+        if ticket.number == len(self.rows):  # the last: nobody comes after it
+            return submit(request, listener)
+        self.held = lambda: submit(request, listener)
+        return ticket
+
+
+def test_more_prompts_than_the_queue_takes(trained):
+    a, b, c = trained.tokenizer.encode("ABC")
+    rows, stats = collect(trained, Bounded([[a], [b, b], [c], [a]]), ["!"] * 4)
+    assert rows == ["A", "BB", "C", "A"]
+    assert stats.finished == ["length"] * 4
+
+
+def test_an_engine_that_closes_is_no_silence(trained):
+    with pytest.raises(RuntimeError, match="closed"):
+        collect(trained, Scripted([[1], [1]], reason="cancelled"))
 
 
 def test_an_engine_that_fails_is_no_silence(trained):

@@ -10,7 +10,6 @@ the generation of the weights that computed them. No HTTP, no text.
 """
 
 import dataclasses
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -19,17 +18,17 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from tpu_stack.errors import UserError
+from tpu_stack.serving.feed import Feed
 from tpu_stack.serving.requests import (
     Event,
     Finished,
     FinishReason,
     GenerationRequest,
-    QueueFull,
     Restarted,
     Scored,
     Token,
 )
-from tpu_stack.serving.service import Service, Ticket
+from tpu_stack.serving.service import Service
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def rollout(
     share the blocks of their prompt. As many requests are open as the engine's queue takes.
 
     Raises UserError for a request that the engine cannot serve, and RuntimeError when the engine
-    fails; the other requests are then cancelled.
+    fails or is closed; the other requests are then cancelled.
     """
     if samples < 1:
         raise UserError(f"samples is {samples}; it must be at least 1")
@@ -94,7 +93,7 @@ def rollout(
         _row(request, i * samples + j) for i, request in enumerate(requests) for j in range(samples)
     ]
     tokens: list[list[Token]] = [[] for _ in rows]
-    reasons: list[FinishReason] = ["cancelled"] * len(rows)
+    reasons: dict[int, FinishReason] = {}
 
     def listen(row: int, event: Event) -> None:
         if isinstance(event, Token):
@@ -113,7 +112,7 @@ def rollout(
     return Completions(
         column("token", np.int32),
         lengths,
-        tuple(reasons),
+        tuple(reasons[row] for row in range(len(rows))),
         column("sampling_logprob", np.float32),
         column("logprob", np.float32),
         column("generation", np.int32, -1),
@@ -145,15 +144,14 @@ def score(
         GenerationRequest(tuple(sequence), max_tokens=0, score_from=first)
         for sequence, first in zip(sequences, starts, strict=True)
     ]
-    found: list[Scored | None] = [None] * len(requests)
+    found: dict[int, Scored] = {}
 
     def listen(row: int, event: Event) -> None:
         if isinstance(event, Scored):
             found[row] = event
 
     _run(service, requests, listen)
-    none = Scored(np.zeros(0, np.float32), -1)  # of one that was cancelled
-    scored = [none if each is None else each for each in found]
+    scored = [found[row] for row in range(len(requests))]
     return Scores(
         _padded([each.logprobs for each in scored], np.float32),
         np.array([len(each.logprobs) for each in scored], np.int32),
@@ -178,38 +176,12 @@ def _run(
 ) -> None:
     """Has every request served; `listen` gets the events of each row on the engine's thread."""
     ended: SimpleQueue[Finished] = SimpleQueue()
-    tickets: list[Ticket] = []
-    left = 0
 
-    def listener(row: int) -> Callable[[Event], None]:
-        def on_event(event: Event) -> None:
-            listen(row, event)
-            if isinstance(event, Finished):
-                ended.put(event)
+    def on_event(row: int, event: Event) -> None:
+        listen(row, event)
+        if isinstance(event, Finished):
+            ended.put(event)
 
-        return on_event
-
-    def wait() -> None:
-        event = ended.get()
-        if event.reason == "error":
-            raise RuntimeError(f"the engine failed: {event.detail}")
-
-    try:
-        for row, request in enumerate(requests):
-            while True:
-                try:
-                    tickets.append(service.submit(request, listener(row)))
-                    break
-                except QueueFull as full:
-                    if not left:  # others fill the queue
-                        time.sleep(full.retry_after_s)
-                        continue
-                    wait()
-                    left -= 1
-            left += 1
-        for _ in range(left):
-            wait()
-    except BaseException:
-        for ticket in tickets:
-            service.cancel(ticket)
-        raise
+    with Feed(service, requests, on_event) as feed:
+        while feed.open:
+            feed.ended(ended.get())

@@ -13,8 +13,9 @@ from queue import SimpleQueue
 from tpu_stack.data.chat_format import ChatFormat
 from tpu_stack.data.tokenizer import Tokenizer
 from tpu_stack.errors import UserError
+from tpu_stack.serving.feed import Feed
 from tpu_stack.serving.requests import Event, Finished, GenerationRequest, SamplingParams, Token
-from tpu_stack.serving.service import Service, Ticket
+from tpu_stack.serving.service import Service
 from tpu_stack.serving.text_stream import TextStream
 
 GREEDY = SamplingParams()
@@ -75,8 +76,10 @@ def stream_text(
     end of a document, at one of `chat`'s stop tokens, at `max_tokens` or at the window's end.
     Prompts begin as `chat` says.
 
+    Any number of prompts: those that the engine's queue has no room for wait their turn.
+
     Raises UserError when a prompt is empty or the engine cannot serve it, and RuntimeError when the
-    engine fails. Rows are cancelled when the iterator is closed.
+    engine fails or is closed. Rows are cancelled when the iterator is closed.
     """
     stats = stats if stats is not None else GenerationStats()
     requests = _requests(tokenizer, prompts, sampling, max_tokens, chat or ChatFormat())
@@ -84,37 +87,30 @@ def stream_text(
     stats.finished = [""] * len(requests)
     streams = [TextStream(tokenizer) for _ in requests]
     events: SimpleQueue[tuple[int, Event]] = SimpleQueue()
-    clock, tickets = _Clock(len(requests)), list[Ticket]()
+    clock = _Clock(len(requests))
 
-    def listener(row: int):
-        def listen(event: Event) -> None:
-            if isinstance(event, Token):
-                clock.note(row)
-            events.put((row, event))
-
-        return listen
+    def listen(row: int, event: Event) -> None:
+        if isinstance(event, Token):
+            clock.note(row)
+        events.put((row, event))
 
     try:
-        for row, request in enumerate(requests):
-            tickets.append(service.submit(request, listener(row)))
-        while not all(stats.finished):
-            row, event = events.get()
-            if isinstance(event, Token):
-                stats.new_tokens += 1
-                text = streams[row].feed(event).text
-            else:
-                if not isinstance(event, Finished):
+        with Feed(service, requests, listen) as feed:
+            while feed.open:
+                row, event = events.get()
+                if isinstance(event, Token):
+                    stats.new_tokens += 1
+                    text = streams[row].feed(event).text
+                elif isinstance(event, Finished):
+                    feed.ended(event)
+                    stats.finished[row] = event.reason
+                    text = streams[row].flush().text
+                else:
                     raise RuntimeError("the engine's weights were replaced while text was streamed")
-                if event.reason == "error":
-                    raise RuntimeError(f"the engine failed: {event.detail}")
-                stats.finished[row] = event.reason
-                text = streams[row].flush().text
-            if text:
-                yield row, text
+                if text:
+                    yield row, text
     finally:
         clock.write(stats)
-        for ticket in tickets:
-            service.cancel(ticket)
 
 
 def _requests(

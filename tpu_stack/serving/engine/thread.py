@@ -108,7 +108,10 @@ class EngineThread:
         return live
 
     def between_steps[T](self, call: Callable[[Engine], T]) -> Future[T]:
-        """Calls on the engine's thread, between two steps: to measure, not to change the engine."""
+        """Calls on the engine's thread, between two steps: to measure, not to change the engine.
+
+        Raises UserError when the engine is closing or has failed.
+        """
         future: Future[T] = Future()
 
         def run() -> None:
@@ -117,7 +120,11 @@ class EngineThread:
             except Exception as error:
                 future.set_exception(error)
 
-        self._command(run)
+        with self._wake:
+            if self._closing:
+                raise UserError("the engine is shutting down and takes no calls")
+            self._commands.append(run)
+            self._wake.notify()
         return future
 
     def _command(self, command: Callable[[], None]) -> None:
@@ -168,10 +175,8 @@ class EngineThread:
                     self._wake.wait(timeout=0.05 if self._stats.waiting else None)
 
     def _run_commands(self) -> None:
-        with self._wake:
-            commands, self._commands = self._commands, deque()
-        for command in commands:
-            command()
+        while self._commands:  # one by one: those behind one that raises are not lost
+            self._commands.popleft()()
 
     def _forget_finished(self) -> None:
         self._sequences = {n: s for n, s in self._sequences.items() if not s.done}
