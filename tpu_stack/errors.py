@@ -3,9 +3,9 @@
 Raise `UserError` for input the user can mend: the command line prints it as a single line on
 standard error and exits with status 2. Anything else that escapes is a bug and keeps its traceback.
 
->>> raise UserError("--train.steps is -1; it must be at least 1")
+>>> raise UserError("steps is -1; it must be at least 1")
 Traceback (most recent call last):
-tpu_stack.errors.UserError: --train.steps is -1; it must be at least 1
+tpu_stack.errors.UserError: steps is -1; it must be at least 1
 """
 
 

@@ -51,7 +51,7 @@ def test_an_unknown_verb_names_the_nearest(capsys):
         (["plan", "compile", "--timeout", "ten"], ["--timeout is 'ten'; it must be a number"]),
         (["plan", "compile", "--batch-size", "x"], ["--batch-size is 'x'", "a whole number"]),
         (["plan", "compile", "--program", "tran"], ["--program is 'tran'", "train, prefill"]),
-        (["train", "--out", "x", "--train.steps", "0"], ["--train.steps", "0", "at least 1"]),
+        (["train", "--out", "x", "--train.steps", "0"], ["steps is 0", "at least 1"]),
         (["train"], ["--out"]),
         (["train", "--out", "x", "--model", "nanno"], ["'nanno'", "'nano'"]),
         (["train", "--out", "x", "--profile", "9t"], ["'9t'", "8t"]),

@@ -56,7 +56,7 @@ def test_a_port_in_use_is_one_line_before_anything_is_loaded(bundle):
         (["--host", "256.1.1.1"], "256.1.1.1"),
         (["--host", "203.0.113.1"], "cannot listen on 203.0.113.1"),
         (["--drain-s", "-1"], "--drain-s is -1"),
-        (["--slots", "0"], "--slots is 0"),
+        (["--slots", "0"], "slots is 0"),
         (["--limits.body-bytes", "0"], "--limits.body-bytes is 0"),
         (["--api-key-file", "nowhere.txt"], "nowhere.txt"),
     ],

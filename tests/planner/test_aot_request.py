@@ -110,7 +110,7 @@ def test_which_product_runs_is_said():
         ({"batch_size": 3}, "nearest that works: 4"),
         ({"batch_size": 4, "accumulate": 3}, "not a multiple of 3 micro-batches"),
         ({"batch_size": 8, "accumulate": 4}, "batch size 2 does not divide"),
-        ({"accumulate": 0}, "--accumulate is 0"),
+        ({"accumulate": 0}, "accumulate is 0"),
         ({"seq_len": 10**6}, "meant for at most"),
         ({"program": "decode", "context": 64, "prompt": 64}, "leaves no room"),
     ],
@@ -126,7 +126,7 @@ def test_a_request_checks_itself():
     request = make_request(CompileSpec("nano", "v5e:2x2", "train"))
     with pytest.raises(UserError, match="needs a profile of role serve"):
         dataclasses.replace(request, program="decode").check()
-    with pytest.raises(UserError, match="--timeout is 0"):
+    with pytest.raises(UserError, match="timeout is 0"):
         compile_spec(CompileSpec("nano", "v5e:2x2", "train"), timeout_s=0)
 
 

@@ -174,7 +174,7 @@ def test_an_asked_compile_is_the_candidate():
         (replace(DECODE, chips=("v6e",)), ["how many chips"]),
         (replace(DECODE, chips=()), ["--chips names no chip"]),
         (replace(DECODE, batches=(0,)), ["--batch is 0"]),
-        (replace(DECODE, context=10**6), ["--context is 1000000"]),
+        (replace(DECODE, context=10**6), ["context is 1000000"]),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_one_line_that_says_what_is_near(ask, words):

@@ -43,8 +43,8 @@ def test_devices(profile, role, options, emulate, count):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"devices": 0}, "--devices is 0; it must be at least 1"),
-        ({"mesh": "tensor=2", "devices": 4}, "--mesh tensor=2 has 2 devices, and --devices is 4"),
+        ({"devices": 0}, "devices is 0; it must be at least 1"),
+        ({"mesh": "tensor=2", "devices": 4}, "mesh tensor=2 has 2 devices, and devices is 4"),
         ({"devices": 9}, "9 devices are wanted and 8 are running"),
         ({"mesh": "tensor=3"}, "'kv_heads' has 2 parts"),
     ],
@@ -59,5 +59,5 @@ def test_two_meshes_share_no_device():
     assert (one.size, other.size) == (4, 4)
     assert (dict(one.shape), dict(other.shape)) == (dict(prefill.mesh), dict(decode.mesh))
     assert not set(one.devices.flat) & set(other.devices.flat)
-    with pytest.raises(UserError, match="--decode is 8i; say on how many chips, as 8i:4"):
+    with pytest.raises(UserError, match="decode is 8i; say on how many chips, as 8i:4"):
         place_two("8t:4", "8i", SPECS)

@@ -195,15 +195,18 @@ def test_every_state_lies_where_its_parameter_lies(optimizer):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"steps": 0}, "train.steps is 0"),
+        ({"steps": 0}, "^steps is 0"),
+        ({"steps": 2.5}, "steps is 2.5; it must be a whole number"),
+        ({"log_every": True}, "log_every is True; it must be a whole number"),
+        ({"learning_rate": "3e-3"}, "learning_rate is '3e-3'; it must be a number"),
         ({"batch_size": 12, "accumulate": 5}, "batch_size 12 is not a multiple"),
-        ({"learning_rate": -1.0}, "train.learning_rate is -1"),
-        ({"weight_decay": float("nan")}, "train.weight_decay is nan"),
+        ({"learning_rate": -1.0}, "learning_rate is -1"),
+        ({"weight_decay": float("nan")}, "weight_decay is nan"),
         ({"compute_dtype": "float16"}, "float16"),
-        ({"seq_len": 1}, "train.seq_len"),
-        ({"clip_norm": -0.5}, "train.clip_norm"),
+        ({"seq_len": 1}, "seq_len is 1"),
+        ({"clip_norm": -0.5}, "clip_norm is -0.5"),
     ],
 )
-def test_config_errors_name_the_flag(options, said):
+def test_config_errors_name_the_field(options, said):
     with pytest.raises(UserError, match=said):
         TrainConfig(**options)

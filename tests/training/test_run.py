@@ -155,21 +155,21 @@ def test_other_data_or_model_is_not_resumed(bench, straight, tmp_path):
 def test_a_folder_that_holds_a_run_is_not_written_to(bench, straight):
     out, _ = straight
     before = sorted(path.name for path in out.rglob("*"))
-    with pytest.raises(UserError, match="already holds a run; add --resume"):
+    with pytest.raises(UserError, match="already holds a run; resume it"):
         train(bench.job(MESH), out)
     assert sorted(path.name for path in out.rglob("*")) == before
 
 
 def test_fewer_steps_than_the_checkpoint_has(bench, straight):
     out, _ = straight
-    with pytest.raises(UserError, match=r"train\.steps 30: the checkpoint is at step 40"):
+    with pytest.raises(UserError, match=r"steps is 30; the checkpoint is at step 40"):
         train(bench.job(MESH, steps=30), out, resume=True)
 
 
 def test_a_loss_that_is_not_finite(bench, tmp_path):
     """One line with the step and the learning rate, and no checkpoint of the ruins."""
     job = bench.job("data=1", steps=10, learning_rate=1e30, clip_norm=0.0, warmup_steps=0)
-    with pytest.raises(NotFinite, match=r"loss is .* at step \d; lower --train.learning_rate"):
+    with pytest.raises(NotFinite, match=r"loss is .* at step \d; lower the learning_rate"):
         train(job, tmp_path)
     with CheckpointStore(tmp_path, read_only=True) as store:
         assert store.steps == []

@@ -206,6 +206,9 @@ def test_stopping_and_running_out(bench, program):
     assert stopped.position == {"index": 4}
     assert log.of("metrics") == [1, 2, 3, 4]
     assert log.told[-1] == ("end", 4)  # and no evaluation
+    log = Log(("step", 2), operator.methodcaller("stop", "good enough"))
+    run(bench, program, 9, log, EvaluationHook(lambda trainer, final: FOUND, 0))
+    assert log.told[-2:] == [("end", 2), ("evaluation", 2)]
     log = Log(("start", 0), operator.methodcaller("stop", 2))
     assert run(bench, program, 9, log).step == 0
     ended = run(bench, program, 9, batches=clips.Clips(length=5))

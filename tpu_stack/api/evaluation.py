@@ -49,7 +49,7 @@ def evaluate(
     Raises UserError for bad input of any of them.
     """
     if compute_dtype not in ("bfloat16", "float32"):
-        raise UserError(f"--compute-dtype is {compute_dtype!r}; bfloat16 or float32 would do")
+        raise UserError(f"compute_dtype is {compute_dtype!r}; bfloat16 or float32 would do")
     devices_for(profile, "serve", where)  # opening a checkpoint starts JAX
     source = open_target(Path(target))
     text = replace(text, paths=as_paths(data) or text.paths)

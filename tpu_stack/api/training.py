@@ -43,6 +43,9 @@ def train(
       text: how the text is split and tokenized. hooks: told of steps, metrics and the end.
       settings: fields of `TrainConfig`, such as steps=200 or learning_rate=3e-3.
 
+    SIGTERM and the first Ctrl-C end the run after the step under way, saved; the result's
+    `stopped_by` is then the signal's number: look at it before going on.
+
     Raises UserError as the verb does, and for a setting that `TrainConfig` has not.
     """
     check_names("train", settings, [field.name for field in fields(TrainConfig)])

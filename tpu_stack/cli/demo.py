@@ -100,7 +100,7 @@ def _report(options: Options, folder: Path) -> dict[str, Any]:
         )
         job = train_verb.make_job(train_options)
         result = train_verb.train_behind_a_bar(job, run_folder, resume=False)
-    if result.stopped_by:
+    if isinstance(result.stopped_by, int):
         raise SystemExit(128 + result.stopped_by)  # the folder goes; nothing half-done is left
     report: dict[str, Any] = {"train": result.to_dict(), "pack": {}, "eval": {}}
     for format in FORMATS:

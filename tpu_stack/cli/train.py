@@ -50,7 +50,7 @@ def run(options: Options) -> int:
     summary = result.to_dict()
     print_table(f"run {options.out}", ["what", "value"], _rows(summary))
     save_json(options.json, summary)
-    return 128 + result.stopped_by if result.stopped_by else 0
+    return 128 + result.stopped_by if isinstance(result.stopped_by, int) else 0
 
 
 def make_job(options: Options) -> "Job":

@@ -93,8 +93,8 @@ class Workload:
         Raises UserError for a value out of range or a batch that the mesh does not divide.
         """
         given = {
-            "--batch-size": batch_size, "--seq-len": seq_len, "--serve-batch": serve_batch,
-            "--context": context, "--prompt": prompt,
+            "batch_size": batch_size, "seq_len": seq_len, "serve_batch": serve_batch,
+            "context": context, "prompt": prompt,
         }  # fmt: skip
         for name, value in given.items():
             if value is not None and value < 1:
@@ -102,13 +102,13 @@ class Workload:
         seq_len = seq_len or min(4096, config.max_seq_len)
         context = context or min(4096, config.max_seq_len)
         prompt = prompt or max(1, min(1024, context // 2))
-        for name, value in (("--seq-len", seq_len), ("--context", context)):
+        for name, value in (("seq_len", seq_len), ("context", context)):
             if value > config.max_seq_len:
                 raise UserError(
                     f"{name} is {value}; the model is meant for at most {config.max_seq_len} tokens"
                 )
         if prompt >= context:
-            raise UserError(f"--prompt {prompt} leaves no room in --context {context}")
+            raise UserError(f"prompt {prompt} leaves no room in context {context}")
         train_shards = shard_count(train, BATCH)
         wanted = TOKENS_PER_DEVICE * train.devices // seq_len
         batch_size = batch_size or max(1, wanted // train_shards) * train_shards

@@ -42,16 +42,15 @@ class EngineOptions:
     """What activations are computed in; the default is the profile's, bfloat16."""
     cache_dtype: Literal["bf16", "fp8", "int8", "float32"] | None = None
     """What keys and values are stored as; int8 with a scale per token and head. The default is the
-    profile's, bf16, or that of --dtype."""
+    profile's, bf16, or that of `dtype`."""
 
     def __post_init__(self) -> None:
         for name, least in _AT_LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
-                flag = name.replace("_", "-")
-                raise UserError(f"--{flag} is {value}; it must be at least {least}")
+                raise UserError(f"{name} is {value}; it must be at least {least}")
         if self.page is not None and self.page % 16:
-            raise UserError(f"--page is {self.page}; it must be a multiple of 16")
+            raise UserError(f"page is {self.page}; it must be a multiple of 16")
 
     def divided(self, replicas: int) -> "EngineOptions":
         """What each of so many engines gets of the slots, the queue and the pages, rounded up."""

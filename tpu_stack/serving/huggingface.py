@@ -69,7 +69,7 @@ def import_folder(
     tensor does not divide the mesh.
     """
     if out.exists():
-        raise UserError(f"{out} exists; choose another --out")
+        raise UserError(f"{out} exists; choose another folder")
     tokenizer = _tokenizer(folder.path)
     if tokenizer.vocab_size > folder.config.vocab_size:
         raise UserError(
@@ -129,7 +129,7 @@ def export_folder(
     architecture known here expresses the model.
     """
     if out.exists():
-        raise UserError(f"{out} exists; choose another --out")
+        raise UserError(f"{out} exists; choose another folder")
     with CheckpointStore(run, read_only=True) as store:
         step = store.latest() if step is None else step
         meta = store.meta(step)

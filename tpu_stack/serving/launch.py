@@ -254,11 +254,11 @@ def _loaded(weights: Weights, draft: Weights | None, profile: "Profile", mesh: A
 def _places(where: Where, specs: Any) -> "list[tuple[Profile, Any]]":
     """One mesh, or that of prefill and that of decode."""
     if (where.prefill is None) != (where.decode is None):
-        raise UserError("--prefill and --decode go together: two groups of devices")
+        raise UserError("prefill and decode go together: two groups of devices")
     if where.prefill is None or where.decode is None:
         return [place(where.profile, "serve", where.place, specs)]
     if where.place != PlacementOptions() or where.profile != Where.profile:
-        raise UserError("--prefill and --decode take the place of --profile, --mesh and --devices")
+        raise UserError("prefill and decode take the place of profile, mesh and devices")
     return list(place_two(where.prefill, where.decode, specs))
 
 
@@ -268,6 +268,6 @@ def _draft(path: Path, weights: Weights) -> Weights:
         ours, theirs = weights.bundle.manifest, draft.bundle.manifest
         if ours.tokenizer_digest != theirs.tokenizer_digest:
             raise UserError(
-                f"--draft {path} has another tokenizer than the model's; it must be the same"
+                f"draft {path} has another tokenizer than the model's; it must be the same"
             )
     return draft

@@ -84,16 +84,6 @@ class SamplingParams:
         n = self.logprobs
         _require(n is None or 0 <= n <= MAX_LOGPROBS, "logprobs", n, f"lie in 0 to {MAX_LOGPROBS}")
 
-    @property
-    def adjusts(self) -> bool:
-        """Whether logits change before the draw: biases or penalties."""
-        return bool(
-            self.logit_bias
-            or self.repetition_penalty != 1
-            or self.presence_penalty
-            or self.frequency_penalty
-        )
-
 
 @dataclass(frozen=True)
 class GenerationRequest:
@@ -126,8 +116,12 @@ class GenerationRequest:
         _require(len(self.prompt) > 0, "the prompt's length", 0, "be at least one token")
         least, size, start = int(self.score_from is None), len(self.prompt), self.score_from
         _require(self.max_tokens >= least, "max_tokens", self.max_tokens, f"be at least {least}")
-        scored = start is None or 1 <= start < size
-        _require(scored, "score_from", start, f"lie in 1 to {size - 1}, the prompt's last token")
+        if start is not None:
+            _require(size > 1, "the length of a sequence to score", size, "be at least two tokens")
+            last = f"lie in 1 to {size - 1}, the prompt's last token"
+            _require(1 <= start < size, "score_from", start, last)
+        bad = next((x for x in self.prompt if not isinstance(x, int | np.integer)), None)
+        _require(bad is None, "a token of the prompt", bad, "be a whole number")
         d = self.deadline_s
         _require(d is None or (math.isfinite(d) and d > 0), "deadline_s", d, "be positive")
 

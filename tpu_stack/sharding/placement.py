@@ -78,7 +78,7 @@ def place_two(
     from tpu_stack.sharding.profiles import get_profile
 
     on_cpu, profiles, counts = _on_cpu(), [], []
-    for flag, text in (("--prefill", prefill), ("--decode", decode)):
+    for flag, text in (("prefill", prefill), ("decode", decode)):
         profile = get_profile(text, "serve")
         if profile.chips is None:
             raise UserError(f"{flag} is {text}; say on how many chips, as {text}:4")
@@ -87,7 +87,7 @@ def place_two(
     devices = start_devices(sum(counts) if on_cpu else None)
     if sum(counts) != len(devices):
         raise UserError(
-            f"--prefill {prefill} and --decode {decode} need {sum(counts)} devices; here are"
+            f"prefill {prefill} and decode {decode} need {sum(counts)} devices; here are"
             f" {len(devices)}"
         )
     sides = []
@@ -142,7 +142,7 @@ def start_devices(wanted: int | None) -> list:
         return jax.devices()[:count]
     devices = jax.devices()
     if wanted is not None and wanted != len(devices):
-        raise UserError(f"--devices is for emulation on a CPU; here are {len(devices)} devices")
+        raise UserError(f"devices is for emulation on a CPU; here are {len(devices)} devices")
     return devices
 
 
@@ -154,12 +154,10 @@ def _wanted(role: "Role", options: PlacementOptions) -> int | None:
     if options.mesh is not None:
         needed = prod(parse_profile_mesh(role, options.mesh).values())
         if wanted is not None and wanted != needed:
-            raise UserError(
-                f"--mesh {options.mesh} has {needed} devices, and --devices is {wanted}"
-            )
+            raise UserError(f"mesh {options.mesh} has {needed} devices, and devices is {wanted}")
         wanted = needed
     if wanted is not None and wanted < 1:
-        raise UserError(f"--devices is {wanted}; it must be at least 1")
+        raise UserError(f"devices is {wanted}; it must be at least 1")
     return wanted
 
 

@@ -8,7 +8,7 @@ of them in one, whose fields are a run's flags (`--train.NAME`).
 200
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from tpu_stack.errors import UserError
@@ -65,8 +65,7 @@ class BatchConfig:
         _at_least(self, 2, "seq_len")
         if self.batch_size % self.accumulate:
             raise UserError(
-                f"--train.batch_size {self.batch_size} is not a multiple of"
-                f" --train.accumulate {self.accumulate}"
+                f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}"
             )
 
 
@@ -87,7 +86,7 @@ class ComputeConfig:
         _at_least(self, 1, "unroll")
         if self.compute_dtype not in (None, "float32", "bfloat16"):
             raise UserError(
-                f"--train.compute_dtype is {self.compute_dtype!r}; float32 or bfloat16 would do"
+                f"compute_dtype is {self.compute_dtype!r}; float32 or bfloat16 would do"
             )
 
 
@@ -134,5 +133,11 @@ class TrainConfig(LoopConfig, ComputeConfig, OptimizerConfig, BatchConfig):
 def _at_least(config: Any, least: int, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
+        whole = _KIND[name] is int
+        if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+            raise UserError(f"{name} is {value!r}; it must be a {'whole ' if whole else ''}number")
         if not value >= least:  # NaN too
-            raise UserError(f"--train.{name} is {value}; it must be at least {least}")
+            raise UserError(f"{name} is {value}; it must be at least {least}")
+
+
+_KIND = {field.name: field.type for field in fields(TrainConfig)}

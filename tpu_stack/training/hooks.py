@@ -54,7 +54,7 @@ class CheckpointHook(Hook):
 
 
 class EvaluationHook(Hook):
-    """Evaluates every so many steps (0: never), and at the end of a run that was not stopped.
+    """Evaluates every so many steps (0: never), and at the end, unless a signal stopped the run.
 
     `evaluate(trainer, final)` gets `final` at the end, when a cheaper evaluation would not do.
     """
@@ -68,7 +68,7 @@ class EvaluationHook(Hook):
                 trainer.evaluated(self._evaluate(trainer, False))
 
     def on_end(self, trainer: Trainer) -> None:
-        if trainer.stopped_by is None:
+        if not isinstance(trainer.stopped_by, int):
             trainer.evaluated(self._evaluate(trainer, True))
 
 

@@ -90,7 +90,10 @@ class Job:
 
 @dataclass
 class TrainResult:
-    """What a run produced. `losses` and `evaluations` are (step, value), steps counted from 1."""
+    """What a run produced. `losses` and `evaluations` are (step, value), steps counted from 1.
+
+    stopped_by: why it ended before its last step, as `Trainer.stopped_by`: 15 for SIGTERM.
+    """
 
     job: Job
     state: TrainState
@@ -99,7 +102,7 @@ class TrainResult:
     compile_s: float = 0.0
     tokens_per_s: float | None = None
     mfu: float | None = None
-    stopped_by: int | None = None
+    stopped_by: int | str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The run in JSON-ready fields."""
@@ -169,6 +172,9 @@ def train(
 ) -> TrainResult:
     """Runs the job to `train.steps`, from its last checkpoint in `out` when `resume`.
 
+    SIGTERM and the first Ctrl-C end it after the step under way, saved, with the signal's number in
+    `stopped_by`; a second Ctrl-C raises KeyboardInterrupt.
+
     `hooks` are told after the run's own. Without `out` nothing is written. Raises UserError when a
     mesh or batch does not divide, `out` already holds a run and `resume` is off, or the checkpoint
     is of another job; NotFinite when the loss is not finite: then nothing of it is saved.
@@ -181,11 +187,13 @@ def train(
         own: list[Hook] = [StopHook(stack.enter_context(StopRequest()))]
         store = None if out is None else stack.enter_context(CheckpointStore(out))
         if store is not None and store.steps and not resume:
-            raise UserError(f"{out} already holds a run; add --resume or choose another --out")
+            raise UserError(f"{out} already holds a run; resume it or choose another folder")
         state = _first_state(job, layout, batches, store)
         first = int(state.step)
         if first > job.train.steps:
-            raise UserError(f"--train.steps {job.train.steps}: the checkpoint is at step {first}")
+            raise UserError(
+                f"steps is {job.train.steps}, and the checkpoint is at step {first}; ask for more"
+            )
         result = TrainResult(job, state)
         own += [_History(result)]
         if out is not None and store is not None:
@@ -200,13 +208,13 @@ def train(
             job.loss(), layout, batches.element_spec, accumulate=job.train.accumulate
         )
         result.compile_s = program.compile_s
+        if job.init is not None and out is not None:
+            _carry_over(job.init, out)  # before the first checkpoint, which stands alone
         trainer = Trainer(program, batches, own, log_every=job.train.log_every)
         result.state = trainer.run(state, job.train.steps)
     result.stopped_by = trainer.stopped_by
     rates = _rates(job, trainer)
     result.tokens_per_s, result.mfu = rates.get("tokens_per_s"), rates.get("mfu")
-    if job.init is not None and out is not None:
-        _carry_over(job.init, out)
     return result
 
 

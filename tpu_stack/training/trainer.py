@@ -51,7 +51,7 @@ class NotFinite(UserError):
         self.step, self.values = step, values
         super().__init__(
             f"the loss is {values.get('loss')} and its gradient's norm {values.get('grad_norm')} at"
-            f" step {step}; lower --train.learning_rate, or look at that step's batch"
+            f" step {step}; lower the learning_rate, or look at that step's batch"
         )
 
 
@@ -91,7 +91,8 @@ class Trainer:
       step: steps dispatched, those of earlier runs included. last_step: where the run ends.
       position: the batches' state after the batch of `step`.
       clock: steps per second, and the time spent.
-      stopped_by: why the run ends before its last step, a signal's number; None while it does not.
+      stopped_by: why the run ends before its last step: a signal's number, or a hook's own words;
+        None while it does not.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class Trainer:
         self.step = self.last_step = 0
         self.position: Any = None
         self.clock = StepClock()
-        self.stopped_by: int | None = None
+        self.stopped_by: int | str | None = None
         self._is_paused = False
 
     def run(self, state: TrainState, steps: int) -> TrainState:
@@ -126,7 +127,7 @@ class Trainer:
             raise
         return self.state
 
-    def stop(self, reason: int) -> None:
+    def stop(self, reason: int | str) -> None:
         """Makes the run end after the step that was dispatched last."""
         self.stopped_by = reason
 

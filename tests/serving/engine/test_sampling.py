@@ -164,3 +164,7 @@ def test_requests_without_tokens():
         GenerationRequest((1,), max_tokens=0)
     with pytest.raises(UserError, match="prompt"):
         GenerationRequest(())
+    with pytest.raises(UserError, match=r"a token of the prompt is 2\.5"):
+        GenerationRequest((1, 2.5))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="sequence to score is 1; it must be at least two"):
+        GenerationRequest((1,), max_tokens=0, score_from=1)

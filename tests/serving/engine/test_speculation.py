@@ -68,5 +68,5 @@ def test_a_draft_cannot_have_other_tokens_or_a_smaller_window():
     ):
         with pytest.raises(UserError, match=said):
             Programs(CONFIG, profile, mesh, SHAPES, dataclasses.replace(SMALL, **change))
-    with pytest.raises(UserError, match="--guesses 0"):
+    with pytest.raises(UserError, match="guesses 0"):
         Programs(CONFIG, profile, mesh, dataclasses.replace(SHAPES, guesses=0), SMALL)

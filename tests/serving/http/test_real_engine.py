@@ -143,7 +143,7 @@ def test_what_cannot_be_built_is_refused_by_name(config):
             config, params, one, single, EngineOptions(), prefill=Side(params, profile, mesh)
         )
     profile, mesh = one, single
-    with pytest.raises(UserError, match="--pages is 3"):
+    with pytest.raises(UserError, match="pages is 3"):
         start_service(config, params, profile, mesh, EngineOptions(page=16, pages=3))
-    with pytest.raises(UserError, match="--page is 24"):
+    with pytest.raises(UserError, match="page is 24"):
         EngineOptions(page=24)

@@ -22,8 +22,6 @@ _OUTSIDE = {
     "final_norm.scale": "model.norm.weight",
     "unembed": "lm_head.weight",
 }
-TIED = ("unembed", "embed")
-"""A folder of a tied model may hold the first all the same, as a copy of the second."""
 
 
 @dataclass(frozen=True)

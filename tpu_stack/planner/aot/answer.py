@@ -32,7 +32,7 @@ def compile_spec(
     Raises UserError as `make_request` does, and for a time limit that is not positive.
     """
     if not timeout_s > 0:
-        raise UserError(f"--timeout is {timeout_s:g}; it must be more than 0 seconds")
+        raise UserError(f"timeout is {timeout_s:g}; it must be more than 0 seconds")
     store = Store(cache)
     key = asdict(spec) | versions() | source_digests(("",))
     shortcut = store.folder / "specs" / f"{digest_of(key)}.json"

@@ -86,7 +86,7 @@ def make_request(spec: CompileSpec, config: ModelConfig | None = None) -> Compil
             raise nearest("remat", spec.remat, REMAT)
         profile = dataclasses.replace(profile, remat=spec.remat)
     if spec.accumulate < 1:
-        raise UserError(f"--accumulate is {spec.accumulate}; it must be at least 1")
+        raise UserError(f"accumulate is {spec.accumulate}; it must be at least 1")
     work = Workload.of(
         config, profile, profile,
         batch_size=spec.batch_size, seq_len=spec.seq_len, serve_batch=spec.serve_batch,

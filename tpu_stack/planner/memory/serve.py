@@ -9,7 +9,6 @@ asks this same prediction of every candidate.
     memory.predict("decode", batch=16, context=4096, prompt=1024).at_most[0].name
 """
 
-from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -168,12 +167,6 @@ class ServeMemory:
             *terms,
             array("rows sent to experts and back", "bfloat16", sent, "one layer", 2),
         )
-
-
-@lru_cache(maxsize=64)
-def serve_memory(config: ModelConfig, profile: Profile, format: str) -> ServeMemory:
-    """`ServeMemory`, kept for the next question about the same mesh."""
-    return ServeMemory(config, profile, format)
 
 
 def stored_bytes(spec: TensorSpec, format: str, profile: Profile) -> int:

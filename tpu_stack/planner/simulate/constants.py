@@ -12,9 +12,6 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# Chips whose matrix unit is 256 wide (jax's chip table: mxu_columns): harder to keep full.
-WIDE_MXU = ("v6e", "7x", "8t", "8i")
-
 
 @dataclass(frozen=True)
 class Constants:

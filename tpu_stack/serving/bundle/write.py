@@ -64,7 +64,7 @@ def write_bundle(
     chat = chat or ChatFormat()
     chat_digest = None if chat == ChatFormat() else chat.digest()
     if out.exists():
-        raise UserError(f"{out} exists; a bundle is never overwritten, choose another --out")
+        raise UserError(f"{out} exists; a bundle is never overwritten, choose another folder")
     with replacing_folder(out) as partial:
         entries = dict(_write_weights(partial, tensors))
         manifest = Manifest(

@@ -167,6 +167,6 @@ def engine_shapes(config: ModelConfig, profile: Profile, options: EngineOptions)
     pages = options.pages or slots * entries
     if pages < entries:
         raise UserError(
-            f"--pages is {pages}; one sequence of {length} tokens needs {entries} of {page}"
+            f"pages is {pages}; one sequence of {length} tokens needs {entries} of {page}"
         )
     return Shapes(slots, length, page, pages, CHUNKS, PROMPTS, options.guesses)

@@ -276,7 +276,7 @@ def check_draft(config: ModelConfig, draft: ModelConfig, shapes: Shapes) -> None
     if draft.max_seq_len < shapes.length:
         raise UserError(
             f"the draft model's window is {draft.max_seq_len} tokens, and requests have up to"
-            f" {shapes.length}; set --max-length {draft.max_seq_len} or choose another draft"
+            f" {shapes.length}; set max_length {draft.max_seq_len} or choose another draft"
         )
     if shapes.guesses < 1:
-        raise UserError("a draft model guesses nothing with --guesses 0; 3 to 5 is usual")
+        raise UserError("a draft model guesses nothing with guesses 0; 3 to 5 is usual")
