@@ -12,7 +12,7 @@ from tpu_stack.planner.report import render
 
 def test_the_demo_writes_a_report_and_a_page_that_needs_nothing_else(tmp_path, capsys):
     out = tmp_path / "demo"
-    argv = ["demo", "--out", str(out), "--text.max-bytes", "400000", "--train.steps", "3"]
+    argv = ["demo", "--out", str(out), "--text.max-bytes", "100000", "--train.steps", "3"]
     assert main([*argv, "--train.decay-steps", "3", "--train.seq-len", "32"]) == 0
     report = json.loads((out / "report.json").read_text())
 

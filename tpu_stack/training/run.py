@@ -192,7 +192,7 @@ def train(
         first = int(state.step)
         if first > job.train.steps:
             raise UserError(
-                f"steps is {job.train.steps}, and the checkpoint is at step {first}; ask for more"
+                f"steps is {job.train.steps}; the checkpoint is at step {first} already"
             )
         result = TrainResult(job, state)
         own += [_History(result)]
