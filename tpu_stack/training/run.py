@@ -44,7 +44,7 @@ from tpu_stack.training.resume import checkpoint_meta, flat, restore_state
 from tpu_stack.training.step import TrainState
 from tpu_stack.training.stop import StopRequest
 from tpu_stack.training.throughput import peak_flops_per_s
-from tpu_stack.training.trainer import Hook, Trainer
+from tpu_stack.training.trainer import AHEAD, Hook, Trainer
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,8 @@ def train(
     """
     require_batch_divides(job.profile, job.train.batch_size // job.train.accumulate)
     layout, batches = job.layout(), job.batches()
-    if job.mesh.devices.flat[0].platform == "cpu":
+    on_cpu = job.mesh.devices.flat[0].platform == "cpu"
+    if on_cpu:
         keep_freed_memory()
     with ExitStack() as stack:
         own: list[Hook] = [StopHook(stack.enter_context(StopRequest()))]
@@ -210,7 +211,8 @@ def train(
         result.compile_s = program.compile_s
         if job.init is not None and out is not None:
             _carry_over(job.init, out)  # before the first checkpoint, which stands alone
-        trainer = Trainer(program, batches, own, log_every=job.train.log_every)
+        ahead = 0 if on_cpu else AHEAD
+        trainer = Trainer(program, batches, own, log_every=job.train.log_every, ahead=ahead)
         result.state = trainer.run(state, job.train.steps)
     result.stopped_by = trainer.stopped_by
     rates = _rates(job, trainer)

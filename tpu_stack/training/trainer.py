@@ -25,7 +25,8 @@ from tpu_stack.training.throughput import StepClock
 
 AHEAD = 2
 """Steps that may be dispatched beyond the last known to have ended: enough to keep the devices
-busy, and few enough that batches do not pile up on them."""
+busy, and few enough that batches do not pile up on them. On a CPU there is nothing to keep busy: a
+step that waits for the one before holds one of the threads that compute it."""
 
 READ_EVERY = 100
 """Steps after which metrics are read though none are logged."""
@@ -96,10 +97,16 @@ class Trainer:
     """
 
     def __init__(
-        self, step: Step, batches: Batches, hooks: Sequence[Hook] = (), *, log_every: int = 10
+        self,
+        step: Step,
+        batches: Batches,
+        hooks: Sequence[Hook] = (),
+        *,
+        log_every: int = 10,
+        ahead: int = AHEAD,
     ):
         self._advance, self._batches, self._hooks = step, batches, tuple(hooks)
-        self._log_every = log_every
+        self._log_every, self._ahead = log_every, ahead
         self._unread: deque[tuple[int, Metrics, Any]] = deque()  # step, metrics, position before it
         self.state: Any = None
         self.step = self.last_step = 0
@@ -183,7 +190,7 @@ class Trainer:
         overdue = len(self._unread) > READ_EVERY
         if overdue or (self._log_every and before % self._log_every == 0):
             self._read(before)
-        too_far = self.step - AHEAD
+        too_far = self.step - self._ahead
         if self._unread and self._unread[0][0] <= too_far:
             _, metrics, _ = self._unread[too_far - self._unread[0][0]]
             jax.block_until_ready(metrics)
