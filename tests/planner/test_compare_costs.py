@@ -258,7 +258,7 @@ def test_workload_defaults():
         ({"batch_size": 3}, "batch size 3 does not divide"),
         ({"serve_batch": 0}, "serve_batch is 0"),
         ({"seq_len": 2000}, "at most 1024 tokens"),
-        ({"context": 64, "prompt": 64}, "--prompt 64 leaves no room in --context 64"),
+        ({"context": 64, "prompt": 64}, "prompt 64 leaves no room in context 64"),
     ],
 )
 def test_workload_refuses(sizes, message):
