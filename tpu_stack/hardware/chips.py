@@ -1,7 +1,7 @@
 """Every chip the project plans for, as facts with sources.
 
-`get_chip` is the one way in for names that a user typed; `Chip.require` the one way to a number
-that an answer depends on, because a missing fact must stop the answer and not become a zero.
+`get_chip` looks up a name that a user typed. `Chip.require` reads a number that a result depends
+on: a missing fact raises there, so it never enters a calculation as zero.
 
 >>> get_chip("8i").require("hbm_bytes_per_s")
 8600000000000
@@ -38,7 +38,10 @@ _TITLES = {"7x": "TPU7x (Ironwood)", "v6e": "TPU v6e (Trillium)", "cpu": "CPU (e
 
 @dataclass(frozen=True, kw_only=True)
 class Chip:
-    """One chip: all TensorCores together, unless the field says per core. None: not published.
+    """The facts of one chip; None where no source found publishes the figure.
+
+    Figures are for the whole chip, all TensorCores together. `sublanes`, `lanes`, `mxus_per_core`
+    and `mxu_columns` are of one TensorCore.
 
     Invariants: a fact's unit matches its field's name; `devices_per_chip` is always there; the cpu
     chip, which only emulates, has no performance fact.
@@ -47,7 +50,7 @@ class Chip:
     name: str
     title: str
     device_kinds: tuple[str, ...]
-    is_projected: bool  # nothing of ours was ever measured or compiled for it: label every speed
+    is_projected: bool  # nothing was compiled for it or measured on it: label every speed
 
     devices_per_chip: Fact
     tensor_cores: Fact | None = None
@@ -89,7 +92,7 @@ class Chip:
         return {name: getattr(self, name) for name in FACT_NAMES}
 
     def require(self, name: str) -> int | float:
-        """The number of fact `name`. Raises UserError when it is missing, or 0: not available."""
+        """The number of fact `name`. Raises UserError when it is missing or 0 (not available)."""
         fact: Fact | None = getattr(self, name)
         if fact is None:
             why = "it only emulates" if self.name == "cpu" else "no source found gives it"
@@ -106,12 +109,12 @@ class Chip:
 
     @property
     def vmem_bytes_per_core(self) -> int:
-        """What one TensorCore's kernels can use. Raises UserError where there is no VMEM."""
+        """VMEM of one TensorCore. Raises UserError for a chip without it."""
         return int(self.require("vmem_bytes")) // int(self.require("tensor_cores"))
 
     @property
     def ici_bytes_per_s_one_way(self) -> float:
-        """What the whole chip can send while receiving as much. Raises UserError when unknown."""
+        """Bytes/s the whole chip sends while it receives as many. Raises UserError if unknown."""
         return self.require("ici_bytes_per_s_bidirectional") / 2
 
     def devices(self, chips: int) -> int:
@@ -119,7 +122,7 @@ class Chip:
         return chips * int(self.devices_per_chip.number)
 
     def matmul_is_native(self, lhs_dtype: Any, rhs_dtype: Any) -> bool:
-        """Whether the matrix unit takes lhs x rhs without a cast. Raises UserError on odd types."""
+        """Whether the matrix unit takes lhs x rhs as they are. Raises UserError for other types."""
         lhs, rhs = matmul.dtype_name(lhs_dtype), matmul.dtype_name(rhs_dtype)
         return jax_table.matmul_is_native(self.name, lhs, rhs)
 

@@ -1,13 +1,15 @@
 """How long a collective takes on one mesh axis: bandwidth or hops, whichever binds.
 
 The ring formulas are the scaling-book's (jax-ml/scaling-book, "Sharded Matrices and How to
-Multiply Them"): an all-gather of V bytes in total over a ring takes V / W, W being both directions
-of a link, all-reduce twice that, all-to-all a quarter, and no collective less than its hops times
-about a microsecond. Kept here and dropped there: the exact (n - 1) / n share that has to move, axes
-without a wraparound link (a line), and networks that are not rings (Boardfly), which are taken to
-be bound by what a chip can send ("direct").
+Multiply Them"). Over a ring, an all-gather of V bytes in total takes V / W, where W is the
+bandwidth of a link's two directions together; an all-reduce takes twice that, an all-to-all a
+quarter, and no collective takes less than its hops times about a microsecond. This module adds what
+the book leaves out: the exact (n - 1) / n share that moves, axes without a wraparound link
+("line"), and networks that are not rings (Boardfly), where the bandwidth of a chip is assumed to
+bind ("direct").
 
-V is always the bytes of the whole array over the axis: gathered, or before the reduce-scatter.
+V is always the bytes of the whole array over the axis: after an all-gather, before a
+reduce-scatter.
 
 >>> AxisLinks(n=8, bytes_per_s_one_way=45e9, kind="ring").all_gather_s(33.6e6)
 0.000326...
@@ -25,10 +27,10 @@ HOP_S = 1e-6  # scaling-book: "typically around 1us" per hop
 class AxisLinks:
     """One mesh axis: `n` members and the links between them.
 
-    kind: "ring" (neighbours, wrapping round), "line" (neighbours, ends open) or "direct" (anyone
-    to anyone, bound by what a member can send). `bytes_per_s_one_way` is one link's for ring and
-    line, a member's total for direct. `max_hops` is direct's diameter.
-    Invariants: n >= 1, rates positive, hop_s >= 0.
+    kind: "ring" (neighbours, wrapping round), "line" (neighbours, ends open) or "direct" (any
+    member to any other, bound by what a member can send). `bytes_per_s_one_way` is one link's for
+    ring and line, a member's total for direct. `max_hops` is the diameter of a direct network.
+    Raises ValueError unless n >= 1, bytes_per_s_one_way > 0, hop_s >= 0 and max_hops >= 1.
     """
 
     n: int
@@ -52,7 +54,7 @@ class AxisLinks:
         return max(seconds, hops * self.hop_s)
 
     def all_gather_s(self, total_bytes: float) -> float:
-        """Every member ends with all of V: (n-1)/n V / (2 one-way) on a ring, / one-way else."""
+        """Seconds until every member has V: V (n-1)/n over two directions on a ring, else one."""
         directions = 2 if self.kind == "ring" else 1
         moved = total_bytes * (self.n - 1) / self.n
         return self._at_least_hops(moved / (directions * self.bytes_per_s_one_way), self.hops)
@@ -62,7 +64,7 @@ class AxisLinks:
         return self.all_gather_s(total_bytes)
 
     def all_reduce_s(self, total_bytes: float) -> float:
-        """A reduce-scatter and an all-gather."""
+        """A reduce-scatter, then an all-gather."""
         return 2 * self.all_gather_s(total_bytes)
 
     def all_to_all_s(self, total_bytes: float) -> float:
@@ -94,14 +96,17 @@ def axis_links(
 ) -> AxisLinks:
     """The links of a mesh axis of `devices` neighbouring JAX devices, from the chip's facts.
 
-    `ring`: the torus axes that it lies on wrap round (`hardware.slices.wraps`); on Boardfly it says
-    nothing.
+    A torus axis has one link per direction; on Boardfly a member has all links of its chip.
 
-    On 7x and 8i two devices share a chip's links. whole_chips=True: both lie on this axis, so the
-    members are chips, and what the two exchange is free (no figure for it is published). False:
-    they lie on different axes, so two collectives share the links and each gets half. By default
-    True where `devices` fills whole chips. A torus axis has one link per direction; on Boardfly a
-    member has all of its chip's. Raises UserError where the bandwidth is not known (cpu).
+    Args:
+      ring: whether the torus axes under this mesh axis wrap round (`hardware.slices.wraps`);
+        ignored on Boardfly.
+      whole_chips: on 7x and 8i two devices share a chip's links. True: both lie on this axis, so
+        the members are chips, and what the two exchange is free (no figure for it is published).
+        False: they lie on different axes, whose two collectives get half of the links each. None:
+        True where `devices` fills whole chips.
+    Raises UserError where the bandwidth is not known (cpu), ValueError where `whole_chips` is True
+    and `devices` does not fill whole chips.
     """
     per_chip = chip.devices(1)
     if whole_chips is None:

@@ -1,8 +1,8 @@
-"""A number about a chip that never loses its source, nor the sources that contradict it.
+"""A number about a chip, together with its source and the sources that contradict it.
 
-Exists because published TPU figures disagree (rounding, GB for GiB, plain conflict) and a project
-that averages or forgets cannot be checked. The unit is part of the fact; derived figures say so in
-`note`.
+Published TPU figures disagree (rounding, GB for GiB, plain conflict); a plan that averages them or
+drops some cannot be checked. The unit is part of the fact, and `note` says when a figure is
+derived.
 
 >>> Fact(value=8_600_000_000_000, unit="bytes/s", source="JX").value
 8600000000000
@@ -32,7 +32,8 @@ class Fact:
     """One figure, where it was read, and every other source's figure for the same thing.
 
     Invariants: `source` is a key of `SOURCES`; `others` share the unit and have no `others` of
-    their own; wherever a source disagrees, `chosen_because` says why this one is used.
+    their own; wherever a source disagrees, `chosen_because` says why this one is used. Raises
+    ValueError where one of these does not hold.
     """
 
     value: int | float | str
@@ -54,7 +55,7 @@ class Fact:
 
     @property
     def disagreements(self) -> tuple["Fact", ...]:
-        """The other sources' facts whose value is not this one, rounding included."""
+        """Facts of other sources with another value; a rounded value counts as another."""
         return tuple(other for other in self.others if other.value != self.value)
 
     @property
@@ -82,10 +83,10 @@ class Fact:
 
 
 def choose(candidates: tuple[Fact, ...]) -> Fact | None:
-    """The fact to use out of one per source, with the rest kept in `others`; None if there is none.
+    """The fact to use, out of one per source, with the rest in `others`; None if there is none.
 
     The first candidate wins, so callers put jax's table first. The exception: jax writes 0 for
-    "Not Available", and such a 0 gives way to a source that has a figure.
+    "Not Available", so the first figure that is not 0 replaces a 0.
     """
     if not candidates:
         return None

@@ -36,7 +36,7 @@ _PER_CORE = {
     "int4_ops_per_s": ("int4_ops_per_second", "OP/s"),
 }
 
-# The same for every TensorCore, so not multiplied.
+# Sizes within one TensorCore, so not multiplied by the number of cores.
 _SAME_PER_CORE = {
     "sublanes": "num_sublanes",
     "lanes": "num_lanes",

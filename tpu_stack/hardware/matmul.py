@@ -1,9 +1,9 @@
 """Which rate a matrix product runs at on a chip, and whether the chip takes its operands as is.
 
-A compiler accepts operand types that the matrix unit does not have, by casting them. So a rate is
-quoted only with its support: *native* by `TpuInfo.is_matmul_supported`, or *emulated*, at the rate
-of the types the operands are cast to. Casts considered are the exact ones, so emulation costs
-speed and never accuracy.
+The compiler casts operand types that the matrix unit does not have. So every rate says whether it
+is *native*, by `TpuInfo.is_matmul_supported`, or *emulated*: the rate of the types that the
+operands are cast to. Only exact casts are considered, so emulation costs speed and no accuracy.
+float16 is the exception: its only exact cast is float32, which takes one bfloat16 pass.
 
 >>> rate_of_matmul(get_chip("8i"), "bfloat16", "int4").support
 'native'
@@ -58,7 +58,7 @@ _RATE_FACT = {
 
 
 class RatedChip(Protocol):
-    """What rates are read from: a `chips.Chip`, whose module reads rates through this one."""
+    """What this module needs of a `chips.Chip`; a protocol, because `chips` imports this module."""
 
     @property
     def name(self) -> str: ...
@@ -70,8 +70,8 @@ class RatedChip(Protocol):
 class MatmulRate:
     """The peak rate of lhs x rhs on one chip, all of its TensorCores together.
 
-    `computed_as` is the operand pair that reaches the matrix unit: the asked pair when `support` is
-    "native", what it is cast to when "emulated". `rate_fact` names the chip fact that was used.
+    `computed_as` is the operand pair that reaches the matrix unit: the requested pair when
+    `support` is "native", what it is cast to when "emulated". `rate_fact` names the chip's fact.
     """
 
     flops_per_s_per_chip: float
@@ -110,9 +110,10 @@ def known_dtypes() -> str:
 
 
 def _native_rate(chip: RatedChip, pair: tuple[str, str]) -> tuple[float, str]:
-    """(rate, fact used) of a native pair: the slower of its operands' own rates.
+    """(FLOP/s, name of the fact used) of a native pair: the slower of its operands' own rates.
 
-    An operand type without a rate of its own (int4 on 8i, fp8 on v5e) runs at the other's.
+    An operand type without a rate of its own (int4 on 8i, fp8 on v5e) runs at the other's; where
+    neither has one, the pair runs at the bfloat16 rate.
     """
     rates = []
     for name in pair:
@@ -125,11 +126,11 @@ def _native_rate(chip: RatedChip, pair: tuple[str, str]) -> tuple[float, str]:
 
 
 def rate_of_matmul(chip: RatedChip, lhs_dtype: Any, rhs_dtype: Any) -> MatmulRate:
-    """The peak of lhs x rhs on `chip`, native or through the fastest pair of exact casts.
+    """The peak FLOP/s of lhs x rhs on `chip`, native or through the fastest pair of exact casts.
 
     Equal rates go to the fewest casts, then to the narrowest types. A mixed native pair runs at the
-    slower operand's rate (our reading: jax's table has one rate per type). Raises UserError for an
-    unknown type and for a chip without rates (cpu).
+    slower operand's rate (an assumption: jax's table has one rate per type). Raises UserError for
+    an unknown type and for a chip without rates (cpu).
     """
     lhs, rhs = dtype_name(lhs_dtype), dtype_name(rhs_dtype)
     chip.require("bf16_flops_per_s")

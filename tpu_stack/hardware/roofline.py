@@ -1,8 +1,7 @@
 """The least time a program can take on a chip: arithmetic over chip facts, nothing else.
 
-Every result is rung 4 of the verification ladder and says *projected*. All quantities are per
-chip; `Work.from_devices` converts from the compiler's, which are per JAX device (two to a chip on
-7x and 8i).
+Every result is labelled rung 4, *projected*. All quantities are per chip; `Work.from_devices`
+converts the compiler's, which are per JAX device (two to a chip on 7x and 8i).
 
 >>> roofline(Work(flops_per_chip=2e12, hbm_bytes_per_chip=4e9), get_chip("8t")).bound
 'compute'
@@ -26,7 +25,7 @@ class Work:
     """What one chip does in one step: operations, HBM traffic, and bytes it sends over ICI.
 
     `operands` are the matmuls' (lhs, rhs) types; they choose the rate that all flops are charged
-    at. Invariant: the three amounts are finite and at least 0.
+    at. Raises ValueError unless the three amounts are finite and at least 0.
     """
 
     flops_per_chip: float
@@ -90,11 +89,13 @@ def roofline(
 ) -> Roofline:
     """The least time `work` takes on `chip` (Williams et al. 2009, with ICI as a third roof).
 
-    ici_s: seconds of collectives, best taken from `collectives`; by default ici_bytes_per_chip over
-      all of the chip's links one way, which is the least possible.
-    overlap: the share of max(compute, HBM) time that collectives can hide under. 0 adds them in
-      full (an upper bound), 1 hides all that fits (the lower bound, the maximum of the three).
-    Raises UserError where the chip lacks a fact that this needs; ICI only when bytes move.
+    Args:
+      ici_s: seconds of collectives, best taken from `collectives`. None: ici_bytes_per_chip over
+        all of the chip's links one way, which is the least possible.
+      overlap: the share of max(compute, HBM) time that collectives can hide under. 0 adds them in
+        full (an upper bound), 1 hides all that fits (the lower bound, the maximum of the three).
+    Raises UserError where the chip lacks a fact that this needs (its ICI bandwidth only when bytes
+    move), ValueError for an overlap outside 0 to 1.
     """
     if not 0 <= overlap <= 1:
         raise ValueError(f"overlap is {overlap}; it must be from 0 to 1")
@@ -129,8 +130,9 @@ def decode_ridge_batch(
     """The batch from which a decode step is bound by arithmetic rather than by reading weights.
 
     Each parameter is read once a step (weight_bits / 8 bytes) and multiplied and added once per
-    sequence (2 flops); cache traffic is left out, so the true ridge lies higher or is never
-    reached. Projected, like everything here.
+    sequence (2 flops). Cache traffic is left out, so the true ridge lies higher or is never
+    reached. Projected, like everything here. Raises UserError for an unknown type or a chip
+    without rates, ValueError unless the bits are positive.
     """
     if weight_bits_per_parameter <= 0:
         raise ValueError(f"weight_bits_per_parameter is {weight_bits_per_parameter}")

@@ -24,12 +24,13 @@ class SliceRule:
     """The slices of one chip.
 
     Attributes:
-      small: shapes that stand for themselves, chips along each axis.
-      block: larger slices have axes that are multiples of this, in increasing order, up to a pod;
-        None where `small` is all there is.
+      small: the shapes that are listed one by one, in chips along each axis.
+      block: every axis of a larger slice is a multiple of this, in non-decreasing order, up to a
+        pod; None where `small` lists all slices.
       wrap: which axes close into rings. "blocks": all where every axis is a multiple of 4, else
         none. "16": each axis of 16. "none": no axis is a ring.
-      source: who says so. assumed: nobody does; it is another chip's rule.
+      source: where this is documented.
+      assumed: no source documents it; it is another chip's rule.
     """
 
     small: tuple[Sizes, ...]
@@ -65,11 +66,11 @@ SLICES: dict[str, SliceRule] = {
     "8t": SliceRule(((1, 1, 1), *_SMALL_3D), 4, "blocks", _ASSUMED, assumed=True),
     "8i": SliceRule(((1,), (4,), (8,), (16,), (32,)), 64, "none", _ASSUMED, assumed=True),
 }  # fmt: skip
-"""Chip -> its slices. GD: Google Cloud's documentation. An 8i slice is a count: it is no torus."""
+"""Chip -> its slices. GD: Google Cloud's documentation. 8i is no torus: its slices are counts."""
 
 
 def wraps(chip: Chip, sizes: Sizes) -> tuple[bool, ...]:
-    """For each axis of a slice of `sizes` chips whether it closes into a ring."""
+    """Whether each axis of a slice of `sizes` chips closes into a ring."""
     rule = SLICES.get(chip.name)
     kind = rule.wrap if rule else "none"
     if kind == "16":
@@ -79,7 +80,7 @@ def wraps(chip: Chip, sizes: Sizes) -> tuple[bool, ...]:
 
 @cache
 def _shapes(name: str) -> tuple[Sizes, ...]:
-    """Every shape of slice of a chip, fewest chips first, the nearest to a cube first."""
+    """Every slice of a chip by number of chips; of as many chips, the nearest to a cube first."""
     rule, chip = SLICES[name], get_chip(name)
     found = list(rule.small)
     if rule.block and chip.pod_chips:
@@ -100,9 +101,10 @@ def _multiples(block: int, rank: int, chips: int, least: int) -> list[Sizes]:
 
 
 def shape_of_count(chip: Chip, chips: int) -> Sizes:
-    """The slice of `chips` chips that is nearest to a cube (square); one axis off the torus.
+    """The slice of `chips` chips that is nearest to a cube (2D: to a square).
 
-    A count that no slice has gets the torus nearest to a cube, its axes of one chip last.
+    A chip that is no torus has one axis, of `chips`. A count that no slice has gets the torus
+    nearest to a cube, with axes of one chip last.
     """
     if chip.torus_rank is None:
         return (chips,)
@@ -122,7 +124,7 @@ def _nearest_cube(chips: int, rank: int) -> Sizes:
 
 
 def is_slice(chip: Chip, sizes: Sizes) -> bool:
-    """Whether a slice of the chip has these sizes, or this count of chips; any count on cpu."""
+    """Whether a slice of the chip has these sizes, or this count of chips; always True on cpu."""
     if chip.name not in SLICES:
         return True
     shapes = _shapes(chip.name)
@@ -130,9 +132,9 @@ def is_slice(chip: Chip, sizes: Sizes) -> bool:
 
 
 def require_slice(chip: Chip, sizes: Sizes) -> None:
-    """Raises UserError, naming the nearest slices that exist, where `sizes` is none of the chip's.
+    """Raises UserError, naming the nearest slices, unless the chip has a slice of these sizes.
 
-    `sizes` has the axes of the chip's slices, or one: a count of chips.
+    `sizes` has the axes of the chip's slices, or one number: a count of chips.
     """
     if is_slice(chip, sizes):
         return
@@ -146,7 +148,7 @@ def require_slice(chip: Chip, sizes: Sizes) -> None:
 
 
 def _nearest(shapes: tuple[Sizes, ...], sizes: Sizes) -> list[Sizes]:
-    """The slice with as many chips, else the next smaller and the next larger, most alike first."""
+    """The slice most alike of as many chips, else of the next smaller and the next larger count."""
 
     def unlike(shape: Sizes) -> float:
         if len(shape) != len(sizes):

@@ -80,9 +80,9 @@ def _matmul_cell(chip: Chip, lhs: str, rhs: str) -> str:
 
 
 def chip_rows(names: Sequence[str] | None = None) -> list[Row]:
-    """Rows to display: what the figures rest on, every fact, then matmul operand pairs.
+    """Rows to display: the evidence, every fact, then the rate of each matmul operand pair.
 
-    `names`: chips, all of them when None. Raises UserError for an unknown name.
+    `names`: chips; None for all. Raises UserError for an unknown name.
     """
     chips = [get_chip(name) for name in (CHIP_NAMES if names is None else names)]
     rows = [Row("evidence", {chip.name: evidence(chip) for chip in chips}, "")]

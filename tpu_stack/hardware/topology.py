@@ -15,7 +15,7 @@ from tpu_stack.errors import UserError
 from tpu_stack.hardware.chips import Chip
 from tpu_stack.hardware.slices import require_slice
 
-# Nine digits are more chips than any pod has, and keep int() from choking on a pasted novel.
+# Nine digits are more chips than any pod has, and bound the text that int() is given.
 _SIZE = re.compile(r"[1-9][0-9]{0,8}", re.ASCII)
 
 _EXAMPLES = {2: "4x4", 3: "2x2x1"}
