@@ -171,7 +171,7 @@ def test_bad_configs(field, value, message):
 
 
 def test_bad_process_counts():
-    with pytest.raises(UserError, match="batch_size 8 does not divide over 3 processes"):
+    with pytest.raises(UserError, match="batch_size 8 is not a multiple of 3 processes"):
         train_iterator(corpus(), CONFIG, 0, 3)
     with pytest.raises(UserError, match="process 2 is not one of 2 processes"):
         eval_batches(corpus(), CONFIG, "val", 2, 2)

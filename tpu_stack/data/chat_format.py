@@ -1,7 +1,7 @@
 """How a model expects a conversation to be written: its chat template and its special tokens.
 
-A tokenizer turns text into ids; this says which text. It travels as `chat.json` in a run folder and
-in a bundle. A model that was never taught to chat has none, and the empty format stands for that.
+A tokenizer turns text into ids; a chat format turns messages into that text. A run folder and a
+bundle hold it as `chat.json`. A model that was not trained to chat has none: the empty format.
 
 >>> ChatFormat.from_json(ChatFormat(eos_token="<|im_end|>").to_json()).eos_token
 '<|im_end|>'
@@ -52,7 +52,7 @@ class ChatFormat:
         return (tokenizer.special_ids[str(self.bos_token)],) if begins else ()
 
     def ends(self, tokenizer: Tokenizer) -> frozenset[int]:
-        """What ends an answer: the format's own stop tokens and the end of a document."""
+        """The ids that end an answer: the format's stop tokens and the end of a document."""
         return frozenset({tokenizer.eod_id, *self.stop_tokens})
 
     def to_json(self) -> str:
@@ -83,7 +83,10 @@ class ChatFormat:
 
     @classmethod
     def read(cls, folder: Path) -> "ChatFormat":
-        """The format in `folder`'s chat.json, the empty one where there is no such file."""
+        """The format in `folder`'s chat.json, the empty one where there is no such file.
+
+        Raises UserError when the file is no chat format.
+        """
         path = folder / CHAT
         if not path.is_file():
             return cls()

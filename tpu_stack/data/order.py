@@ -1,8 +1,8 @@
 """The order in which training visits the stream: a pure function of the seed and the row's number.
 
 Nothing is remembered between calls, so a run resumes from one integer, and any number of hosts
-agree on every global batch. grain's own `shuffle` gives the same promises at 17 microseconds a row;
-this costs a few microseconds a batch.
+agree on every global batch. grain's own `shuffle` gives the same promises one row at a time; this
+computes a batch at once.
 
 >>> order = RowOrder(tokens=1_000_000, seq_len=64, seed=0)
 >>> order.starts(first=12 * 7, count=12).shape  # step 7 of batches of 12 rows
@@ -55,7 +55,7 @@ class RowOrder:
 
     @property
     def rows_per_epoch(self) -> int:
-        """Rows that fit whatever the offset; the tokens beyond them vary from epoch to epoch."""
+        """Rows that fit at every offset; which tokens are left over depends on the offset."""
         return max(1, (self.tokens - self.seq_len) // self.seq_len)
 
     def offset(self, epoch: int) -> int:

@@ -1,6 +1,6 @@
 """Documents to one stream of tokens, and the stream to rows that a model trains on.
 
-Rows are cut from the concatenated documents ("concatenate and split"), so no token is wasted on
+Rows are cut from the concatenated documents ("concatenate and split"), so no position is wasted on
 padding; segment ids keep attention, and the loss mask keeps the loss, inside a document.
 
 >>> stream = tokenize(tokenizer, documents)
@@ -18,7 +18,7 @@ from jaxtyping import Bool, Int, Int32, UInt
 from tpu_stack.data.sources import Document
 from tpu_stack.data.tokenizer import Tokenizer
 
-_DOCUMENTS_AT_ONCE = 1024  # bounds the memory that the library's encodings take
+_DOCUMENTS_AT_ONCE = 1024  # bounds the memory of the tokenizer library's encodings
 
 
 class Batch(TypedDict):
@@ -57,23 +57,23 @@ class TokenStream:
 
     @property
     def predicted_tokens(self) -> int:
-        """Tokens with a loss: all but the first of each document, end-of-document ones included."""
+        """Tokens with a loss: all but the first of each document; end-of-document tokens count."""
         return len(self) - self.documents
 
     @property
     def predicted_bytes(self) -> int:
         """UTF-8 bytes of text that the predicted tokens stand for.
 
-        All the text's bytes less those of the first tokens, which nothing predicts. The
-        end-of-document token stands for none: its loss counts, its bytes do not. Exact for
-        byte-level and character tokenizers; for others `Tokenizer.byte_length` says how the first
-        tokens are counted. Bits per byte are summed nats / ln 2 / predicted_bytes.
+        That is all bytes of the text less those of the first tokens, which nothing predicts. The
+        loss of an end-of-document token counts, but it stands for no bytes. Exact for byte-level
+        and character tokenizers; for others `Tokenizer.byte_length` says how the first tokens are
+        counted. Bits per byte are the summed loss in nats / ln 2 / predicted_bytes.
         """
         return self.text_bytes - self.first_bytes
 
 
 def tokenize(tokenizer: Tokenizer, documents: Sequence[Document]) -> TokenStream:
-    """Encodes `documents` into one stream. Documents that give no token are left out."""
+    """Encodes `documents` into one stream. Documents without a token are left out."""
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     separator = np.array([tokenizer.eod_id], dtype)
     pieces: list[np.ndarray] = []

@@ -33,7 +33,7 @@ class DataConfig:
     paths: tuple[str, ...] = ()
     """Files and folders of text; empty means the running Python's standard library."""
     tokenizer: str = "bpe:4096"
-    """`chars`, `bpe:N` or the path of a tokenizer.json."""
+    """`chars`, `bpe:N`, or the path of a tokenizer.json or of a folder that holds one."""
     seq_len: int = 256
     """Tokens in a row."""
     batch_size: int = 16
@@ -60,7 +60,7 @@ class DataConfig:
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """A tokenizer and the two splits it encoded; `split_mode` is "documents" or "contiguous"."""
+    """A tokenizer and the two splits, encoded; `split_mode` is "documents" or "contiguous"."""
 
     tokenizer: Tokenizer
     train: TokenStream
@@ -72,8 +72,8 @@ def load_corpus(config: DataConfig, tokenizer: Tokenizer | None = None) -> Corpu
     """Reads, splits and encodes the corpus that `config` describes.
 
     Args:
-      tokenizer: use this one, as evaluating a checkpoint must, instead of `config.tokenizer`, which
-        is built from the training split alone.
+      tokenizer: replaces `config.tokenizer`, as the evaluation of a checkpoint requires. None:
+        `config.tokenizer`, which `chars` and `bpe:N` build from the training split alone.
     Raises UserError for bad input, for a training split shorter than one row (unless
     `val_fraction` is 1), and for a validation split without a token to predict (unless it is 0).
     """
@@ -117,14 +117,14 @@ def _rows_per_process(config: DataConfig, process_index: int, process_count: int
         raise UserError(f"process {process_index} is not one of {process_count} processes")
     if config.batch_size % process_count:
         raise UserError(
-            f"data.batch_size {config.batch_size} does not divide over {process_count} processes"
+            f"data.batch_size {config.batch_size} is not a multiple of {process_count} processes"
         )
     return config.batch_size // process_count
 
 
 @dataclass(frozen=True, eq=False)
 class _TrainingBatches:
-    """The random-access source of one process: item s is its block of global batch s."""
+    """The random-access source of one process: item s is its rows of global batch s."""
 
     stream: TokenStream
     order: RowOrder
@@ -145,12 +145,12 @@ def train_iterator(
 ) -> "grain.DatasetIterator[Batch]":
     """Returns an endless grain iterator over this process's rows of each global batch.
 
-    Batch s of process p of P holds rows p*B/P to (p+1)*B/P - 1 of global batch s, which is the same
-    whatever P is; batches run on across epochs. `get_state()` is `{"next_index": s}` and valid for
+    Batch s of process p of P holds rows p*B/P to (p+1)*B/P - 1 of global batch s, which does not
+    depend on P; a batch may span two epochs. `get_state()` is `{"next_index": s}` and valid for
     any P; `set_state` continues bit for bit for the same corpus, seed, seq_len and batch size. No
     thread or process is started: a batch is a gather from memory.
 
-    Raises UserError when the split is shorter than a row or P does not divide the batch.
+    Raises UserError when the training split is shorter than a row or P does not divide B.
     """
     import grain  # two seconds beyond jax's own import; only training pays
 
@@ -174,11 +174,11 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
-    """Yields every row of a split in order, in full batches; what lacks is padded and masked.
+    """Yields every row of a split in order; masked rows fill up the last batch.
 
     Over all batches and processes `loss_mask` is True exactly `predicted_tokens` times. Every
-    process yields `eval_batch_count` batches. Raises UserError (at once) for a split with nothing
-    to predict, or when the processes do not divide the batch.
+    process yields `eval_batch_count` batches. Raises UserError, at the call and not at the first
+    batch, for a split with nothing to predict or processes that do not divide the batch.
     """
     stream = corpus.train if split == "train" else corpus.val
     _require_prediction(stream, "training" if split == "train" else "validation")

@@ -28,8 +28,9 @@ def suffix_of(path: Path) -> str | None:
 def read_file(path: Path, text_field: str) -> Records:
     """Yields (record, text) of a file whose suffix is one of `SUFFIXES`.
 
-    `record` is "" for a text file, ":N" for record N (from 1) of a file of records. Line endings
-    are kept as they are and a byte-order mark is dropped. Raises UserError for anything unreadable.
+    `record` is "" for a text file and ":N" otherwise: line N of JSON Lines (blank lines count) or
+    row N of Parquet, from 1. Line endings are kept as they are and a byte-order mark is dropped.
+    Raises UserError, naming the file and the record, for anything unreadable.
     """
     suffix = suffix_of(path)
     if suffix is None:

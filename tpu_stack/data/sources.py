@@ -14,8 +14,8 @@ from pathlib import Path
 from tpu_stack.data.readers import SUFFIXES, read_file, suffix_of
 from tpu_stack.errors import UserError
 
-# Folders of the standard library that are not prose-like source: tests, vendored copies, the
-# character tables of `encodings` and the generated help text of `pydoc_data`.
+# Folders of the standard library left out of the corpus: tests, IDLE, lib2to3, installed packages,
+# the character tables of `encodings` and the generated help text of `pydoc_data`.
 _SKIPPED_FOLDERS = {
     *("test", "tests", "idle_test", "idlelib", "lib2to3", "encodings", "pydoc_data"),
     *("site-packages", "dist-packages", "__pycache__"),
@@ -25,10 +25,10 @@ _SKIPPED_PREFIXES = ("config-", "_sysconfigdata")  # build settings: they differ
 
 @dataclass(frozen=True)
 class Document:
-    """One text that is read as a whole; nothing attends from one document to another.
+    """One text; attention never crosses from one document to another.
 
     Invariants: `text` is not empty and encodes to UTF-8. `name` does not depend on where the corpus
-    lies: a path relative to the folder given, with `:N` for record N of a file of records.
+    lies: a path relative to the folder given, with `:N` for line N of JSON Lines, row N of Parquet.
     """
 
     text: str
@@ -40,11 +40,12 @@ def read_documents(paths: Sequence[str | Path], text_field: str = "text") -> lis
 
     A text file is one document; a `.jsonl`, `.jsonl.gz` or `.parquet` file is one per record, whose
     text stands in the field `text_field`. Folders are searched recursively for the supported
-    suffixes; hidden files are left out, links to folders are not followed, a file reached twice is
-    read once, and empty texts are dropped.
+    suffixes; hidden files and folders are left out, links to folders are not followed, a file
+    reached twice is read once, and empty texts are dropped.
 
-    Raises UserError, naming the file and the record, for a missing path, an unsupported suffix,
-    text that is not UTF-8, a malformed record, a missing field, or when no text is left.
+    Raises UserError, naming the file and the record, for a missing path, a folder without a
+    supported file, an unsupported suffix, text that is not UTF-8, a malformed record, a missing
+    field, or when no text is left.
     """
     seen: set[Path] = set()
     documents: list[Document] = []
@@ -97,11 +98,12 @@ def default_corpus(root: Path | None = None) -> list[Document]:
     """Returns the `.py` sources of the running Python's standard library, sorted by path.
 
     Tests, IDLE, lib2to3, installed packages, `encodings`, `pydoc_data` and per-machine build
-    settings are left out; so are the few files that are not UTF-8. About 8 MB for Python 3.12.
+    settings are left out; so are the few files that are not UTF-8 or cannot be read. About 8 MB
+    for Python 3.12.
 
     Args:
       root: the folder to read instead of the standard library's.
-    Raises UserError when there are no sources, as in a Python that carries only bytecode.
+    Raises UserError when there are no sources, as in a Python installed as bytecode only.
     """
     root = Path(sysconfig.get_path("stdlib")) if root is None else root
     documents: list[Document] = []

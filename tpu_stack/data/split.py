@@ -1,7 +1,7 @@
 """Which text is trained on, which is held out, and which is left out of a smaller run.
 
-Both choices depend on the documents and the seed alone, so that every process and every resumed
-run makes them alike.
+Both choices depend on the documents, the settings and the seed alone, so every process and every
+resumed run makes the same ones.
 
 >>> parts = split_documents(documents, val_fraction=0.1, mode="auto")
 >>> len(parts.train), len(parts.val), parts.mode
@@ -49,7 +49,7 @@ def split_documents(
     its side when others are added. "contiguous" holds out the end of the concatenated text, counted
     in characters (nanoGPT's 90/10); the document that the cut falls in is divided. "auto" takes
     "documents" for a corpus of at least 20 documents of which some fall on each side, and
-    "contiguous" otherwise: a single file is always cut.
+    "contiguous" otherwise: a single document is always cut.
 
     Raises UserError for a fraction outside [0, 1], an unknown mode, or a fraction strictly between
     0 and 1 that leaves one side without a document.
@@ -101,7 +101,7 @@ def _by_position(documents: Sequence[Document], val_fraction: float) -> Document
 
 
 def limit_bytes(documents: Sequence[Document], max_bytes: int, seed: int) -> list[Document]:
-    """Chooses documents at random by `seed`, `max_bytes` of UTF-8 text in all, in corpus order.
+    """Chooses documents by `seed` up to `max_bytes` of UTF-8 text; returns them in corpus order.
 
     The choice fills the budget exactly (to a character): the document that would overrun it is cut
     there. A corpus that fits is returned whole. Raises UserError unless `max_bytes` is positive.

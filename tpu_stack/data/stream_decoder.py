@@ -9,13 +9,12 @@ import codecs
 
 from tpu_stack.data.tokenizer import UNKNOWN, Tokenizer
 
-# A character of UTF-8 has four bytes at most, so a piece still broken after four tokens is no
-# character that is yet to be completed.
+# A UTF-8 character has at most four bytes, so one that is incomplete after four tokens stays so.
 _LONGEST_WAIT = 4
 
 
 class StreamDecoder:
-    """Turns ids into text increments; keep one for each sequence that is generated.
+    """Turns ids into text increments; use one decoder per generated sequence.
 
     Invariant: the increments so far, with `flush()`, are `tokenizer.decode` of the ids so far.
     Exact for byte-level and character tokenizers, broken UTF-8 included. For others a window of

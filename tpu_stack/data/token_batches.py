@@ -1,4 +1,4 @@
-"""Batches of packed text as a trainer takes them: endless, resumable, with their own fingerprint.
+"""Batches of packed text as a trainer takes them: endless, resumable, with a fingerprint.
 
 >>> batches = TokenBatches(corpus, DataConfig(seq_len=64, batch_size=16))
 >>> batches.element_spec["tokens"].shape
@@ -29,7 +29,7 @@ class TokenBatches:
 
     @property
     def element_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of the global batch."""
+        """Shapes and dtypes of the global batch."""
         return token_spec(self._config.batch_size, self._config.seq_len)
 
     def __next__(self) -> Batch:
@@ -40,11 +40,14 @@ class TokenBatches:
         return self._rows.get_state()
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Goes on with batch `next_index`."""
+        """Continues with batch `next_index`."""
         self._rows.set_state(state)
 
     def fingerprint(self) -> dict[str, Any]:
-        """The config, the tokenizer's digest and the number of tokens, flat."""
+        """What decides the sequence of batches, JSON-ready and flat; a resumed run must have it.
+
+        The config, the tokenizer's digest and the number of training tokens.
+        """
         config = {f"data.{name}": value for name, value in asdict(self._config).items()}
         return {
             **{name: list(v) if isinstance(v, tuple) else v for name, v in config.items()},

@@ -35,8 +35,8 @@ def bytes_of_tokens(backend: tokenizers.Tokenizer, vocab_size: int) -> tuple[byt
     """Returns the bytes each id in [0, vocab_size) adds to the decoded text, or None.
 
     Known when the decoder is `ByteLevel` (the pieces spell bytes) or `Fuse` (the pieces are the
-    text). Special tokens and unused ids add nothing. Any other decoder looks at the neighbours of
-    a token, so that no such table exists.
+    text). Special tokens and unused ids add nothing. Under any other decoder the bytes may depend
+    on a token's neighbours: None.
     """
     decoder = (json.loads(backend.to_str())["decoder"] or {}).get("type")
     if decoder not in ("ByteLevel", "Fuse"):

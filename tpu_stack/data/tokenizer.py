@@ -1,4 +1,4 @@
-"""Text to token ids and back, as one immutable value that a checkpoint and a bundle can carry.
+"""Text to token ids and back, as one immutable value that checkpoints and bundles store.
 
 >>> tokenizer = build_tokenizer("bpe:4096", documents)
 >>> tokenizer.decode(tokenizer.encode("def f(x):"))
@@ -33,9 +33,9 @@ _BYTE_SYMBOLS = 256
 class Tokenizer:
     """A tokenizer, defined wholly by the text of its `tokenizer.json`.
 
-    Invariants: every id lies in [0, vocab_size). Special tokens are never read out of text: a
-    document that spells `<|eod|>` gets ordinary tokens, so no text can end a document early. No
-    special tokens, truncation or padding are added. Equal definitions are equal tokenizers.
+    Invariants: every id lies in [0, vocab_size). Text never encodes to a special token: a document
+    that spells `<|eod|>` gets ordinary tokens, so no text can end a document early. Encoding adds
+    no special tokens and neither truncates nor pads. Equal definitions are equal tokenizers.
 
     Build one with `build_tokenizer` or `Tokenizer.from_json`, which bring the definition into its
     canonical form.
@@ -93,7 +93,7 @@ class Tokenizer:
 
     @cached_property
     def special_ids(self) -> dict[str, int]:
-        """Text -> id of the special tokens, which are never read out of text."""
+        """Text -> id of the special tokens, to which no text encodes."""
         added = self._backend.get_added_tokens_decoder()
         return {token.content: index for index, token in added.items() if token.special}
 
@@ -101,26 +101,26 @@ class Tokenizer:
     def token_bytes(self) -> tuple[bytes, ...] | None:
         """The bytes each id stands for, where decoding is plain concatenation of those bytes.
 
-        True of byte-level and of character tokenizers; None for any other, whose tokens depend on
-        their neighbours. Special tokens stand for no bytes.
+        So it is for byte-level and character tokenizers; None for any other, where the bytes may
+        depend on neighbouring tokens. Special tokens stand for no bytes.
         """
         return bytes_of_tokens(self._backend, self.vocab_size)
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of `text`. Characters outside a `chars` vocabulary become U+FFFD."""
+        """Returns the ids of `text`; a character outside a `chars` vocabulary gets U+FFFD's id."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Returns `encode` of each text, computed on every core."""
+        """Returns `encode` of each text, computed on all CPU cores."""
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of `ids`: special and unknown ids add nothing, broken UTF-8 U+FFFD."""
+        """Returns the text of `ids`. Special and unknown ids add nothing; broken UTF-8 U+FFFD."""
         return self._backend.decode(list(ids), skip_special_tokens=True)
 
     def byte_length(self, token: int) -> int:
-        """Returns the UTF-8 bytes that one id stands for: exact where `token_bytes` is known.
+        """Returns how many UTF-8 bytes one id stands for: exact where `token_bytes` is known.
 
         Elsewhere it is the length of the id decoded alone, one byte for a `<0xNN>` token.
         """
@@ -138,11 +138,11 @@ def build_tokenizer(spec: str, documents: Sequence[Document]) -> Tokenizer:
     Args:
       spec: `chars` for every character of `documents` in code-point order, then U+FFFD for unknown
         ones, then the end of a document; `bpe:N` for a byte-level BPE (Sennrich et al. 2016, over
-        bytes as in GPT-2) of at most N entries trained on `documents`; or the path of a
-        `tokenizer.json`, or of a folder that holds one. The same documents in the same order give
-        the same tokenizer. A text too small for N merges gives fewer entries.
-      documents: the training text; a path ignores it.
-    Raises UserError for a malformed `spec`, a missing file, or no text to build from.
+        bytes as in GPT-2) of at most N entries, N >= 257, trained on `documents`, with fewer where
+        the text is too small; or the path of a `tokenizer.json`, or of a folder that holds one. The
+        same documents in the same order give the same tokenizer.
+      documents: the training text; not used where `spec` is a path.
+    Raises UserError for a malformed `spec`, a missing or damaged file, or no text to build from.
     """
     kind, colon, argument = spec.partition(":")
     if spec == "chars":
