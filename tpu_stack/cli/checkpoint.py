@@ -1,4 +1,4 @@
-"""`tpu-stack checkpoint`: what a run folder's checkpoints hold."""
+"""`tpu-stack checkpoint`: the digest and the settings of a run folder's checkpoints."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ class Options:
     action: Positional[Literal["digest", "show"]]
     """digest: one BLAKE3 hash of names, dtypes, shapes and bytes. show: steps and settings."""
     run: Positional[Path]
-    """The --out folder of `tpu-stack train`."""
+    """A run folder: the --out of `tpu-stack train` or `tpu-stack import`."""
     step: int | None = None
     """Step to inspect; the default is the newest."""
     json: Path | None = None

@@ -10,7 +10,7 @@ from tpu_stack.cli.console import print_table, save_json
 
 @dataclass(frozen=True)
 class Options:
-    """Show the facts of every chip, or of one, each with its source; disagreements stay visible.
+    """Show the facts of every chip, or of one with its sources; figures that disagree stay visible.
 
     Example: tpu-stack chips 8i
     """

@@ -11,8 +11,9 @@ from tpu_stack.files import write_text
 
 @dataclass(frozen=True)
 class Options:
-    """Lay a training and a serving profile side by side: tensors, resharding, and what each program
-    costs. Nothing is allocated; speeds are projected. A profile is NAME:TOPOLOGY and counts chips.
+    """Compare a training and a serving profile of one model: tensors, resharding, and what each
+    program costs. Nothing is allocated; speeds are projected. A profile is NAME:TOPOLOGY and counts
+    chips.
 
     Models: nano, llama3_8b, llama3_70b, qwen3_0_6b, qwen3_8b, qwen3_32b, gemma3_1b, gemma3_27b.
 
@@ -30,27 +31,28 @@ class Options:
     serve_mesh: str | None = None
     """Axis sizes, such as data=2,tensor=8; the default is the nearest legal mesh to pure tensor."""
     format: str = "int4"
-    """What serving stores the weights as; any format of `tpu-stack pack`."""
+    """Weight format of serving; any format of `tpu-stack pack`."""
     batch_size: int | None = None
     """Sequences per train step; the default makes about 8192 tokens a device."""
     seq_len: int | None = None
-    """Tokens per training sequence (default 4096)."""
+    """Tokens per training sequence (default 4096, at most the model's window)."""
     serve_batch: int | None = None
-    """Sequences decoded together (default 16 for each slice of the data axis)."""
+    """Sequences decoded together (default 16 per data-parallel replica)."""
     context: int | None = None
-    """Positions that the cache holds per row (default 4096)."""
+    """Positions that the cache holds per row (default 4096, at most the model's window)."""
     prompt: int | None = None
-    """Tokens of a prompt (default 1024), which prefill runs in chunks of at most 256."""
+    """Tokens of a prompt (default 1024, at most half the context); prefill runs it in chunks of at
+    most 256."""
     why: str | None = None
-    """Say only why this tensor is sharded as it is on both sides, such as blocks.mlp.w_up."""
+    """Explain only how both profiles shard this tensor, such as blocks.mlp.w_up."""
     html: Path | None = None
-    """Also write the comparison as one page that works offline: rooflines, breakdowns, tensors."""
+    """Also write the comparison as one offline page: rooflines, breakdowns, tensors."""
     json: Path | None = None
     """Also write the comparison to this file."""
 
 
 def run(options: Options) -> None:
-    """Prints the comparison, or with `--why` one tensor's chain, and writes the files asked for."""
+    """Prints the comparison, or with `--why` one tensor's sharding, and writes the files."""
     if options.why is not None:
         print_why(why_sharded(options, options.why))
         if options.json is None and options.html is None:
@@ -66,7 +68,7 @@ def run(options: Options) -> None:
 
 
 def compare_profiles(options: Options) -> dict[str, Any]:
-    """The comparison behind a progress bar; see `api.planning.compare`."""
+    """The comparison, JSON-ready, with a progress bar; see `api.planning.compare`."""
     from tpu_stack.api import planning
     from tpu_stack.planner import compare as planner
 
@@ -85,7 +87,7 @@ def compare_profiles(options: Options) -> dict[str, Any]:
 def why_sharded(options: Options, name: str) -> dict[str, Any]:
     """Why the tensor is sharded as it is, JSON-ready: nothing is compiled for this.
 
-    Raises UserError for a tensor that the model does not have, with the nearest that it has.
+    Raises UserError for a tensor that the model does not have, with the nearest name.
     """
     from tpu_stack.models.abstract import tensor_specs
     from tpu_stack.planner.compare.placement import chain, named

@@ -1,4 +1,4 @@
-"""The tables of `tpu-stack compare`. Apart from the verb because there are nine of them.
+"""The tables of `tpu-stack compare`; a module of their own because there are eight.
 
 Example:
     print_comparison(compare(request))
@@ -90,7 +90,7 @@ def _print_tensors(result: dict[str, Any]) -> None:
     print_table(
         f"\ntensors, bytes per device ({result['rungs']['tensors']})",
         ["tensor", "logical axes", "train spec", dtype, "with AdamW", "serve spec", "format",
-         f"on {result['serve']['chip']}", "decode tile", "packed", "reshard", "reshard in all"],
+         f"on {result['serve']['chip']}", "decode tile", "packed", "reshard", "reshard in total"],
         rows,
     )  # fmt: skip
 
@@ -112,7 +112,10 @@ def _print_reshard(result: dict[str, Any]) -> None:
     columns = ["reshard", "move", "payload per device", "moved per device", "projected time"]
     print_table(f"\nfrom training to serving layout ({result['rungs']['reshard']})", columns, rows)
     for chip in plan["network_figure_missing_for"]:
-        print(f"no network rate is published for {chip}: the send is timed by the other side alone")
+        print(
+            f"no network rate is published for {chip}:"
+            " the send is timed by the other side's rate alone"
+        )
 
 
 def _move_cells(move: dict[str, Any], mesh: dict[str, int]) -> list[str]:
@@ -125,7 +128,7 @@ def _move_cells(move: dict[str, Any], mesh: dict[str, int]) -> list[str]:
 
 
 def print_why(found: dict[str, Any]) -> None:
-    """Prints the chain from logical axis to mesh axis of one tensor, on both sides."""
+    """Prints how both profiles map one tensor's logical axes to mesh axes."""
     rows = []
     for role in ("train", "serve"):
         for link in found[role]:
@@ -145,7 +148,7 @@ def print_why(found: dict[str, Any]) -> None:
          "per device"],
         rows,
     )  # fmt: skip
-    print("a mesh axis in brackets has size 1 and splits nothing")
+    print("a mesh axis in brackets has size 1 and does not shard")
 
 
 def _print_memory(result: dict[str, Any]) -> None:
@@ -213,7 +216,7 @@ def _print_two_by_two(result: dict[str, Any]) -> None:
 BREAKDOWN: Sequence[tuple[str, str]] = (
     ("compute", "compute_s"), ("memory", "memory_s"), ("exposed collectives", "exposed_ici_s"),
 )  # fmt: skip
-"""What adds up to a projected time: name, key of the breakdown."""
+"""The parts that add up to a projected time: (name, key of the breakdown)."""
 
 
 def _print_collectives(result: dict[str, Any]) -> None:

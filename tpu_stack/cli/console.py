@@ -24,7 +24,7 @@ from tpu_stack.files import write_json
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Prints a table to standard output; wide enough for its content when it is not a terminal."""
+    """Prints a table to standard output, 180 columns wide where that is no terminal."""
     table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
     for number, name in enumerate(columns):
         table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
@@ -35,7 +35,10 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
 
 
 def progress(description: str = "{task.description}") -> Progress:
-    """A progress bar on standard error that leaves standard output to the result."""
+    """A progress bar on standard error, so that standard output holds only the result.
+
+    Every task needs the field `note`, which is shown after the bar.
+    """
     return Progress(
         TextColumn(description),
         BarColumn(),
@@ -48,6 +51,6 @@ def progress(description: str = "{task.description}") -> Progress:
 
 
 def save_json(path: Path | None, value: Any) -> None:
-    """Writes the verb's result for machines where `--json FILE` asks for it."""
+    """Writes `value` as JSON to `path`, the verb's `--json FILE`; nothing where it is None."""
     if path is not None:
         write_json(path, value)

@@ -38,7 +38,7 @@ RUNGS = {
     "compare.collectives": "counted in the program that XLA:CPU compiled for the emulated mesh",
     "compare.roofline": "4 projected: no 8t or 8i was at hand",
 }
-"""How far each figure of the report was proven."""
+"""How far each figure of the report is proven."""
 
 
 def _train_config() -> TrainConfig:
@@ -56,19 +56,19 @@ def _train_config() -> TrainConfig:
 
 @dataclass(frozen=True)
 class Options:
-    """Train, pack, generate, evaluate and compare a small model; writes report.json and .html.
+    """Train, pack, evaluate, generate with and compare a small model; writes report.json and .html.
 
     Example: tpu-stack demo --out runs/demo
     """
 
     out: Path = Path("runs/demo")
-    """Folder of the report; replaced as a whole when the demo has succeeded."""
+    """Folder of the report; replaced as a whole once the demo succeeds."""
     train: TrainConfig = field(default_factory=_train_config)
     text: TextOptions = field(
         default_factory=lambda: TextOptions(max_bytes=4_000_000, val_fraction=0.06)
     )
     devices: int = 8
-    """Virtual CPU devices that both meshes are emulated on."""
+    """Virtual CPU devices for training, packing and evaluation; generation uses one."""
     json: Path | None = None
     """Also write the report here."""
 
@@ -91,7 +91,7 @@ def run(options: Options) -> int:
 
 
 def _report(options: Options, folder: Path) -> dict[str, Any]:
-    """Everything the report holds."""
+    """Runs the stages; returns the report, JSON-ready."""
     place = PlacementOptions(devices=options.devices)
     run_folder = folder / "train"
     with _stage("train nano under 8t"):
@@ -101,7 +101,7 @@ def _report(options: Options, folder: Path) -> dict[str, Any]:
         job = train_verb.make_job(train_options)
         result = train_verb.train_behind_a_bar(job, run_folder, resume=False)
     if isinstance(result.stopped_by, int):
-        raise SystemExit(128 + result.stopped_by)  # the folder goes; nothing half-done is left
+        raise SystemExit(128 + result.stopped_by)  # which removes the folder
     report: dict[str, Any] = {"train": result.to_dict(), "pack": {}, "eval": {}}
     for format in FORMATS:
         bundle = folder / f"bundle-{format}"
@@ -115,7 +115,7 @@ def _report(options: Options, folder: Path) -> dict[str, Any]:
                 )
             )
     with _stage("generate from int4 under 8i"):
-        one = PlacementOptions(devices=1)  # what a mesh splits is compared below
+        one = PlacementOptions(devices=1)  # on a CPU, a mesh would only slow decoding
         request = generate_verb.Options(
             folder / "bundle-int4", PROMPTS, max_tokens=48, temperature=0.7, place=one
         )

@@ -16,7 +16,7 @@ from tpu_stack.sharding.placement import PlacementOptions
 class Options:
     """Evaluate a bundle, or a run folder's newest checkpoint, on the validation split of a text.
 
-    The split is the one that training held out when --data and --text are the same.
+    With the --data and --text.* of training, that is the split that training held out.
 
     Example: tpu-stack eval runs/a-int4 --data plays.txt
     """
@@ -53,7 +53,7 @@ def _cell(value: Any) -> str:
 
 
 def evaluate(options: Options) -> dict[str, Any]:
-    """The evaluation in JSON-ready fields; see `api.evaluate`."""
+    """The evaluation, JSON-ready; see `api.evaluate`."""
     from tpu_stack.api import evaluation
 
     text = data_config((), options.text, seq_len=options.seq_len, batch_size=options.batch_size)

@@ -18,7 +18,7 @@ _NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 class Options:
     """Export a checkpoint as a Hugging Face folder: config.json, safetensors, tokenizer.json.
 
-    What was imported and not trained comes back bit for bit.
+    A checkpoint that was imported and not trained is exported bit for bit.
 
     Example: tpu-stack export runs/qwen3 --out models/qwen3-tuned --dtype bfloat16
     """
@@ -28,7 +28,7 @@ class Options:
     out: Path
     """Hugging Face folder to write; it must not exist yet."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """How weights are stored; the default is what they were imported in, else float32."""
+    """Dtype of the weights; the default is each tensor's dtype at import, else float32."""
     step: int | None = None
     """Step to export; the default is the newest."""
     profile: str = "8i"
@@ -39,7 +39,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Exports behind a progress bar and prints what was written."""
+    """Exports with a progress bar and prints what was written."""
     devices_for(options.profile, "serve", options.place)
     from tpu_stack.checkpoint.store import CheckpointStore
     from tpu_stack.models.abstract import tensor_specs

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tpu_stack.serving.requests import SamplingParams
 
 SLOTS = 64
-"""Prompts that decode at once, at most; others wait."""
+"""At most so many prompts decode at once; the others wait."""
 
 
 @dataclass(frozen=True)
@@ -33,18 +33,18 @@ class Options:
     prompt: tuple[str, ...]
     """One or more prompts."""
     max_tokens: int = 64
-    """Tokens to write per prompt, at most."""
+    """New tokens per prompt, at most."""
     temperature: float = 0.0
     """0 is greedy."""
     top_k: int = 0
     """Sample among the k likeliest tokens; 0 keeps all."""
     top_p: float = 1.0
-    """Sample among the likeliest tokens of this total probability."""
+    """Sample among the fewest likeliest tokens whose probabilities reach this sum; 1 keeps all."""
     seed: int = 0
     """Prompt number b is seeded with seed + b."""
     profile: str = "8i"
-    """Serving profile, NAME[:TOPOLOGY]; counts chips. Without a topology, a mesh or a number of
-    devices, a CPU emulates one device."""
+    """Serving profile, NAME[:TOPOLOGY]; counts chips. On a CPU without a topology, --mesh or
+    --devices, one device is emulated."""
     json: Path | None = None
     """Also write the result to this file."""
     place: Annotated[PlacementOptions, Unprefixed] = field(default_factory=PlacementOptions)
@@ -65,7 +65,7 @@ def run(options: Options) -> None:
 
 
 def generate(options: Options, stream: bool) -> dict[str, Any]:
-    """Loads the bundle, decodes the batch, and returns texts and speed in JSON-ready fields."""
+    """Loads the bundle, decodes the batch, and returns texts and speed, JSON-ready."""
     from tpu_stack.serving.generate import GenerationStats, stream_text
 
     sampling = _sampling(options)
@@ -116,13 +116,13 @@ def _sampling(options: Options) -> "SamplingParams":
     names = ("temperature", "top_k", "top_p", "seed")
     try:
         return SamplingParams(**{name: getattr(options, name) for name in names})
-    except UserError as error:  # begins with the field's name, which is the flag's
+    except UserError as error:  # its first word is the field's name, and so the flag's
         name, said = str(error).split(" ", 1)
         raise UserError(f"--{name.replace('_', '-')} {said}") from None
 
 
 def _started(options: Options) -> "tuple[Bundle, Served]":
-    """An engine that is just long enough for these prompts; it compiles what they need."""
+    """The bundle, and an engine with slots and length for these prompts alone."""
     from tpu_stack.serving.engine_options import EngineOptions
     from tpu_stack.serving.launch import Weights, Where, start_engine
 
@@ -136,7 +136,7 @@ def _started(options: Options) -> "tuple[Bundle, Served]":
     if length > window:
         raise UserError(
             f"{longest} prompt tokens and --max-tokens {options.max_tokens} exceed the model's"
-            f" {window}"
+            f" window of {window} tokens"
         )
     count = len(options.prompt)
     engine = EngineOptions(slots=min(count, SLOTS), queue=count, max_length=length)

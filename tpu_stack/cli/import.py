@@ -32,7 +32,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Imports behind a progress bar and prints what was found."""
+    """Imports with a progress bar and prints what was found."""
     devices_for(options.profile, "train", options.place, emulate=False)
     from tpu_stack.models.abstract import parameter_count, tensor_specs
     from tpu_stack.models.hf.folder import HuggingFaceFolder

@@ -1,4 +1,4 @@
-"""`tpu-stack logits`: what a model says of given tokens, so that anyone can check it."""
+"""`tpu-stack logits`: a model's logits for given tokens, to compare with other software."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,7 @@ class Options:
     out: Path
     """The .npz file to write: float32 `logits` [B, T, V]."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """What products are computed in."""
+    """Dtype of activations and matrix products."""
     batch_size: int = 8
     """Rows computed at once."""
     profile: str = "8i"
@@ -37,7 +37,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Computes, writes and sums up."""
+    """Writes the logits and prints a summary."""
     result = write_logits(options)
     rows = [[key.replace("_", " "), value] for key, value in result.items()]
     print_table(f"logits of {options.target}", ["what", "value"], rows)
@@ -45,7 +45,7 @@ def run(options: Options) -> None:
 
 
 def write_logits(options: Options) -> dict[str, Any]:
-    """Writes the file; returns what was computed in JSON-ready fields."""
+    """Writes float32 `logits` [B, T, V] to `out`; returns a summary, JSON-ready."""
     import jax
     import numpy as np
 
@@ -90,7 +90,7 @@ def write_logits(options: Options) -> dict[str, Any]:
 
 
 def read_tokens(path: Path, vocab_size: int) -> Any:
-    """int32 [B, T] from an .npz file. Raises UserError for anything else, or ids out of range."""
+    """`tokens` of an .npz file, int32 [B, T]. Raises UserError for another array or a bad id."""
     import numpy as np
 
     try:
@@ -104,11 +104,11 @@ def read_tokens(path: Path, vocab_size: int) -> Any:
         raise UserError(f"{path} is not an .npz file") from error
     if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
         raise UserError(
-            f"{path}: tokens is {tokens.dtype} {list(tokens.shape)}; integers [B, T] are wanted"
+            f"{path}: tokens is {tokens.dtype} {list(tokens.shape)}; it must be integers [B, T]"
         )
     if tokens.min() < 0 or tokens.max() >= vocab_size:
         raise UserError(
-            f"{path}: tokens lie in {tokens.min()} to {tokens.max()}; the model's in 0 to"
+            f"{path}: tokens lie in {tokens.min()} to {tokens.max()}; the model's ids are 0 to"
             f" {vocab_size - 1}"
         )
     return tokens.astype(np.int32)

@@ -2,8 +2,8 @@
 
 Each verb is a module of this folder with a frozen dataclass `Options` (its docstring is the help
 text and ends in an example) and a function `run(options)`; or a package with `ACTIONS`, each such a
-module, and perhaps a `DEFAULT` for when the next word is none of them. Modules are imported only
-when called, so `tpu-stack --help` needs no JAX.
+module, and perhaps a `DEFAULT`, the action where the next word names none. A verb's module is
+imported only when the verb runs, so `tpu-stack --help` needs no JAX.
 
     main(["chips", "8i"])
 """
@@ -37,7 +37,7 @@ VERBS = {
     "compare": "one model, the training and the serving profile side by side",
     "profiles": "sharding profiles, and how they lay out a model",
     "chips": "what is known of each TPU chip, with sources",
-    "plan": "which chips, which mesh, will it fit: compile, memory, search, backtest",
+    "plan": "which chips, which mesh, will it fit: compile, memory, simulate, search, backtest",
     "kernels": "kernels without a TPU: verify, explain, profile, tune",
 }
 
@@ -48,7 +48,7 @@ _KIND = re.compile(
 )
 _NUMBER = re.compile(r"Error parsing (\S+): .* (float|int)(?:\(\) with base 10)?: (.*)")
 _KINDS = {"INT": "a whole number", "FLOAT": "a number"}
-"""What tyro calls types, in words."""
+"""tyro's name of a type -> our words."""
 _NONE = "{None}"
 _BORDER = "│|╭╮╰╯"  # the sides of tyro's boxes, in UTF-8 and in ASCII terminals
 
@@ -74,8 +74,8 @@ def _fail(message: str, status: int = 2) -> NoReturn:
 
 
 def _one_line(boxed: str, flags: list[str]) -> str:
-    """What matters of tyro's boxed message, its first paragraph, which may be wrapped; for an
-    unknown option, the nearest of `flags`."""
+    """tyro's boxed message in one line: its first paragraph, or our own words for the errors that
+    we recognise; for an unknown option, the nearest of `flags`."""
     inside = [line.strip().strip(_BORDER).strip() for line in boxed.splitlines()[1:]]
     said = itertools.dropwhile(lambda line: not line.strip("─-+"), inside)
     lines = list(itertools.takewhile(lambda line: line.strip("─-+"), said))
@@ -123,14 +123,18 @@ def _flags(options_type: type) -> list[str]:
 
 
 def _prepare_backend() -> None:
-    """Without a TPU device file, JAX is told to use the CPU, so that libtpu is not probed."""
+    """Without a TPU device file, tells JAX to use the CPU, so that it does not probe libtpu."""
     has_tpu = any(os.path.exists(path) for path in ("/dev/accel0", "/dev/vfio/0"))
     if not has_tpu:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def main(argv: list[str]) -> int:
-    """Runs one verb; returns the exit status: 0, 2 bad input, 130 interrupted, 143 terminated."""
+    """Runs one verb; returns its exit status.
+
+    0 success; 1 a check of the verb failed; 128 + N stopped by signal N. Raises SystemExit, after
+    one line on standard error, with 2 for bad input and 1 for an error of the operating system.
+    """
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_usage())
         return 0
@@ -167,10 +171,10 @@ def main(argv: list[str]) -> int:
 
 
 def _ignore_late_callbacks() -> None:
-    """Keeps storage threads from printing tracebacks of their own once a write has failed.
+    """Suppresses the tracebacks of storage threads once a write has failed.
 
     TensorStore calls back into the event loop that Orbax closed when its first write failed; Python
-    reports each call as unraisable. The failure itself is raised, and is the line the user reads.
+    reports each call as unraisable. The failure itself is raised, and the user reads its one line.
     """
     previous = sys.unraisablehook
 

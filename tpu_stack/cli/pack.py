@@ -20,15 +20,15 @@ class Options:
     """
 
     run: Positional[Path]
-    """The --out folder of `tpu-stack train`."""
+    """A run folder: the --out of `tpu-stack train` or `tpu-stack import`."""
     out: Path
     """Folder of the bundle; it must not exist yet."""
     format: str = "int4"
-    """Weight format: bf16, int8, fp8_e4m3, int4, mxfp4, nvfp4, int2, ternary, int1, or one of
-    these in groups, such as int4_g64; a wrong name lists all."""
+    """Weight format: bf16, int8, fp8_e4m3, int4, mxfp4, nvfp4, int2, ternary or int1, or another
+    group size, such as int4_g64; the error for a wrong name lists all."""
     rotation: int = 0
-    """Rotate what 4-bit weights contract with by Hadamard blocks of this many rows (a power of
-    two), which spreads outliers; 0 for none."""
+    """Rotate 4-bit weights along the contracted axis by Hadamard blocks of this many rows (a power
+    of two), which spreads outliers; 0 for none."""
     profile: str = "8i"
     """Serving profile, NAME[:TOPOLOGY]; counts chips."""
     step: int | None = None
@@ -48,7 +48,7 @@ def run(options: Options) -> None:
 
 
 def pack_run(options: Options) -> dict[str, Any]:
-    """Packs behind a progress bar; returns the bundle in JSON-ready fields."""
+    """Packs with a progress bar; returns what the bundle holds, JSON-ready."""
     from tpu_stack.api import packing
 
     with progress() as bar:

@@ -1,4 +1,4 @@
-"""`tpu-stack profiles`: the rules of a profile, and where they put every tensor of a model."""
+"""`tpu-stack profiles`: the rules of a profile, and how they shard every tensor of a model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ class Options:
     model: str = "nano"
     """Preset to lay out."""
     role: Literal["train", "serve"] | None = None
-    """Role of the chip; 8t and the earlier chips train, 8i serves, unless named."""
+    """Role of the profile; the default is serve for 8i and train for any other chip."""
     mesh: str | None = None
     """Axis sizes, such as fsdp=16,tensor=4; the default is the nearest legal mesh."""
     format: str = "bf16"
@@ -76,7 +76,7 @@ def _list(options: Options) -> None:
 
 
 def describe(options: Options) -> dict[str, Any]:
-    """The layout in JSON-ready fields; nothing is allocated and no device is started."""
+    """The layout, JSON-ready; nothing is allocated and no device is started."""
     from tpu_stack.models.abstract import tensor_specs
     from tpu_stack.models.presets import get_preset
     from tpu_stack.sharding.profiles import get_profile

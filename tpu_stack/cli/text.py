@@ -17,7 +17,8 @@ class TextOptions:
     """How the text is split and tokenized."""
 
     tokenizer: str = "bpe:2048"
-    """chars, bpe:N (byte-level, trained on the training split), or a tokenizer.json."""
+    """chars, bpe:N (byte-level, trained on the training split), or a tokenizer.json or its
+    folder."""
     max_bytes: int | None = None
     """Use only this many bytes of the corpus, documents chosen by seed."""
     val_fraction: float = 0.1
@@ -27,7 +28,7 @@ class TextOptions:
     field: str = "text"
     """The field that holds the text in JSON Lines and Parquet files."""
     seed: int = 0
-    """Chooses the documents under max_bytes, and the order of the rows."""
+    """Chooses the documents under max_bytes, and the order and offsets of the rows."""
 
 
 def data_config(

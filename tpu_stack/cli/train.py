@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Options:
     """Train a model under a training profile; on a CPU the profile's mesh is emulated.
 
-    The model's vocabulary is the tokenizer's, rounded up to a multiple of 64.
+    The vocabulary is the tokenizer's, rounded up to a multiple of 64; --init keeps its model's.
 
     Example: tpu-stack train --model nano --profile 8t --train.steps 100 --out runs/a
     """
@@ -32,7 +32,7 @@ class Options:
     """Training profile, NAME[:TOPOLOGY]; counts chips."""
     init: Path | None = None
     """Run folder of `train` or `import` to begin from: its model, tokenizer and newest weights,
-    with a new optimizer. Takes the place of --model and --text.tokenizer."""
+    with a new optimizer state; instead of --model and --text.tokenizer."""
     data: tuple[Path, ...] = ()
     """Files and folders of text; the default is Python's standard library."""
     resume: bool = False
@@ -45,7 +45,7 @@ class Options:
 
 
 def run(options: Options) -> int:
-    """Trains, prints what came of it, and returns 128 + signal when one stopped the run early."""
+    """Trains, prints the result, and returns 128 + signal where a signal stopped the run early."""
     result = train_behind_a_bar(make_job(options), options.out, options.resume)
     summary = result.to_dict()
     print_table(f"run {options.out}", ["what", "value"], _rows(summary))
@@ -120,7 +120,7 @@ def _rows(summary: dict[str, Any]) -> list[list[str]]:
     if summary["tokens_per_s"] is not None:
         rows.append(["tokens/s (measured)", f"{summary['tokens_per_s']:,.0f}"])
     mfu = summary["mfu"]
-    rows.append(["MFU", "not known on this device" if mfu is None else f"{mfu:.1%}"])
+    rows.append(["MFU", "unknown for this device" if mfu is None else f"{mfu:.1%}"])
     if summary["stopped_by"]:
         rows.append(["stopped by signal", str(summary["stopped_by"])])
     return rows

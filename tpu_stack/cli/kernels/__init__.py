@@ -5,9 +5,9 @@ Example:
 """
 
 ACTIONS = {
-    "verify": "check every kernel on every rung: numbers, races, lowering, compiling, roofline",
-    "explain": "say which matmul runs for a format, chip and shape, and why",
+    "verify": "check every kernel: its numbers, races, lowering, compiling, and the roofline",
+    "explain": "which matmul runs for a format, chip and shape, and why",
     "profile": "count a compiled kernel's bundles, unit by unit",
-    "tune": "search tiles and scale modes by compiled bundles",
+    "tune": "search tiles and scale modes by the bundles of compiled kernels",
 }
 """Action -> one line of help; each is a module with `Options` and `run`."""

@@ -22,7 +22,7 @@ class Options:
     shape: str = "16,4096,14336"
     """M,K,N."""
     activation: str | None = None
-    """Type of x: bf16, fp8 or int8; the default is the fastest that costs least accuracy."""
+    """Type of x: bf16, fp8 or int8; the default is the fastest, of equals the most exact."""
     json: Path | None = None
     """Also write the answer to this file."""
 

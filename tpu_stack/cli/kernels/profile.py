@@ -10,22 +10,23 @@ from tpu_stack.units import bytes_text
 
 @dataclass(frozen=True)
 class Options:
-    """Read the compiler's static schedule of one kernel: bundles inside and outside the grid loop,
-    the occupancy of each unit, which unit binds, spills. Nothing is run or measured.
+    """Read the compiler's static schedule of one kernel: bundles (VLIW instructions) inside and
+    outside the grid loop, the occupancy of each unit, which unit binds, spills. Nothing is run.
 
     Example: tpu-stack kernels profile --format int4 --chip v6e --shape 16,4096,14336
     """
 
     format: str
-    """Weight format, such as int4."""
+    """Format of weights, pages or rows, such as int4."""
     op: str = "quantized_matmul"
-    """Kernel."""
+    """quantized_matmul, grouped_matmul, kv_attention or quantize_rows."""
     activation: str = "bf16"
     """Type of x: bf16, fp8 or int8."""
     chip: str = "v6e"
     """v5e, v5p, v6e or 7x."""
     shape: str | None = None
-    """Numbers with commas; the default is the case's own, M,K,N = 16,4096,14336."""
+    """Numbers with commas, such as M,K,N; the default is the op's, 16,4096,14336 for
+    quantized_matmul."""
     cache: Path | None = None
     """Folder of compile results (default ~/.cache/tpu-stack/kernels)."""
     json: Path | None = None
@@ -33,7 +34,7 @@ class Options:
 
 
 def run(options: Options) -> int:
-    """Prints a table per kernel; returns 1 when the compiler refused it."""
+    """Prints two tables per kernel and the roofline; returns 1 when the compiler refuses it."""
     from tpu_stack.errors import UserError
     from tpu_stack.planner.kernels.case_registry import find_cases
     from tpu_stack.planner.kernels.cases import parse_shape
@@ -69,7 +70,7 @@ def run(options: Options) -> int:
 
 
 def progress_of_one(note: str) -> Any:
-    """A progress bar for one compile, which takes seconds."""
+    """A progress bar for one compile."""
     from tpu_stack.cli.console import progress
 
     bar = progress()
@@ -78,13 +79,13 @@ def progress_of_one(note: str) -> Any:
 
 
 def _roofline(whole: dict[str, Any]) -> list[list[str]]:
-    """Rows of what a call takes beside the roofline, if every DMA overlaps with compute."""
+    """Rows: the cycles of one call beside its roofline, if every DMA overlaps with compute."""
     return [
         ["HBM, each operand moved once", f"{whole['hbm_cycles']:,}"],
         ["MXU at this pair's peak", f"{whole['mxu_cycles']:,}" if whole["mxu_cycles"] else "-"],
         ["bundles issued, by all kernels", f"{whole['issued_bundles']:,}"],
         ["XLA's estimate around them", f"{whole['xla_cycles'] or 0:,}"],
-        ["of the roofline", f"{whole['fraction']:.2f}, bound by {whole['bound']}"],
+        ["fraction of the roofline", f"{whole['fraction']:.2f}, bound by {whole['bound']}"],
     ]
 
 
@@ -109,9 +110,9 @@ def _print(found: dict[str, Any], title: str) -> None:
     print_table(title, ["profile", ""], rows)
     inside, outside = found["occupancy_loop"], found["occupancy_outside"]
     rows = [
-        [unit, UNITS.get(unit, "unknown to this reader"), slots,
+        [unit, UNITS.get(unit, "unknown"), slots,
          f"{inside[unit]:.1%}" if inside else "-", f"{outside[unit]:.1%}" if outside else "-"]
         for unit, slots in found["capacity"].items()
     ]  # fmt: skip
-    columns = ["unit", "which is", "slots per bundle", "filled in the loop", "filled outside"]
+    columns = ["unit", "meaning", "slots per bundle", "filled in the loop", "filled outside"]
     print_table("\noccupancy of each unit", columns, rows)

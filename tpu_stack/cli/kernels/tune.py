@@ -1,4 +1,4 @@
-"""`tpu-stack kernels tune`: tiles and scale modes, searched by the compiler's bundles."""
+"""`tpu-stack kernels tune`: tiles and scale modes, searched by what the compiler makes of them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +10,9 @@ from tpu_stack.units import bytes_text, seconds_text
 
 @dataclass(frozen=True)
 class Options:
-    """Search a kernel's tiles and scale modes for a chip that need not be here, by HBM cycles,
-    issued bundles and VMEM; on a host with that chip, the best are then measured. --write puts
-    winners into the kernel's tiles.json.
+    """Search a kernel's tiles and scale modes for a chip that this machine need not have, by HBM
+    cycles, issued bundles and VMEM; where the machine has it, the best are then measured. --write
+    puts winners into the kernel's tiles.json.
 
     Example: tpu-stack kernels tune --chip v6e --format int4 --shape 16,4096,14336
     """
@@ -26,12 +26,12 @@ class Options:
     activation: str = "bf16"
     """Type of x: bf16, fp8 or int8."""
     shape: str | None = None
-    """M,K,N, where M (an expert's part, for grouped_matmul) up to 64 tunes decode, above it
-    prefill; B,S,N of kv_attention; M,K of quantize_rows. The default is the published matrix's."""
+    """M,K,N, where M (for grouped_matmul, M over the 8 experts) up to 64 tunes decode, above it
+    prefill; B,S,N of kv_attention; M,K of quantize_rows. The default is kernels/README.md's."""
     limit: int | None = None
     """Compile at most this many candidates of each format."""
     top: int = 8
-    """Rows to print of each format, and to measure where the chip is at hand."""
+    """Candidates of each format to print, and to measure where this machine has the chip."""
     cache: Path | None = None
     """Folder of compile results (default ~/.cache/tpu-stack/kernels)."""
     write: bool = False

@@ -1,4 +1,4 @@
-"""`tpu-stack kernels verify`: every kernel on every rung of the verification ladder."""
+"""`tpu-stack kernels verify`: every kernel interpreted, lowered and compiled (rungs 1 to 3)."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ from tpu_stack.cli.console import print_table, progress, save_json
 
 @dataclass(frozen=True)
 class Options:
-    """Check kernels on every rung: interpreted against float64 with race and uninitialised-memory
+    """Check kernels on rungs 1 to 3: interpreted against float64 with race and uninitialised-memory
     detection, lowered for 8t, 8i and 7x, compiled by libtpu for v5e, v5p, v6e and 7x beside the
     roofline. Exit status 1 when a rung fails. Compile results are cached.
 
@@ -19,17 +19,19 @@ class Options:
     op: str | None = None
     """Kernel, such as quantized_matmul; the default is all."""
     format: str | None = None
-    """Weight format, such as int4; the default is all."""
+    """Format of weights, pages or rows, such as int4; the default is all."""
     activation: str | None = None
     """Type of x: bf16, fp8 or int8; the default is all."""
     chip: str | None = None
-    """Chip to lower and compile for; the default is all that can be."""
+    """Chip to lower or compile for; the default is all of the above."""
     shape: str | None = None
-    """Numbers with commas, such as 16,4096,14336, to compile at instead of the case's own."""
+    """Numbers with commas, such as 16,4096,14336, to lower and compile instead of the case's own;
+    also interpreted where it is small."""
     cache: Path | None = None
     """Folder of compile results (default ~/.cache/tpu-stack/kernels)."""
     write: bool = False
-    """Also renew these cases' rows of the matrix in kernels/README.md; needs every chip."""
+    """Also renew these cases' rows of the matrix in kernels/README.md; needs libtpu, and takes no
+    --chip or --shape."""
     json: Path | None = None
     """Also write the results to this file."""
 
@@ -74,7 +76,7 @@ def run(options: Options) -> int:
 
 
 def print_ladder(results: list[dict[str, Any]], chips: list[str]) -> None:
-    """One table of rungs 1 and 2, and one of rung 3."""
+    """Prints one table of rungs 1 and 2, and one of rung 3."""
     from tpu_stack.planner.kernels.targets import COMPILE_TARGETS, LOWER_TARGETS, libtpu_version
 
     lowered = [chip for chip in LOWER_TARGETS if chip in chips]

@@ -1,4 +1,4 @@
-"""`tpu-stack plan backtest`: how far the simulator is off, on results that others published."""
+"""`tpu-stack plan backtest`: the simulator's error on results that others published."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,10 @@ from tpu_stack.planner.backtest.table import read_rows
 
 @dataclass(frozen=True)
 class Options:
-    """Predict published TPU results row by row, and say how far off the predictions are.
+    """Predict published TPU results row by row, and print the error of each and its summary.
 
-    Rows that the simulator's constants were fitted on are predicted without their family of models.
+    Rows that the simulator's constants were fitted on are cross-validated: predicted with constants
+    fitted without the row's family of models.
 
     Example: tpu-stack plan backtest published.csv --json backtest.json
     """
@@ -29,7 +30,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Runs the verb."""
+    """Predicts, and prints every row and the summary."""
     result = backtest(read_rows(options.file), Calibration.load())
     if options.json is not None:
         write_json(options.json, result)

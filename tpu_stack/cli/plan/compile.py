@@ -16,10 +16,9 @@ TOP = 10
 
 @dataclass(frozen=True)
 class Options(ProgramOptions):
-    """Compile the train step, prefill or decode of a model, or the server's own, for a TPU slice
-    that is not here, with the compiler of libtpu: what memory it takes, what it communicates and
-    for which tensor, what its fusions cost. Answers are kept on disk. Exit status 1: no program
-    came of it.
+    """Compile the train step of a model, or the engine's prefill or decode, for a TPU slice with
+    libtpu's compiler, without a TPU: its memory, its collectives and the tensors they are for, the
+    cycles of its fusions. Results are cached on disk. Exit status 1: the compiler made no program.
 
     Profiles: v4, v5e, v5p, v6e, 7x with a topology; 8t and 8i through 7x as their proxy.
 
@@ -27,13 +26,13 @@ class Options(ProgramOptions):
     """
 
     cache: Path | None = None
-    """Folder of kept results (default ~/.cache/tpu-stack/aot)."""
+    """Folder of cached results (default ~/.cache/tpu-stack/aot)."""
     json: Path | None = None
     """Also write the result to this file."""
 
 
 def run(options: Options) -> int:
-    """Prints what came of it; returns 0 when there is a program, else 1."""
+    """Compiles and prints the result; returns 0 when there is a program, else 1."""
     from tpu_stack.planner.aot.answer import compile_spec
     from tpu_stack.planner.aot.result import Compiled, CompilerMissing, as_json
 
@@ -53,7 +52,7 @@ def run(options: Options) -> int:
 
 @contextlib.contextmanager
 def _spinner() -> Iterator[Callable[[str], None]]:
-    """What the compiler is doing and for how long, on standard error."""
+    """Shows the compiler's stage and its time on standard error."""
     import sys
 
     from rich.console import Console
@@ -89,11 +88,11 @@ def _print_target(options: Options, result: Any) -> None:
 
 
 def print_failure(result: Any) -> None:
-    """One paragraph on why there is no program."""
+    """Prints why there is no program."""
     from tpu_stack.planner.aot.result import OutOfMemory, TimedOut
 
     if isinstance(result, TimedOut):
-        print(f"\nTIMED OUT after {result.limit_s:g} s; --timeout gives it longer")
+        print(f"\nTIMED OUT after {result.limit_s:g} s; a larger --timeout gives it more time")
     elif isinstance(result, OutOfMemory):
         what = "temporaries alone" if result.used_is_temporaries else "used"
         print(

@@ -1,4 +1,4 @@
-"""`tpu-stack plan memory`: will a program fit, what holds the memory, and what would fit."""
+"""`tpu-stack plan memory`: whether a program fits, what takes the memory, and what would fit."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,17 +14,17 @@ TOP = 10
 
 @dataclass(frozen=True)
 class Options(ProgramOptions):
-    """Predict what a program holds on one device, by formula and in milliseconds; where it does not
-    fit, the nearest changes that do, each checked. Exit status 1: it does not fit.
+    """Predict the HBM that a program takes on one device, by formula and in milliseconds; where it
+    does not fit, print the nearest changes that do, each checked. Exit status 1: it does not fit.
 
-    --confirm asks the TPU compiler too, of the program and of every change. --cases shows
-    the predictions of recorded programs beside what the compiler gave them.
+    --confirm also compiles the program and every change. --cases prints the predictions of recorded
+    programs beside the compiler's figures; exit status 1: an error over 10% or a wrong verdict.
 
     Example: tpu-stack plan memory --model llama3_8b --profile v5e:4x4 --program train
     """
 
     confirm: bool = False
-    """Compile it too, and every change offered; with --cases, renew their record."""
+    """Also compile the program and every change; with --cases, compile and record every case."""
     cases: bool = False
     """Show the recorded cases instead of a model."""
     json: Path | None = None
@@ -50,7 +50,7 @@ def run(options: Options) -> int:
 
 
 def _look(options: Options, stage: Callable[[str], None]) -> dict[str, Any]:
-    """The verdict as JSON: predicted, the changes, and compiled where that was asked for."""
+    """The verdict, JSON-ready: the prediction, the changes, and with --confirm the compiler's."""
     from tpu_stack.planner.aot.request import make_request
     from tpu_stack.planner.memory.changes import changes
     from tpu_stack.planner.memory.predict import Verdict
@@ -102,8 +102,8 @@ def _print_terms(options: Options, result: dict[str, Any]) -> None:
         return [term["name"], bytes_text(term["bytes"]), share, term["shape"], term["owner"]]
 
     rows = [row(term) for term in result["terms"]]
-    rows.append(["the program itself", bytes_text(result["code_bytes"]), "", "", ""])
-    rows += [row({**term, "name": f"beside it, {term['name']}"}) for term in result["beside"]]
+    rows.append(["the program's code", bytes_text(result["code_bytes"]), "", "", ""])
+    rows += [row({**term, "name": f"outside it, {term['name']}"}) for term in result["beside"]]
     total = result["held_bytes"]
     rows.append(["in all, predicted", bytes_text(total), f"{total / limit:.1%}",
                  f"at the {result['moment']}", f"of {bytes_text(limit)} of HBM"])  # fmt: skip
@@ -134,7 +134,7 @@ def _print_changes(result: dict[str, Any]) -> None:
         if compiled:
             row.append(f"{bytes_text(compiled['total_bytes'])}, {_fits_text(compiled['fits'])}")
         rows.append(row)
-    columns = ["change", "keeps", "then holds, predicted"]
+    columns = ["change", "keeps", "then takes, predicted"]
     columns += ["compiled"] if rows and len(rows[0]) > len(columns) else []
     if rows:
         print_table("\nthe nearest changes that fit, one at a time", columns, rows)
@@ -156,7 +156,7 @@ def _print_compiled(result: dict[str, Any]) -> None:
         columns = ["bytes", "shape on one device", "what", "layers and axes"]
         print_table("\nthe largest buffers when it holds the most, compiled", columns, rows)
     off = result["total_bytes"] / compiled["total_bytes"] - 1
-    how = "" if compiled["exact"] else " (the compiler gave up; its figure)"
+    how = "" if compiled["exact"] else " (by the compiler's out-of-memory error)"
     print(
         f"compiled (rung 3): {bytes_text(compiled['total_bytes'])}{how},"
         f" {_fits_text(compiled['fits'])}; predicted {off:+.1%}"
@@ -164,7 +164,7 @@ def _print_compiled(result: dict[str, Any]) -> None:
 
 
 def _renew_cases(options: Options, stage: Callable[[str], None]) -> None:
-    """Compiles every case and records what came of it."""
+    """Compiles every case and records the result."""
     from tpu_stack.planner.memory.cases import CASES, record
 
     for case in CASES:
@@ -172,7 +172,7 @@ def _renew_cases(options: Options, stage: Callable[[str], None]) -> None:
 
 
 def _print_cases(options: Options) -> int:
-    """Prints the cases; returns 0 when all are within 10% and agree."""
+    """Prints the cases; returns 0 when all errors are within 10% and all verdicts agree."""
     from tpu_stack.planner.memory.cases import rows
 
     found = rows()
@@ -182,11 +182,11 @@ def _print_cases(options: Options) -> int:
          bytes_text(row.compiled["total_bytes"]) if row.compiled else "not compiled",
          f"{row.error:+.1%}" if row.error is not None else "-",
          _fits_text(row.verdict.fits), {True: "yes", False: "NO", None: "-"}[row.agrees],
-         "read to write the formulas" if row.case.seen else "predicted first"]
+         "written with it" if row.case.seen else "predicted it first"]
         for row in found
     ]  # fmt: skip
     columns = ["case", "model", "profile", "predicted", "compiled", "error", "verdict", "agrees",
-               "the compiled program was"]  # fmt: skip
+               "the formulas"]  # fmt: skip
     print_table("memory per device, predicted beside the compiler's", columns, table)
     save_json(options.json, {"rows": [
         {"name": row.case.name, **_verdict_json(row.verdict, terms=False), "error": row.error,

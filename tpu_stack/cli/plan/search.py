@@ -24,8 +24,8 @@ class Options:
     chips with the simulator; print the best and the Pareto front; compile the best few on request.
     Memory is predicted from shapes, time is the calibrated simulator's: projected. Cost is in USD
     per million tokens at the on-demand price of the chip facts; with --goal cost, slices of half, a
-    quarter ... as many chips are tried too. Exit status 2: nothing is possible, and the line says
-    what is near.
+    quarter ... as many chips are tried too. Exit status 2: no plan is possible, and the error names
+    the nearest.
 
     Models: nano, llama3_8b, llama3_70b, qwen3_0_6b, qwen3_8b, qwen3_32b, gemma3_1b, gemma3_27b.
 
@@ -40,11 +40,11 @@ class Options:
     goal: Literal[
         "train-throughput", "prefill-throughput", "decode-throughput", "decode-latency", "cost"
     ] = "train-throughput"
-    """What is best."""
+    """What to optimize."""
     program: Literal["train", "prefill", "decode"] | None = None
-    """Whose cost, with --goal cost (default decode)."""
+    """The program that --goal cost is about (default decode)."""
     latency_ms: float | None = None
-    """The longest decode step, or prefill of a batch, that is allowed."""
+    """Longest allowed decode step, or prefill of a batch, in milliseconds."""
     seq_len: int | None = None
     """Tokens per training sequence (default 4096)."""
     context: int | None = None
@@ -52,15 +52,16 @@ class Options:
     prompt: int | None = None
     """Tokens of each row that prefill runs (default 1024)."""
     batch: tuple[int, ...] = ()
-    """Sequences over all devices; the default is a ladder, in training up to 4M tokens a step."""
+    """Sequences over all devices; the default tries many, in training up to 4M tokens a step."""
     format: tuple[str, ...] = ()
-    """Weight formats (default bf16, int4, and int8 or fp8_e4m3 as the chip multiplies)."""
+    """Weight formats (default bf16, int4, and int8 where the chip multiplies it, else fp8_e4m3)."""
     attention: Literal["flash", "plain"] = "flash"
-    """Of a train step: a flash kernel, or scores written to memory, as `tpu-stack train` does."""
+    """Attention of a train step: flash, a kernel that writes no scores to memory, or plain, which
+    writes them, as `tpu-stack train` does."""
     top: int = 8
     """Rows to print."""
     confirm: int = 0
-    """Compile so many of the best with the TPU compiler."""
+    """Compile this many of the best with the TPU compiler."""
     timeout: float = 1800.0
     """Seconds after which a compile is ended."""
     cache: Path | None = None
@@ -133,7 +134,7 @@ def _bar() -> Iterator[Callable[[int, int], None]]:
 
 @contextlib.contextmanager
 def _spinner() -> Iterator[Callable[["Plan", str], None]]:
-    """Which plan is compiled and how far it is, on standard error."""
+    """Shows the plan that is compiled and its stage on standard error."""
     import sys
 
     from rich.console import Console
@@ -168,7 +169,7 @@ def _print_confirmed(confirmed: list["Confirmation"]) -> None:
          bytes_text(one.plan.held_bytes), bytes_text(one.plan.capacity)]
         for one in confirmed
     ]  # fmt: skip
-    columns = ["plan", "verdict", "compiler's memory", "predicted", "memory there is"]
+    columns = ["plan", "verdict", "compiler's memory", "predicted", "HBM"]
     print_table("\nthe best, by the TPU compiler (rung 3)", columns, rows)
     for reason in dict.fromkeys(one.reason for one in confirmed if one.reason):
         print(reason)
@@ -193,7 +194,7 @@ def _columns(program: str) -> Row:
     step = {"train": "step", "prefill": "batch of prompts", "decode": "token"}[program]
     choice = "remat" if program == "train" else "format"
     return ["chips", "mesh", "batch", choice, f"tokens/s/chip {speed}", f"time of a {step}",
-            "most of it", "memory per device", "headroom", "USD/M tokens"]  # fmt: skip
+            "largest term", "memory per device", "headroom", "USD/M tokens"]  # fmt: skip
 
 
 def _cells(plan: "Plan") -> Row:

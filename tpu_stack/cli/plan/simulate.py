@@ -1,4 +1,4 @@
-"""`tpu-stack plan simulate`: how long a step takes, term by term, in milliseconds of your time."""
+"""`tpu-stack plan simulate`: how long a step takes, term by term."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,8 +12,8 @@ from tpu_stack.units import bytes_text, seconds_text
 class Options:
     """Project a model's step time on a chip: training, or prefill and decode against batch.
 
-    The simulator's constants are fitted to published results; `tpu-stack plan backtest` says how
-    far off it is. Nothing is compiled and nothing allocated.
+    The simulator's constants are fitted to published results; `tpu-stack plan backtest` prints its
+    errors. Nothing is compiled and nothing allocated.
 
     Example: tpu-stack plan simulate --model llama3_70b --profile v5p:4x8x8
     """
@@ -23,21 +23,21 @@ class Options:
     profile: str
     """Profile with a topology, such as v5p:4x8x8 or 8i:8; counts chips."""
     program: Literal["train", "serve"] | None = None
-    """What runs; 8i serves and every other chip trains unless named."""
+    """Training or serving; the default is serve on 8i and train on any other chip."""
     mesh: str | None = None
     """Axis sizes, such as fsdp=16,tensor=4; the default is the nearest legal mesh."""
     batch_size: int | None = None
-    """Training: sequences of a step. Default: 8192 tokens a device."""
+    """Training: sequences per step; the default makes about 8192 tokens a device."""
     seq_len: int = 4096
-    """Training: tokens of a sequence."""
+    """Training: tokens per sequence."""
     remat: Literal["none", "dots", "full"] | None = None
-    """Training: what the backward pass recomputes; the profile's own by default."""
+    """Training: what the backward pass recomputes; the default is the profile's."""
     accumulate: int = 1
-    """Training: micro-batches of a step."""
+    """Training: micro-batches per step."""
     format: str = "int4"
-    """Serving: how weights are stored."""
+    """Serving: weight format."""
     context: int = 4096
-    """Serving: positions that each sequence holds."""
+    """Serving: positions in the cache of each sequence."""
     prompt: int = 1024
     """Serving: tokens of a prompt."""
     json: Path | None = None
@@ -96,7 +96,7 @@ def _print_serve(result: dict[str, Any], where: str, options: Options) -> None:
     title = f"{where}, {options.format}, decode at {options.context} positions ({result['rung']})"
     print_table(title, columns, rows)
     prefill = result["prefill"]
-    through = f"a prompt of {prefill['prompt']} tokens is through in"
+    through = f"prefill of {prefill['prompt']} tokens takes"
     rate = f"{prefill['tokens_per_s_per_chip']:,.0f} tokens/s per chip"
     energy = _economics(result["decode"][0], cost=False)
     print(f"projected: {through} {seconds_text(prefill['seconds'])}, {rate}{energy}")

@@ -28,14 +28,14 @@ class Options:
     bundle: Positional[Path | None] = None
     """A bundle that `tpu-stack pack` wrote; or name a --model."""
     model: str | None = None
-    """Preset of which to make random weights, in place of a bundle."""
+    """Preset to fill with random weights, instead of a bundle."""
     format: str = "int8"
     """Weight format of --model: float32, bf16, int8, int4 and the others of `tpu-stack pack`."""
     lengths: str = "64:24"
     """Mix of lengths in tokens, PROMPT:NEW[xWEIGHT],...; each a number or LEAST-MOST."""
     text: Path | None = None
-    """UTF-8 text that prompts are pieces of, in place of random tokens; it needs a bundle, whose
-    tokenizer reads it."""
+    """UTF-8 text to cut prompts from, instead of random tokens; it needs a bundle, whose tokenizer
+    encodes it."""
     requests: int = 64
     """Requests in all."""
     rate: float | None = None
@@ -43,17 +43,17 @@ class Options:
     streams: int = 8
     """Requests open at once, in the closed loop."""
     repeats: int = 1
-    """Runs, of the same lengths and other prompts; the one of median throughput is shown."""
+    """Runs, with the same lengths and other prompts; the table shows that of median throughput."""
     host_overhead: bool = False
-    """Also measure, with every slot full, how much longer the engine's decode step takes than its
-    program alone."""
+    """Also measure, with every slot full, how much longer a decode step of the engine takes than
+    its compiled program alone."""
     peer_python: Path | None = None
-    """An interpreter with torch and transformers, to run the same requests on this shape with
-    random weights, in batches of --streams, after each of the --repeats."""
+    """A Python with torch and transformers: after each of the --repeats it runs the same requests,
+    in batches of --streams, through a model of the same shape with random weights."""
     peer_dtype: str = "float32"
     """The peer's dtype: float32 or bfloat16."""
     seed: int = 0
-    """Which lengths, prompts and arrivals."""
+    """Chooses the lengths, prompts and arrivals."""
     json: Path | None = None
     """Also write the results to this file."""
     engine: Annotated[EngineOptions, Unprefixed] = field(default_factory=EngineOptions)
@@ -87,7 +87,7 @@ def _check(options: Options) -> None:
 
 
 def measure(options: Options, mix: Any) -> dict[str, Any]:
-    """Builds the engine, runs the load, by turns with the peer; JSON-ready."""
+    """Starts the engine and runs the load, in turns with the peer; the results, JSON-ready."""
     from tpu_stack.serving.bench.bandwidth import hbm_utilisation
     from tpu_stack.serving.bench.host_overhead import check_host_overhead, host_overhead
 
@@ -145,7 +145,7 @@ def _requests(
 def _by_turns(
     options: Options, config: Any, service: Any, runs: list[Any]
 ) -> tuple[list[Any], dict[str, Any] | None]:
-    """Every run's outcome, and what the peer did right after each, where one is asked for."""
+    """Every run's outcome and, with a peer, its throughput right after each run."""
     from tpu_stack.serving.bench.peer import TransformersPeer
 
     if options.peer_python is None:
@@ -182,7 +182,7 @@ def _text(options: Options, weights: Weights) -> list[int] | None:
     if options.text is None:
         return None
     if weights.bundle is None:
-        raise UserError("--text needs a bundle, whose tokenizer reads it; --model has none")
+        raise UserError("--text needs a bundle, whose tokenizer encodes it; --model has none")
     try:
         text = options.text.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -222,7 +222,9 @@ def _rows(result: dict[str, Any]) -> list[list[str]]:
         rows.append(["refused, preempted", f"{result['refused']}, {result['preempted']}"])
     if result["drafted"]:
         share = result["accepted"] / result["drafted"]
-        rows.append(["guesses kept", f"{result['accepted']} of {result['drafted']} ({share:.0%})"])
+        rows.append(
+            ["guesses accepted", f"{result['accepted']} of {result['drafted']} ({share:.0%})"]
+        )
     if (host := result["host_overhead"]) is not None:
         steps = f"{host['step_ms']:.1f} ms, its program {host['program_ms']:.1f} ms"
         rows.append([f"engine's step of {host['rows']} rows", steps])
@@ -234,5 +236,5 @@ def _rows(result: dict[str, Any]) -> list[list[str]]:
         )
         least, most = min(peer["ratios"]), max(peer["ratios"])
         spread = f" ({least:.2f}x to {most:.2f}x)" if least < most else ""
-        rows.append(["this / the peer, run by run", f"{peer['ratio']:.2f}x{spread}"])
+        rows.append(["ratio to the peer, run by run", f"{peer['ratio']:.2f}x{spread}"])
     return rows

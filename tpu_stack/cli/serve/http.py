@@ -26,8 +26,8 @@ class Options:
     """Serve a bundle: /v1/completions, /v1/chat/completions, /v1/models, /metrics, and a page at /.
 
     SIGTERM or Ctrl-C finishes what is in flight and exits with 0; a second one exits at once.
-    SIGUSR1 reads the bundle again, which may be a link turned to another of the same model: its
-    weights take over between two steps, and memory must hold both.
+    SIGUSR1 reads the bundle again, which may be a symbolic link that now points to another bundle
+    of the same model: its weights take over between two steps, and memory must hold both.
     `tpu-stack serve bench` measures an engine under load.
 
     Example: tpu-stack serve runs/a-int4 --port 8000
@@ -36,23 +36,23 @@ class Options:
     bundle: Positional[Path]
     """A bundle that `tpu-stack pack` wrote."""
     host: str = "127.0.0.1"
-    """Address to listen on; the default is reached from this machine only."""
+    """Address to listen on; only this machine reaches the default."""
     port: int = 8000
     """Port to listen on; 0 picks a free one."""
     name: str | None = None
     """The model's name for clients; the default is that of the bundle's folder, or of the link."""
     api_key_file: Path | None = None
-    """A file of keys, one a line, one of which /v1 then asks for."""
+    """A file of API keys, one per line; requests to /v1 must then bring one of them."""
     allow_host: tuple[str, ...] = ()
-    """More names to answer to, as a proxy in front may use. A server that only this machine reaches
-    answers to localhost, its address and these; another one to any, unless some are given."""
+    """More host names to answer to, such as a proxy's. A server that only this machine reaches
+    answers to localhost, its address and these; any other to every name, unless some are given."""
     drain_s: float = 30.0
     """Seconds that requests in flight get to finish after SIGTERM."""
     in_flight: InFlight = "finish"
-    """What becomes of requests in flight at SIGUSR1: finish on the weights they began with, or
-    restart on the new ones."""
+    """Requests in flight at SIGUSR1 finish on the weights they began with, or restart on the new
+    ones."""
     json: Path | None = None
-    """Also write where and what is served to this file, once it is ready."""
+    """Also write the URL, the model and where it runs to this file, once the server is ready."""
     engine: Annotated[EngineOptions, Unprefixed] = field(default_factory=EngineOptions)
     limits: Limits = field(default_factory=Limits)
     where: Annotated[EngineWhere, Unprefixed] = field(default_factory=EngineWhere)
@@ -74,7 +74,7 @@ def run(options: Options) -> None:
         print(f"loading {options.bundle} ...", file=sys.stderr, flush=True)
         served = launch.start_engine(weights, options.where, options.engine)
         if not keys and not _is_loopback(options.host):
-            print(f"warning: {options.host} is open to others, and no API key is asked for"
+            print(f"warning: other machines may reach {options.host}, and no API key is required"
                   " (--api-key-file)", file=sys.stderr)  # fmt: skip
         said = {
             "url": address_of(listener),
@@ -106,7 +106,7 @@ def _serve(
     assert bundle is not None
     try:
         model = Model(said["model"], service, bundle.tokenizer, bundle.chat)
-        _ = model.template  # a bundle whose template cannot be read is refused now
+        _ = model.template  # refuses a bundle whose template cannot be read
         server = Server(Host(model, options.limits, keys, _names(options)), options.drain_s)
         mesh = ", ".join(f"{axis}={size}" for axis, size in said["mesh"].items())
         where = f"{said['profile']} emulated on CPU" if said["emulated"] else said["profile"]
@@ -131,7 +131,7 @@ def _require_extra() -> None:
 
 
 def _read_keys(path: Path | None) -> frozenset[str]:
-    """The keys of a file: a line each, blank ones and `#` comments left out."""
+    """The keys of a file, one per line, without blank lines and `#` comments."""
     if path is None:
         return frozenset()
     try:
@@ -143,12 +143,12 @@ def _read_keys(path: Path | None) -> frozenset[str]:
     lines = (line.strip() for line in text.splitlines())
     keys = frozenset(line for line in lines if line and not line.startswith("#"))
     if not keys:
-        raise UserError(f"--api-key-file {path} holds no key; write one a line")
+        raise UserError(f"--api-key-file {path} holds no key; write one per line")
     return keys
 
 
 def _names(options: Options) -> frozenset[str] | None:
-    """What the server answers to; None for any name."""
+    """The host names that the server answers to; None for any."""
     from tpu_stack.serving.http.host_names import LOOPBACK
 
     given = {name.lower() for name in options.allow_host}

@@ -1,7 +1,8 @@
 """New weights under a running server: `kill -USR1 PID` reads the bundle again.
 
-A training loop writes a bundle beside the old one, turns a link to it, and sends the signal; no
-request is lost and nothing is compiled. What does not fit is said, and the old weights go on.
+A training loop writes a bundle beside the old one, points a symbolic link to it, and sends the
+signal; no request is lost and nothing is compiled. A bundle that does not fit is reported on
+standard error, and the old weights stay.
 
     wanted = catch_reloads()
     served = start_engine(weights, where, options)  # a signal that comes meanwhile is not lost
@@ -18,7 +19,7 @@ from tpu_stack.errors import UserError
 
 
 def catch_reloads() -> threading.Event:
-    """Set by every SIGUSR1 from now on; never on systems without the signal."""
+    """An event that every later SIGUSR1 sets; on a system without the signal, nothing does."""
     wanted = threading.Event()
     if hasattr(signal, "SIGUSR1"):
         signal.signal(signal.SIGUSR1, lambda number, frame: wanted.set())
@@ -26,7 +27,7 @@ def catch_reloads() -> threading.Event:
 
 
 def reload_when(wanted: threading.Event, reload: Callable[[], Path]) -> None:
-    """Runs `reload` on a thread whenever `wanted` is set; what comes meanwhile is one more run."""
+    """Runs `reload` on a thread whenever `wanted` is set; signals during a run cause one more."""
 
     def work() -> None:
         while True:
