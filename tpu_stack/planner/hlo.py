@@ -2,7 +2,8 @@
 
 Sharding rules say where tensors live; only the compiled program says what that costs. The text of
 the program is walked from its entry through loops, calls and fusions, so a gather inside a scan of
-32 layers counts 32 times. It reads XLA:CPU (the emulated mesh) and XLA:TPU (ahead of time).
+32 layers counts 32 times. Programs of XLA:CPU (the emulated mesh) and of XLA:TPU (compiled ahead of
+time) are read.
 
     compiled = jax.jit(step).lower(state, batch).compile()
     for row in summarize(collectives(compiled.as_text(), mesh)):
@@ -18,10 +19,10 @@ Bytes are the payload of one device in one execution, without padding:
 | all-to-all, ragged-all-to-all | its output |
 | collective-permute, collective-broadcast | its output |
 
-Limits. XLA:CPU chooses its own collectives: what it promotes or leaves unfused is undone in
-`Collective.as_written` where the text shows it (`hlo_source`), but XLA:TPU may still choose others,
-and only XLA:TPU overlaps them. Groups over a part of a mesh axis are unmatched, with the axis in
-`notes`. A mesh axis that shards nothing is not idle to XLA: it may move weights onto it.
+Limits. XLA:CPU chooses its own collectives: `Collective.as_written` undoes its promotions and
+unfused reduce-scatters where the text shows them (`hlo_source`), but XLA:TPU may still choose
+others, and only XLA:TPU overlaps them. Groups over a part of a mesh axis are unmatched, with the
+axis in `notes`. XLA may also shard weights over a mesh axis that no rule uses.
 """
 
 import re
@@ -56,11 +57,11 @@ _CALLS = {"fusion": "calls", "call": "to_apply", "async-start": "calls"}
 
 
 def collectives(hlo_text: str, mesh: "Mesh | AbstractMesh") -> list[Collective]:
-    """Every collective that the program runs, in program order, loops multiplied out.
+    """Every collective that the program runs, in program order, with its number of executions.
 
     `mesh` must be the one the program was compiled for: its axis order gives device positions
-    their coordinates. Of a conditional's branches the one that moves the most bytes counts. Raises
-    ValueError when the text is no HLO module or was compiled for another number of devices.
+    their coordinates. Of a conditional's branches only the one that sends the most bytes counts.
+    Raises ValueError when the text is no HLO module or was compiled for another number of devices.
     """
     module = parse(hlo_text)
     frames = Frames.of(hlo_text)
@@ -70,7 +71,10 @@ def collectives(hlo_text: str, mesh: "Mesh | AbstractMesh") -> list[Collective]:
 def collectives_of(
     module: Module, sizes: tuple[int, ...], names: tuple[str, ...], frames: Frames
 ) -> list[Collective]:
-    """`collectives` of a parsed module, for a mesh with axes `names` of `sizes`."""
+    """`collectives` of a parsed module, for a mesh with axes `names` of `sizes`.
+
+    Raises ValueError when the module was compiled for another number of devices.
+    """
     devices = module.partitions * module.replicas
     if devices != prod(sizes):
         raise ValueError(
@@ -84,7 +88,7 @@ def collectives_of(
 
 @dataclass(frozen=True)
 class _Context:
-    """What the enclosing instructions say about everything inside them."""
+    """What the enclosing instructions determine for everything inside them."""
 
     trips: int | None
     op_name: str = ""
@@ -110,8 +114,8 @@ class _Walk:
     found: list[Collective] = field(default_factory=list)
 
     def run(self, scope: Scope, context: _Context, chains: set[str] | None = None) -> None:
-        """Visit a computation. `chains` are the asynchronous chains already counted in the caller:
-        XLA:TPU repeats a gather in each fusion that it overlaps with, under one chain_id."""
+        """Visits a computation. `chains` are the asynchronous chains already counted in the caller:
+        XLA:TPU repeats a gather, under one chain_id, in each fusion that it overlaps with."""
         seen: set[str] = set()
         for instruction in scope.computation.instructions.values():
             site = Site(scope, instruction)
@@ -217,7 +221,7 @@ class _Walk:
         )
 
     def _cover(self, site: Site, start: bool, chain: str | None, context: _Context) -> int | None:
-        """Cycles of what the program does between the start and the end of a collective."""
+        """The compiler's cycles for what it scheduled between a collective's start and end."""
         carrier = context.carrier
         if start:
             return self.costs.cover(site.scope, site.instruction)

@@ -1,8 +1,8 @@
 """Attributes a collective: to the tensor it gathers, the gradient it sums, or its source line.
 
 The text names the arguments of the program (`state.params['blocks']['mlp']['w_up']`), so a gathered
-value is followed back to one of them. A summed gradient is recognised by its shape among the
-arguments. What remains is named by the source line in its metadata.
+value is followed back to one of them. A summed gradient is attributed to the parameters of its
+shape. Any other collective is named by its primitive and the source line in its metadata.
 
 Example:
     attribute(module, Site(scope, instruction), "all-gather", op_name, frames, group_size=64)
@@ -22,19 +22,19 @@ _CARRIED_ON = {
     "collective-permute": 0, "bitcast-convert": 0,
     "slice-start": 0, "slice-done": 0,
 }  # fmt: skip
-"""Opcode -> the operand that holds the value itself, moved or embedded but not computed with."""
+"""Opcode -> the operand whose value it passes on, whole or in part, without arithmetic."""
 _PREFETCHED = 'custom_call_target="ConcatBitcast"'
-"""XLA:TPU fetches a stack of layers into VMEM slice by slice, and joins the slices so."""
+"""The custom call by which XLA:TPU joins slices of stacked layers that it prefetched into VMEM."""
 _MAX_HOPS = 40
 STACKED = "blocks."
-"""Parameters whose first dimension is the layers that a scan walks over."""
+"""Prefix of the parameters whose first dimension is the layers that a scan walks over."""
 _PARAMETERS = re.compile(r"^(?:state\.)?params(?=[\[.])")
 
 
 def attribute(
     module: Module, site: Site, kind: str, op_name: str, frames: Frames, group_size: int
 ) -> str:
-    """What a collective is for, in one phrase; its direction (forward, backward, ...) last."""
+    """What a collective is for, in one phrase; its direction (forward, backward ...) comes last."""
     source = frames.source(site.instruction.attributes)
     what = _what(module, site, kind, op_name, group_size, source)
     if not what:
@@ -89,9 +89,9 @@ def argument_name(op_name: str) -> str | None:
 def gradients_of(module: Module, site: Site, group_size: int, line: str = "") -> str:
     """The parameters whose gradient the collective's buffers can be, by shape; "" for none.
 
-    A gradient has the shape of what the device holds of the parameter, without the layers that a
-    scan walks over, or with one dimension as many times larger as there are devices in the group.
-    Where several fit a single buffer, those that the source `line` names are kept.
+    A gradient has the shape of the device's shard of the parameter, without the dimension of layers
+    that a scan walks over, or with one dimension `group_size` times larger. Where several
+    parameters fit a single buffer, those that the source `line` names are kept.
     """
     names = []
     buffers = [array for operand in site.operands for array in arrays(operand.instruction.type)]

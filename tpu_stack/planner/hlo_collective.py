@@ -26,12 +26,16 @@ UNMATCHED = "unmatched"
 class Collective:
     """One collective instruction at one place where the program runs it.
 
-    Invariants: `bytes` is the payload per device of one execution, as compiled; `trips` is how
-    often it runs, None when an enclosing loop's count is unknown; `axes` are the mesh axes it
-    spans in mesh order, None when its groups are no set of whole axes; `as_written` sums to the
-    same payload with XLA:CPU's rewrites undone (`hlo_source`); `purpose` says what it is for
-    (`hlo_attribution`); `cover_cycles` is the compiler's estimate of what it scheduled between the
-    start and the end of one execution, None where it is not asynchronous.
+    Attributes:
+      bytes: the payload per device of one execution, as compiled.
+      trips: how often it runs; None when an enclosing loop's count is unknown.
+      axes: the mesh axes that it spans, in mesh order; None when its groups are no set of whole
+        axes. group_size: the devices of one group.
+      overlapped: whether it is asynchronous.
+      as_written: the payload with XLA:CPU's rewrites undone (`hlo_source`).
+      purpose: what it is for (`hlo_attribution`).
+      cover_cycles: the compiler's estimate of what it scheduled between the start and the end of
+        one execution; None where it is not asynchronous.
     """
 
     kind: str
@@ -86,8 +90,8 @@ class CollectiveRow:
 def wire_bytes(kind: str, payload: int, group_size: int) -> float:
     """Bytes each device must send for a payload of `payload` bytes in a group of `group_size`.
 
-    The lower bounds that ring algorithms reach (Thakur, Rabenseifner, Gropp 2005): (n-1)/n of the
-    payload, twice that for an all-reduce; a permute or broadcast sends all of it.
+    These are the lower bounds that ring algorithms reach (Thakur, Rabenseifner, Gropp 2005):
+    (n-1)/n of the payload, twice that for an all-reduce. A permute or broadcast sends all of it.
     """
     if group_size <= 1:
         return 0.0
@@ -100,7 +104,7 @@ def wire_bytes(kind: str, payload: int, group_size: int) -> float:
 def summarize(found: Sequence[Collective], as_written: bool = False) -> list[CollectiveRow]:
     """Rows by (kind, axes), the most wire bytes first.
 
-    With `as_written`, XLA:CPU's promotions are undone: what a TPU would be asked to move.
+    With `as_written`, XLA:CPU's rewrites are undone: the rows say what the program asks a TPU for.
     """
     rows: dict[tuple[str, tuple[str, ...] | None], CollectiveRow] = {}
     for item in found:

@@ -1,4 +1,4 @@
-"""The compiler's own estimate of a program's time: cycles per fusion, loops multiplied out.
+"""The compiler's own estimate of a program's time: cycles per fusion, times its executions.
 
 XLA:TPU writes `"estimated_cycles"` beside most fusions, copies and convolutions, from its cost
 model; collectives and Pallas kernels have none. What lies between the start and the end of an
@@ -26,11 +26,11 @@ _PASSED_ON = ("get-tuple-element", "tuple", "bitcast")
 
 @dataclass(frozen=True)
 class Operation:
-    """An instruction at a place where the program runs it.
+    """One instruction at one place where the program runs it.
 
     `cycles` is the compiler's estimate for one execution, None for a Pallas kernel and for a
-    product of types that its cost model does not know; `trips` is how often it runs, None when a
-    loop's count is unknown.
+    product of types that its cost model does not know; `trips` is how often it runs, None when an
+    enclosing loop's count is unknown.
     """
 
     name: str
@@ -42,12 +42,12 @@ class Operation:
 
     @property
     def total_cycles(self) -> int:
-        """Over the whole program, as far as it is known."""
+        """Cycles over the whole program; 0 where `cycles` or `trips` is unknown."""
         return (self.cycles or 0) * (self.trips or 0)
 
 
 def operations(module: Module, frames: Frames) -> list[Operation]:
-    """Everything that should have an estimate, and the Pallas kernels, the costliest first."""
+    """Instructions with an estimate, and those that lack one (see `Operation`), costliest first."""
     found = list(_walk(module, frames, Scope(module.entry), 1))
     return sorted(found, key=lambda item: -item.total_cycles)
 
@@ -89,14 +89,14 @@ def _inside(module: Module, site: Site) -> list[tuple[str, int | None]]:
 
 
 def estimate(instruction: Instruction) -> int | None:
-    """The compiler's cycles for one execution, where it gives them."""
+    """The compiler's cycles for one execution; None where it gives none."""
     match = _CYCLES.search(instruction.attributes)
     return int(match[1]) if match and int(match[1]) < NO_ESTIMATE else None
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Cycles of instructions and computations, loops inside them multiplied out."""
+    """Cycles of instructions and computations, with the executions of loops inside them."""
 
     module: Module
 
@@ -105,7 +105,7 @@ class Costs:
         return {}
 
     def computation(self, name: str) -> int:
-        """One run of a computation."""
+        """Cycles of one run of a computation."""
         if name not in self._known:
             scope = Scope(self.module.computations[name])
             self._known[name] = sum(
@@ -114,7 +114,7 @@ class Costs:
         return self._known[name]
 
     def instruction(self, scope: Scope, instruction: Instruction) -> int:
-        """One run of an instruction; a loop of unknown length counts once."""
+        """Cycles of one run of an instruction; a loop with an unknown trip count runs once."""
         cycles = estimate(instruction)
         if cycles is not None:
             return cycles
@@ -124,8 +124,8 @@ class Costs:
     def cover(self, scope: Scope, start: Instruction, chain: str | None = None) -> int | None:
         """Cycles of what is scheduled between a collective's start and its end.
 
-        The end is the `-done` of `start`, or the last instruction that carries the `chain`; None
-        when there is none: nothing can hide it.
+        The end is the `-done` of `start`, or the last fusion of the `chain`. None when there is no
+        end: nothing can hide the collective.
         """
         names = list(scope.computation.instructions)
         first = names.index(start.name)
@@ -148,7 +148,7 @@ class Costs:
 
     @cached_property
     def _chains(self) -> dict[str, set[str]]:
-        """Computation -> the asynchronous chains that its instructions are links of."""
+        """Computation -> the chain_ids of its instructions."""
         return {
             name: {
                 match[1]

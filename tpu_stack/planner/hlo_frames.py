@@ -1,7 +1,7 @@
-"""Where in the sources an instruction comes from, by the tables at the head of a program's text.
+"""The source line of an instruction, from the tables at the head of a program's text.
 
-XLA prints `stack_frame_id=N` with an instruction and the frames once per module. A frame's parent
-is printed plus one, so 1 has no caller (libtpu 0.0.52 and XLA:CPU of jaxlib 0.12).
+XLA prints `stack_frame_id=N` with an instruction and the frames once per module. It prints parent
+ids plus one, so a parent of 1 means no caller (libtpu 0.0.52 and XLA:CPU of jaxlib 0.12).
 
     frames = Frames.of(compiled.as_text())
     frames.source(instruction.attributes)
@@ -35,7 +35,7 @@ class Source(NamedTuple):
         return f"{self.function} ({self.place})"
 
     def line(self, root: Path = ROOT) -> str:
-        """The line itself as the sources have it now; empty when they do not."""
+        """The text of the line in the sources as they are now; "" when there is no such line."""
         name, _, number = self.place.rpartition(":")
         try:
             return (root / name).read_text(encoding="utf-8").splitlines()[int(number) - 1]
@@ -51,7 +51,7 @@ class Frames:
 
     @classmethod
     def of(cls, text: str) -> "Frames":
-        """Reads the tables; none are found in a text that was printed without them."""
+        """Reads the tables; no frames where the text was printed without them."""
         tables = _tables(text)
         files = {int(i): name for i, name in _NAMES.findall(tables["FileNames"])}
         functions = {int(i): name for i, name in _NAMES.findall(tables["FunctionNames"])}
@@ -89,7 +89,7 @@ class Frames:
 def _in_package(place: str) -> str:
     """`/a/tpu_stack/tpu_stack/models/layers.py:8` as `models/layers.py:8`; "" outside the package.
 
-    A checkout may be called as the package is, and hold tests and an environment of its own.
+    A checkout may have the package's name, and hold tests and an environment of its own.
     """
     _, found, inside = place.rpartition(_PACKAGE)
     known = found and (ROOT / inside.partition("/")[0].partition(":")[0]).exists()

@@ -61,10 +61,11 @@ def source_target_pairs(attributes: str) -> np.ndarray | None:
 
 @lru_cache(maxsize=4096)
 def span_of(attributes: str, sizes: tuple[int, ...], names: tuple[str, ...]) -> Span:
-    """Match the groups or pairs in an instruction's attributes against a mesh's axes.
+    """Matches the groups or pairs in an instruction's attributes against a mesh's axes.
 
     Groups match a set of axes when they are exactly the mesh's slices along it, in any order.
-    Pairs span the axes along which any source and target differ.
+    Pairs span the axes along which any source and target differ. Without groups or pairs the span
+    is unmatched, with a group size of 0.
     """
     coordinates = np.stack(np.unravel_index(np.arange(prod(sizes)), sizes), axis=1)
     pairs = source_target_pairs(attributes)
@@ -96,7 +97,7 @@ def _iota(dims: str, order: str | None) -> np.ndarray:
 
 
 def _mesh_groups(match: re.Match[str]) -> np.ndarray:
-    """Expand `mesh['a'=2,'b'=4] {'b'}`; `'b':(1)2` is a part of an axis: (stride before) size."""
+    """Expands `mesh['a'=2,'b'=4] {'b'}`; `'b':(1)2` is a part of an axis: (stride) size."""
     axes = dict(re.findall(r"'?([\w.\-]+)'?=(\d+)", match["axes"]))
     sizes = {name: int(size) for name, size in axes.items()}
     chosen = re.findall(r"'?([A-Za-z_][\w.\-]*)'?(?::\((\d+)\)(\d+))?", match["spanned"])

@@ -1,8 +1,8 @@
 """Follows values through a program's text: how often a loop runs, and where an index comes from.
 
 XLA:CPU prints `known_trip_count`; XLA:TPU does not, so the count is read from the loop itself: the
-constant its condition compares with, the constant it starts from and the constant it steps by,
-followed through copies, fusions, tuples and values that outer loops carry unchanged.
+constant that its condition compares with, its first value and its step, each followed through
+copies, fusions, tuples and values that outer loops carry unchanged.
 
     trip_count(module, Scope(module.entry), while_instruction)  # 3
 """
@@ -26,8 +26,9 @@ _MAX_HOPS = 200
 class Scope:
     """One use of a computation.
 
-    `arguments` are where the parameters come from and `caller` is the instruction that runs it,
-    for a fusion or call; `loop` is the while instruction when it is a loop's body or condition.
+    For a fusion, call or branch, `arguments` are the values of the parameters, and `caller`, where
+    known, is the instruction that runs it. For a loop's body or condition, `loop` is the while
+    instruction.
     """
 
     computation: Computation
@@ -50,7 +51,7 @@ class Site(NamedTuple):
 
 
 def callee(site: Site, name: str, module: Module) -> Scope:
-    """The scope of a computation that `site` (fusion, call, while, branch) runs."""
+    """The scope of the computation `name` that `site` (fusion, call, while, conditional) runs."""
     if site.instruction.opcode == "while":
         return Scope(module.computations[name], loop=site)
     return Scope(module.computations[name], arguments=site.operands, caller=site)
@@ -61,7 +62,7 @@ def root_of(scope: Scope) -> Site:
 
 
 def origin(module: Module, site: Site) -> Site:
-    """Follow a value back to the instruction that made it, as far as it stays the same value."""
+    """Follows a value back to the instruction that computed it: through copies, tuples, calls."""
     for _ in range(_MAX_HOPS):
         previous = step_back(module, site)
         if previous is None:
@@ -71,7 +72,7 @@ def origin(module: Module, site: Site) -> Site:
 
 
 def readers(module: Module, site: Site) -> list[Site]:
-    """The instructions that read a value, seen into and out of fusions."""
+    """The instructions that read a value, looking into and out of fusions."""
     scope, name = site.scope, site.instruction.name
     found: list[Site] = []
     for reader in scope.computation.users.get(name, []):
@@ -90,7 +91,7 @@ def readers(module: Module, site: Site) -> list[Site]:
 
 
 def depends_on(module: Module, sites: tuple[Site, ...], opcodes: frozenset[str]) -> bool:
-    """Whether any of the values is computed from an instruction with one of the opcodes."""
+    """Whether any of the values depends on an instruction with one of the opcodes."""
     pending, seen = list(sites), set()
     while pending:
         site = origin(module, pending.pop())
@@ -142,7 +143,7 @@ def _iterations(direction: str, first: int, limit: int, step: int) -> int | None
 
 
 def _step(module: Module, loop: Site, index: int) -> int | None:
-    """The constant that the body adds to element `index` of what the loop carries."""
+    """The constant that the body adds to element `index` of the loop's carry; None for no such."""
     body = _named(module, loop, "body")
     update = None if body is None else _element(module, root_of(body), index)
     if update is None:
@@ -175,7 +176,7 @@ def _tuple_index(instruction: Instruction) -> int:
 
 
 def _carried_index(site: Site) -> int | None:
-    """k when the value is element k of what a loop carries, else None."""
+    """k when the value is element k of a loop's carry, else None."""
     if site.instruction.opcode != "get-tuple-element" or site.scope.loop is None:
         return None
     if not site.operands or site.operands[0].instruction.opcode != "parameter":
@@ -192,7 +193,7 @@ def _element(module: Module, site: Site, index: int) -> Site | None:
 
 
 def step_back(module: Module, site: Site) -> Site | None:
-    """One step back to where the same value comes from, or None."""
+    """The site one step back that has the same value, or None."""
     instruction, scope = site.instruction, site.scope
     if instruction.opcode in _UNCHANGED and site.operands:
         return site.operands[0]
@@ -212,7 +213,7 @@ def step_back(module: Module, site: Site) -> Site | None:
 
 
 def _taken_from(module: Module, site: Site, index: int) -> Site | None:
-    """Element `index` of a tuple, or of what went into a loop that hands it on unchanged."""
+    """Element `index` of a tuple, or of a loop's initial carry that the loop does not change."""
     source = origin(module, site)
     if source.instruction.opcode != "while" or not source.operands:
         return _element(module, site, index)

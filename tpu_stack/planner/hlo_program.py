@@ -1,4 +1,4 @@
-"""All that the planner reads from one compiled program, as one value that JSON can hold.
+"""All that the planner reads from one compiled program, as one value that converts to JSON.
 
 Example:
     report = read_program(result.hlo_text(), {"data": 1, "fsdp": 64, "tensor": 1})
@@ -21,8 +21,8 @@ from tpu_stack.planner.hlo_text import parse
 class ProgramReport:
     """A compiled program: its collectives in program order, its operations by estimated cycles.
 
-    Of the operations, all that the compiler's cost model looks at are here, and Pallas kernels.
-    Cycles are those of one device.
+    Operations are the instructions with an estimate from the compiler's cost model and those that
+    lack one (`hlo_cycles.Operation`). Cycles are those of one device.
     """
 
     collectives: tuple[Collective, ...]
@@ -30,7 +30,7 @@ class ProgramReport:
 
     @property
     def cycles(self) -> int:
-        """Estimated cycles in all, as if nothing ran side by side; collectives have none."""
+        """Sum of the estimated cycles, as if nothing overlapped; collectives have none."""
         return sum(item.total_cycles for item in self.operations)
 
     @property

@@ -1,9 +1,9 @@
-"""Recovers what a collective was before XLA:CPU rewrote it, where the text still shows it.
+"""Recovers a collective as it was before XLA:CPU rewrote it, where the text still shows it.
 
 The emulated program is compiled for the CPU, whose rewrites would mislead a TPU plan: sums of
 bfloat16 are promoted to float32, gathers of bfloat16 and int4 are widened, and a reduce-scatter
-stays an all-reduce followed by a slice at the device's own offset. Each rule below asks for the
-marks that the rewrite leaves; when they are missing the collective is reported as compiled.
+stays an all-reduce followed by a slice at the device's own offset. Each rule below looks for the
+pattern that such a rewrite leaves; without it the collective is reported as compiled.
 
     as_written(module, Site(scope, instruction), "all-reduce", buffers, group_size=2)
 """
@@ -23,7 +23,7 @@ _MAX_HOPS = 20
 
 
 class Part(NamedTuple):
-    """One buffer of a collective as the program asked for it: bytes per device."""
+    """One buffer of a collective as the program asked for it; `bytes` per device."""
 
     kind: str
     dtype: str

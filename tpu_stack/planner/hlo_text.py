@@ -1,8 +1,8 @@
 """Reads the text of a compiled XLA program into computations and instructions.
 
 The planner learns from the compiler's own output what a program moves. `compiled.as_text()` is the
-only form that every backend gives, XLA:CPU and the ahead-of-time XLA:TPU alike, so it is read here
-once and the other planner modules work on the parsed `Module`.
+only form that both XLA:CPU and XLA:TPU give, so it is parsed here, and the other planner modules
+work on the parsed `Module`.
 
     module = parse(jax.jit(f).lower(x).compile().as_text())
     [i.opcode for i in module.entry.instructions.values()]
@@ -58,7 +58,7 @@ def arrays(type_text: str) -> tuple[Array, ...]:
 
 
 def split_top(text: str) -> list[str]:
-    """Split at the commas that stand outside every bracket."""
+    """Splits at the commas outside all brackets."""
     parts, depth, start = [], 0, 0
     for position, char in enumerate(text):
         if char in "([{":
@@ -80,7 +80,8 @@ def elements(type_text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line of HLO. `operands` are instruction names; `arguments` is their text (literals)."""
+    """One line of HLO. `operands` are names of instructions; `arguments` is the text between the
+    brackets, such as a constant's literal or a parameter's number."""
 
     name: str
     opcode: str
@@ -90,7 +91,7 @@ class Instruction:
     attributes: str
 
     def attribute(self, key: str) -> str | None:
-        """The computation or word after `key=`, or None."""
+        """The name or word after `key=`, or None."""
         match = re.search(rf"\b{key}=%?([\w.\-]+)", self.attributes)
         return match[1] if match else None
 
@@ -141,9 +142,9 @@ class Module:
 
 
 def parse(text: str) -> Module:
-    """Parse the text of one HLO module, of XLA:CPU or XLA:TPU, scheduled or not.
+    """Parses the text of one HLO module, of XLA:CPU or XLA:TPU, scheduled or not.
 
-    Raises ValueError when the text holds no ENTRY computation.
+    Raises ValueError when the text has no complete ENTRY computation.
     """
     computations: dict[str, Computation] = {}
     entry = name = root = ""
@@ -175,7 +176,7 @@ def parse(text: str) -> Module:
 
 
 def _whole_lines(text: str) -> Iterator[str]:
-    """The lines of the text, each with those that go on inside its braces.
+    """The lines of the text, each joined with those that continue its braces.
 
     A Pallas kernel's `kernel_metadata={...}` is printed over several lines, and repeated on what
     reads its result.
@@ -225,7 +226,7 @@ def _parse_instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str, start: int) -> int:
-    """Index just past the bracket that closes the one at `start`; -1 when it never closes."""
+    """Index just past the bracket that closes the one at `start`; -1 when none does."""
     depth = 0
     for match in re.compile(r"[()]").finditer(text, start):
         depth += 1 if match[0] == "(" else -1
