@@ -1,7 +1,7 @@
 """Cases of `kernels.kv_attention`: decode attention over a paged cache in each page dtype.
 
-Shapes are B, S, N: sequences, cached tokens of each, query heads. Heads have 128 elements, a key
-head serves four query heads, pages have 128 tokens.
+Shapes are B, S, N: sequences, cached tokens per sequence, query heads. Heads have 128 elements,
+four query heads share a key head, and pages have 128 tokens.
 
 >>> next(cases()).name
 'kv_attention bf16 bf16'

@@ -1,7 +1,7 @@
 """Settings of `kv_attention` that the tuner tries: pages and key heads per step.
 
 The tuner assumes sequence lengths uniform between 0 and the full cache. Larger steps are fewer, but
-the last step of a sequence computes a whole block: the largest steps win only for full caches.
+the last step of a sequence computes a whole block, so the largest steps win only for full caches.
 
 >>> case = get_case("kv_attention", "int8", "bf16")
 >>> next(settings(case, compile_target("7x"), (16, 4096, 32))).tiles
@@ -33,7 +33,7 @@ PAGE_COUNTS = (1, 2, 4, 8, 16, 32)
 
 
 def settings(case: Case, target: CompileTarget, shape: tuple[int, ...]) -> Iterator[Setting]:
-    """The current setting, then every setting that the kernel takes, with repetitions."""
+    """The current setting, then every other that the kernel accepts; some occur twice."""
     kind = target.device_kind
     current = plan_of(case, shape, kind)
     heads = [d for d in range(1, current.kv_heads + 1) if current.kv_heads % d == 0]

@@ -1,8 +1,9 @@
 """Read a kernel's static schedule from the TPU compiler's dumps (rung 3, compiled).
 
 `--xla_jf_dump_to=DIR --xla_jf_dump_llo_text=true` makes libtpu write, for each Pallas kernel, its
-final VLIW bundles, the slots of each unit that each bundle fills, and its memory allocations. The
-flags are undocumented, so anything unexpected is an error that names the version.
+final VLIW bundles (instructions, one a cycle), the slots of each unit that each bundle fills, and
+its memory allocations. The flags are undocumented, so anything unexpected raises DumpError, which
+names libtpu's version.
 
     read_schedules(Path("dump"))[0].bundles  # 1295
 """
@@ -45,7 +46,7 @@ class Schedule:
     Invariants: `loop.bundles + outside.bundles == bundles`; every unit of `capacity` is in both
     regions' slots. Predicated bundles, such as a store in the last step, count in every step. The
     two iterations in which a pipelined loop only fills or drains do not count. A loop inside the
-    grid loop counts once, since its trip count is unknown: see `inner_loops`.
+    grid loop counts as one iteration, since its trip count is unknown (`inner_loops`).
 
     Attributes:
       name: the kernel's name.
@@ -55,7 +56,7 @@ class Schedule:
       capacity: unit -> slots per bundle.
       grid: steps per axis, as the compiler bounds them; `UNBOUNDED` for a dynamic axis until
         `with_steps` sets it, perhaps to an average.
-      inner_loops: loops nested in the grid loop.
+      inner_loops: how many loops are nested in the grid loop.
       vmem_bytes: the highest VMEM address in use.
     """
 
@@ -74,7 +75,7 @@ class Schedule:
 
     @property
     def executed(self) -> int:
-        """Bundles that one call issues: the loop once per step, the rest once."""
+        """Bundles that one call issues: the grid loop once per step, the rest once."""
         return round(self.loop.bundles * math.prod(self.grid)) + self.outside.bundles
 
     @property

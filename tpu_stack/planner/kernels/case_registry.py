@@ -1,7 +1,7 @@
 """The registry of cases: one `Case` per op, format and activation dtype.
 
-The ladder, the profiler, the tuner and the published matrix iterate over it, so every registered
-kernel is verified on every rung or listed as failing.
+`verify`, `profile`, `tune` and the matrix in kernels/README.md read it, so every registered kernel
+is verified on rungs 1 to 3 or listed as failing.
 
 >>> [case.name for case in find_cases(format="int4", activation="bf16")]
 ['quantized_matmul int4 bf16', 'grouped_matmul int4 bf16']
@@ -26,7 +26,7 @@ FAMILIES: dict[str, ModuleType] = {
 
 @functools.cache
 def candidates() -> tuple[Case, ...]:
-    """Every case of every op, including those that the kernel refuses; nothing is traced."""
+    """Every case of every op, also those that the kernel refuses; nothing is traced."""
     return tuple(case for family in FAMILIES.values() for case in family.cases())
 
 
@@ -37,7 +37,7 @@ def registry() -> tuple[Case, ...]:
 
 
 def get_case(op: str, format: str, activation: str) -> Case:
-    """The case of an op, format and activation, without making the others."""
+    """The case of an op, format and activation. Raises KeyError for an unknown name."""
     return FAMILIES[op].make_case(format, activation)
 
 
@@ -46,8 +46,8 @@ def find_cases(
 ) -> list[Case]:
     """The cases that match and that the kernel accepts; None matches all.
 
-    Raises: UserError for an unknown name, with the nearest; and, with the reason, when no case is
-      left.
+    Raises: UserError for an unknown name, with the nearest one, and when no case matches, with the
+      kernel's reason.
     """
     found = list(candidates())
     for field, requested in (("op", op), ("format", format), ("activation", activation)):

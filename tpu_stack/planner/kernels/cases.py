@@ -37,15 +37,16 @@ class Case:
       large: the shape that is compiled and compared with the roofline.
       operands: (shape, seed) -> concrete operands, deterministic in the seed.
       abstract: shape -> abstract operands.
-      call: (operands, **options) -> result; options are `interpret` and those of `tunable`.
+      call: (operands, **options) -> result. Options are `interpret`, `exact` (the result to compare
+        with `reference`, in float32 where the op can) and a tuner's (`Setting.options`).
       reference: operands -> the float64 result from the operands as stored.
       flops: shape -> floating-point operations.
-      pair: operand dtypes of the matmul, as chip facts name them; None without a matmul.
+      pair: operand dtypes of the matmul, as `Chip.peak_flops_per_s` takes them; None without one.
       limit: largest relative Frobenius error against `reference`; `limit_reason`: why.
-      tunable: options of `call` that a tuner may set.
+      tunable: not read; a tuner's options are `Setting.options`.
       dynamic_steps: (shape, device kind, **options) -> mean steps of the grid's dynamic axis; None
         for a static grid.
-      unread: shape -> mean bytes of the operands that a call does not read.
+      unread: shape -> mean bytes of operands that a call does not read, such as idle experts.
     """
 
     op: str
@@ -98,7 +99,7 @@ class Case:
         return None
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes that a call must move through HBM: operands and result, packed, less `unread`."""
+        """Packed bytes that a call moves through HBM: operands and result once, less `unread`."""
         arrays = jax.tree.leaves((self.abstract(shape), self.out_shape(shape)))
         return sum(map(array_bytes, arrays)) - self.unread(shape)
 

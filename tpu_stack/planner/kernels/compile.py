@@ -1,7 +1,7 @@
-"""Compiling cases ahead of time for chips that are not here, and lowering them for those that have
-no compiler. Results are kept on disk by content, so that asking again costs no compile.
+"""Compiles cases ahead of time for chips that this machine lacks, and lowers them for chips without
+a public compiler. Results are cached on disk by content.
 
-An abort, a refusal or a compile that takes too long is a result, not a crash.
+An abort, a refusal and a compile that takes too long are results, not exceptions.
 
     compile_case(get_case("quantized_matmul", "int4", "bf16"), "v6e").schedules[0].bundles
 """
@@ -32,14 +32,14 @@ from tpu_stack.planner.kernels.targets import (
 )
 
 READER = 2
-"""Raised when what is read from the dumps changes, so that cached results are not mixed."""
+"""Part of the cache key: increment it when `Compiled` or what is read from the dumps changes."""
 TIMEOUT_S = 300.0
 _LOCATIONS = re.compile(r"\\22debug_locations\\22: \\22[^\\]*\\22")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One compile: a case for a chip at a shape, with options of `case.tunable`."""
+    """One compile: a case for a chip at a shape, with the tuner's options of `case.call`."""
 
     case: Case
     chip: str
@@ -49,12 +49,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What came of one job. Exactly one of `schedules`, `error` and `not_run` is set.
+    """The result of one job. Exactly one of `schedules`, `error` and `not_run` is set.
 
     Attributes:
       schedules: one per Pallas kernel of the program.
-      xla_cycles: XLA's estimate for what it compiled around the kernels, None when nothing.
-      error: why there is none, in one line.
+      xla_cycles: XLA's estimate for its own fusions around the kernels; None where there are none,
+        or one has no estimate.
+      error: why the job did not compile, in one line.
       not_run: why it was not tried.
     """
 
@@ -65,7 +66,7 @@ class Compiled:
 
     @property
     def cycles(self) -> int:
-        """Bundles issued in one call plus XLA's estimated cycles around them."""
+        """Bundles issued in one call, plus XLA's estimated cycles around them as far as known."""
         return sum(schedule.executed for schedule in self.schedules) + (self.xla_cycles or 0)
 
     @property
@@ -79,13 +80,13 @@ class Compiled:
 
 
 def default_cache() -> Path:
-    """Where compile results are kept unless told otherwise."""
+    """The default folder of compile results: `tpu-stack/kernels` in $XDG_CACHE_HOME or ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "tpu-stack" / "kernels"
 
 
 def abstract_device(kind: str) -> AbstractContextManager[Any]:
-    """Within it kernels are planned and traced for a TPU of this device kind."""
+    """A context in which kernels are planned and traced for a TPU of this device kind."""
     device = AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
     return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device))
 
@@ -103,7 +104,7 @@ def lower_text(case: Case, shape: tuple[int, ...], device_kind: str, **options: 
 
 
 def lower_case(case: Case, chip: str, shape: tuple[int, ...] | None = None) -> str | None:
-    """Lowers a case for a chip of `LOWER_TARGETS`; None when it did, else why not, in one line."""
+    """Lowers a case for a chip of `LOWER_TARGETS`; None on success, else the reason in one line."""
     try:
         text = lower_text(case, shape or case.large, LOWER_TARGETS[chip])
     except Exception as error:  # any refusal is the result that the ladder reports
@@ -132,11 +133,11 @@ def compile_jobs(
     timeout_s: float = TIMEOUT_S,
     done: Callable[[Job], None] = lambda job: None,
 ) -> list[Compiled]:
-    """Compiles each job for its chip and reads the schedules; from the cache where they are there.
+    """Compiles each job for its chip and reads the schedules, or takes the result from the cache.
 
     Args:
       cache: folder of results; `default_cache()` when None.
-      timeout_s: a compile that takes longer is ended, and that is its result.
+      timeout_s: a compile that takes longer is ended, and its result says so.
       done: called with each job when its result is known.
 
     Returns: one result per job, in order.
@@ -174,7 +175,7 @@ def compile_jobs(
 
 
 def _with_steps(job: Job, compiled: Compiled) -> Compiled:
-    """The result with the steps that the case's data give an axis the compiler could not bound."""
+    """The result with the case's mean steps on the dynamic axis of the grid, if it has one."""
     steps = job.case.dynamic_steps
     if steps is None or all(schedule.bounded for schedule in compiled.schedules):
         return compiled
@@ -201,7 +202,7 @@ def one_line(error: Exception) -> str:
 
 
 def _key(text: str, job: Job) -> str:
-    """Names a compile by what goes into it; the kernel's source lines are left out."""
+    """A hash of what decides a compile's result; the kernel's source lines are left out."""
     parts = [_LOCATIONS.sub("", text), job.chip, libtpu_version(), jax.__version__, str(READER)]
     if any(map(is_row_factor, job.case.abstract(job.shape).values())):
         parts.append("row factors lie row by row")  # which the text does not say
@@ -214,7 +215,7 @@ def _as_json(result: Compiled) -> dict[str, Any]:
 
 
 def _read(path: Path) -> Compiled | None:
-    """A cached result; None when there is none or the file is not one."""
+    """A cached result; None where the file is missing or damaged."""
     try:
         data = json.loads(path.read_text())
         schedules = [Schedule.from_json(item) for item in data["schedules"]]

@@ -1,7 +1,7 @@
-"""The child process that holds the TPU compiler: compiles a list of requests, a line of JSON each.
+"""The child process that runs the TPU compiler: compiles requests, and prints a line of JSON each.
 
-A process of its own because a bad kernel can abort the compiler, and the whole process with it.
-The parent (`compiler_process`) sees which request had no line, and starts another for the rest.
+It is a process of its own because a bad kernel can abort the compiler, and the process with it. The
+parent (`compiler_process`) then sees which request got no line, and starts another for the rest.
 
     python -m tpu_stack.planner.kernels.compile_child FOLDER   # holding requests.json
 """
@@ -24,7 +24,8 @@ from tpu_stack.planner.kernels.targets import compile_target
 def compile_here(request: dict[str, Any]) -> dict[str, Any]:
     """Compiles for one device of the chip; the kernel sees its device kind through the mesh.
 
-    Returns: {"estimated_cycles": sum of XLA's estimates for its own fusions, None without any}.
+    Returns: {"estimated_cycles": sum of XLA's estimates for its own fusions; None where there are
+      none or one has no estimate}.
     """
     target = compile_target(request["chip"])
     case = get_case(request["op"], request["format"], request["activation"])

@@ -1,4 +1,4 @@
-"""Driving the child that holds the TPU compiler: many requests, a crash costs only its own.
+"""Drives the child process that runs the TPU compiler; a crash fails only its own request.
 
 for answer in answers([{"index": 0, "op": "quantized_matmul", ...}], timeout_s=300): ...
 """
@@ -19,9 +19,9 @@ CHILD = f"{__package__}.compile_child"
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of one request. Without an `error` there are `schedules`, one per Pallas kernel.
+    """The result of one request. Without an `error` there are `schedules`, one per Pallas kernel.
 
-    `lasting` says that the same compile would come to the same again.
+    `lasting`: the same compile would give the same result again, so it may be cached.
     """
 
     index: int
@@ -46,7 +46,7 @@ def answers(requests: list[dict[str, Any]], timeout_s: float) -> Iterator[Answer
 
 
 def _one_child(requests: list[dict[str, Any]], folder: Path, timeout_s: float) -> Iterator[Answer]:
-    """Answers until the child has done all or has died; the request it died of is answered."""
+    """Answers until the child is done or dies; the request that it dies of gets an error."""
     (folder / "dump").mkdir()
     (folder / "requests.json").write_text(json.dumps(requests))
     flags = f"--xla_jf_dump_to={folder / 'dump'} --xla_jf_dump_llo_text=true"

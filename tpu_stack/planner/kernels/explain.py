@@ -1,9 +1,9 @@
-"""Which product runs for a weight format on a chip, and why: dispatch as arithmetic over facts.
+"""Which product runs for a weight format on a chip, and why: a choice by projected times.
 
-The rule: of the activation types, the one with the least projected time at the shape, by the types
-that the kernel's plan brings to the matrix unit there; and the one that rounds the activations
-least where times are equal. So, where the product binds, 8i multiplies fp8 by int4, v5e and v6e
-int8 by int8, 7x fp8 by fp8; where reading the weight binds, activations stay bfloat16.
+The rule: take the activation type with the least projected time at the shape, given the types that
+the kernel's plan feeds the matrix unit; of those within 1% of it, the one that rounds the
+activations least. So, where the product binds, 8i multiplies fp8 by int4, v5e and v6e int8 by int8,
+7x fp8 by fp8; where reading the weight binds, activations stay bfloat16.
 
 >>> explain("int4_channel", "8i", (512, 4096, 14336)).activation
 'fp8'
@@ -21,8 +21,8 @@ from tpu_stack.planner.kernels.targets import known_chip, nearest
 from tpu_stack.quant import FORMATS, get_format
 
 PREFERENCE = ("bf16", "fp8", "int8")
-"""Most exact activation first. On Gaussian rows fp8 keeps 31.6 dB, int8 per row 42.1; but int8
-rounds outlier-heavy rows to few levels, where fp8 keeps its relative precision."""
+"""Most exact activation first. On Gaussian rows fp8 has a signal-to-noise ratio of 31.6 dB and int8
+of 42.1; but int8 rounds rows with outliers to few levels, and fp8 keeps its relative precision."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,14 @@ class Candidate:
     """One activation type for a format on a chip.
 
     Attributes:
-      activation: word of `matmul_cases.ACTIVATIONS`.
-      operands: types of x and of the weight as stored; `computed_as`: as the matrix unit has them.
-      support: the kernel's plan: "native" or "emulated", and why.
+      activation: a key of `matmul_cases.ACTIVATIONS`.
+      operands: dtypes of x and of the weight as stored.
+      computed_as: the dtypes that the matrix unit multiplies.
+      support: "native" or "emulated", by the kernel's plan, and why.
       peak_flops_per_s: the chip's peak for `computed_as`.
       ridge_rows: M above which the product takes longer than moving the operands once.
       time_s: the least time at the shape: the longer of product and HBM. Projected.
-      refused: the kernel's reason for not taking it; the rest is then empty.
+      refused: the kernel's reason to refuse it; the fields from `computed_as` are then empty.
     """
 
     activation: str
@@ -83,10 +84,10 @@ def explain(
       format: a quantized format's name.
       chip: a chip of `targets.CHIPS`.
       shape: M, K, N.
-      activation: a word of `ACTIVATIONS`; None leaves the choice to the rule.
+      activation: a key of `ACTIVATIONS`; None applies the rule.
 
-    Raises: UserError for an unknown name (with the nearest), a shape that the format or kernel
-      refuses, and an activation that the kernel does not take with this format.
+    Raises: UserError for an unknown name (with the nearest), a format that is not quantized, a
+      shape that the format or kernel refuses, and an activation that the kernel refuses with it.
     """
     if not get_format(format).quantized:
         quantized = [name for name, fmt in FORMATS.items() if fmt.quantized]
@@ -150,7 +151,7 @@ def _choose(candidates: list[Candidate], requested: str | None) -> tuple[Candida
     if requested is not None:
         [found] = [c for c in candidates if c.activation == requested]
         if found.refused:
-            raise UserError(f"the kernel does not take this with {requested} rows: {found.refused}")
+            raise UserError(f"the kernel refuses {requested} activations: {found.refused}")
         return found, "requested"
     able = [c for c in candidates if c.refused is None]
     least = min(c.time_s for c in able)
@@ -172,7 +173,7 @@ SCALE_REASONS = {
 
 
 def _decoding(plan: Plan) -> list[str]:
-    """What the kernel does beyond a cast and a product."""
+    """What the kernel does beside casting and multiplying."""
     if plan.uses_planes:
         return ["decodes the weight to e5m2 bit planes, with one copy of each row of x per group"]
     if plan.tile_schedule:

@@ -1,9 +1,9 @@
 """Cases of `kernels.grouped_matmul`: eight experts in each quantized format.
 
-Visits and the weights read depend on the routing and are averages over random routings. The
-operands have ragged groups, one of them empty, and padding rows.
+The routing decides how often a block of rows is visited and which weights are read; both are means
+over random routings. The operands have ragged groups of rows, one of them empty, and padding rows.
 
-8-bit activations are tried with one group size of each format: the others differ only in the number
+8-bit activations have cases for one group size of each format: the others differ only in the number
 of scales per block, which the bfloat16 cases cover.
 
 >>> next(cases()).name
@@ -44,7 +44,7 @@ ROUTINGS = 256
 
 
 def cases() -> Iterator[Case]:
-    """Every format with every activation."""
+    """Every quantized format; one named for its group size (int4_g64) has bfloat16 rows only."""
     for fmt in FORMATS.values():
         activations = ("bf16",) if "_g" in fmt.name else tuple(ACTIVATIONS)
         for activation in activations if fmt.quantized else ():
@@ -69,7 +69,7 @@ def make_case(format: str, activation: str) -> Case:
 
 
 def group_sizes(m: int, seed: int) -> np.ndarray:
-    """int [EXPERTS]: ragged groups, one of them empty, and padding after them."""
+    """int [EXPERTS]: rows of each expert, ragged, one of them 0; their sum leaves padding rows."""
     rng = np.random.default_rng((seed, m))
     sizes = np.diff(np.sort(rng.integers(0, m, EXPERTS + 1)))
     sizes[2] = 0

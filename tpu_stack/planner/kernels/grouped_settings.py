@@ -1,6 +1,7 @@
 """Settings of `grouped_matmul` that the tuner tries: weight blocks and scale modes.
 
-The plan chooses the rows of a block. Entries of quantized_matmul apply where this op has none.
+The plan chooses the rows of a block. Where this op has no entry in tiles.json, quantized_matmul's
+applies.
 
 >>> case = get_case("grouped_matmul", "int4", "bf16")
 >>> next(settings(case, compile_target("v6e"), (128, 4096, 14336))).tiles
@@ -34,7 +35,7 @@ SECTION = "tuned"
 
 
 def settings(case: Case, target: CompileTarget, shape: tuple[int, ...]) -> Iterator[Setting]:
-    """The current setting, then every setting that the kernel takes, with repetitions."""
+    """The current setting, then every other that the kernel accepts; some occur twice."""
     kind, setting = target.device_kind, _sized(case, shape)
     yield setting(plan_of(case, shape, kind))
     for mode in SCALE_MODES:

@@ -22,7 +22,7 @@ ACTIVATIONS = {"bf16": "bfloat16", "fp8": "float8_e4m3fn", "int8": "int8"}
 
 SMALL = (5, 640, 200)
 ALIGNED = (5, 640, 256)
-"""A multiple of 128 columns, which e5m2 bit planes need."""
+"""N is a multiple of 128, which e5m2 bit planes require."""
 LARGE = (16, 4096, 14336)
 
 
@@ -34,7 +34,7 @@ def cases() -> Iterator[Case]:
 
 
 def product_type(format: str) -> str:
-    """The narrowest dtype in the chip facts that represents the format's values exactly."""
+    """The narrowest matmul operand dtype that represents the format's values exactly."""
     fmt = get_format(format)
     if fmt.storage == "int32":
         return "int2"
@@ -67,8 +67,8 @@ def make_case(format: str, activation: str) -> Case:
 def _limit(format: str, activation: str) -> tuple[float, str]:
     """The error limit and its reason.
 
-    Products of low-bit numbers are exact in float32; scaling the weight in bfloat16 rounds it. A
-    uniform relative error of up to 2**-9 is 1.7e-3 in the Frobenius norm, and 3e-3 leaves room for
+    Products of low-bit numbers are exact in float32; scaling the weight in bfloat16 rounds it, by
+    a relative error of up to 2**-8. That is 1.7e-3 in the Frobenius norm, and 3e-3 leaves room for
     the accumulator. Integers with one scale per row and column round in float32 only.
     """
     if activation == "int8" and format == "int8":

@@ -35,7 +35,7 @@ SECTION = "tiles"
 
 
 def settings(case: Case, target: CompileTarget, shape: tuple[int, ...]) -> Iterator[Setting]:
-    """The current setting, then every setting that the kernel takes, with repetitions."""
+    """The current setting, then every other that the kernel accepts; some occur twice."""
     kind, nbytes = target.device_kind, _Bytes.of(case, shape)
     current = plan_of(case, shape, kind)
     requested = [((current.bm, current.bk, current.bn), current.scale_mode)]
@@ -84,7 +84,7 @@ def entry_of(
 ) -> dict[str, Any]:
     """The entry of tiles.json that makes the winner the default.
 
-    `bm` is the block that was requested, not clipped to M. For a scale mode that is not the
+    `bm` is 64 for decode, whatever M is, else the winner's. For a scale mode that is not the
     default, the thresholds move so that the case's shape and group select it.
     """
     decode = regime_of(shape[0]) == "decode"
@@ -135,8 +135,8 @@ class _Bytes:
         return self.weight * k * n + self.x * m * k + self.out * m * n
 
     def of_call(self, shape: tuple[int, ...], tiles: tuple[int, int, int]) -> float:
-        """Bytes that a call moves: the weight once per block of M, and x once per block of N unless
-        one block holds all of K."""
+        """Bytes that a call moves: the result once, the weight once per block of M, and x once per
+        block of N, or once where one block holds all of K."""
         m, k, n = (math.ceil(size / block) for block, size in zip(tiles, shape, strict=True))
         return self.weight * m + self.x * (n if k > 1 else 1) + self.out
 
@@ -147,7 +147,7 @@ def clear_cache() -> None:
 
 
 def format_table(table: dict[str, Any]) -> str:
-    """tiles.json as it is kept: indented, with one line per regime."""
+    """The text of tiles.json for a table: indented, with one line per regime."""
     lines = ["{", f'  "libtpu": {json.dumps(table["libtpu"])},', '  "tiles": {']
     kinds = []
     for kind, formats in table["tiles"].items():

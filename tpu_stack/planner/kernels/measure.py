@@ -1,4 +1,4 @@
-"""Wall clock for tuned candidates, where the chip that they are tuned for is at hand (rung 5).
+"""Wall-clock time of tuned candidates, where this machine has their chip (rung 5).
 
 Example:
     local_chip()  # on a v6e host; None on a laptop  # 'v6e'
@@ -18,15 +18,15 @@ SEED = 0
 
 
 def local_chip() -> str | None:
-    """Our name of the first local device's chip; None when it is no TPU."""
+    """The name in `CHIP_NAMES` of the first local device's chip; None when it is no TPU."""
     chip = chip_of_device_kind(jax.local_devices()[0].device_kind)
     return None if chip is None or chip.name == "cpu" else chip.name
 
 
 def median_seconds(call: Callable[[], Any], calls: int = 20, rounds: int = 5) -> float:
-    """Median over rounds of the seconds of one call, in rounds of `calls` without waiting between.
+    """Seconds of one call: the median of `rounds`, each of `calls` dispatched without waiting.
 
-    The first call, which compiles, is not counted.
+    A first call, which compiles, is not timed.
     """
     jax.block_until_ready(call())
     found = []

@@ -1,7 +1,7 @@
 """The static profile of a compiled kernel: where its bundles go and which unit binds it.
 
-Occupancy is slots filled over slots there: the unit with the highest occupancy of the loop body is
-the one that binds, since no schedule of the same instructions is shorter than it.
+Occupancy is the share of a unit's slots that are filled. The unit with the highest occupancy in the
+loop body binds: no schedule of the same instructions is shorter than that unit needs.
 
     profile_schedule(compiled.schedules[0])["binding_unit"]  # 'VALU'
 """
@@ -23,10 +23,10 @@ UNITS = {
     "VSTORE:SPILL": "vector store, of which spills",
     "SALU": "scalar ALU",
 }
-"""The compiler's names, and what we take them to be: it documents none."""
+"""The compiler's name of a unit -> its presumed meaning; the names are undocumented."""
 
 PARTS = {"VLOAD:FILL": "VLOAD", "VSTORE:SPILL": "VSTORE"}
-"""Units that are a share of another unit's slots, and so never bind by themselves."""
+"""Units that count a part of another unit's slots, and so never bind by themselves."""
 
 
 def occupancy(region: Region, capacity: dict[str, int]) -> dict[str, float]:

@@ -41,7 +41,7 @@ def make_case(format: str, activation: str) -> Case:
         flops=lambda shape: 2.0 * shape[0] * shape[1],
         pair=None,
         limit=1e-6,
-        limit_reason="the same float32 arithmetic as the reference, which rounds where it says so",
+        limit_reason="the reference does the same float32 arithmetic and rounds at the same places",
     )
 
 

@@ -26,7 +26,7 @@ BLOCKS = tuple(ROWS * 2**power for power in range(6))
 
 
 def settings(case: Case, target: CompileTarget, shape: tuple[int, ...]) -> Iterator[Setting]:
-    """The current setting, then all of `BLOCKS`, with repetitions."""
+    """The current setting, then all of `BLOCKS`; some occur twice."""
     m, k = shape
     current = block_rows(m, k, TYPES[case.format], target.device_kind)
     call = case.nbytes(shape)

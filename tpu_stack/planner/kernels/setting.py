@@ -13,12 +13,14 @@ class Setting:
     """One way to call a kernel.
 
     Attributes:
-      tiles: the blocks, as the kernel's `tiles` takes them.
-      scale_mode: where scales of weights are applied; None for ops without, and for several ways.
-      block_bytes: what the first grid step loads and its results' block.
-      call_bytes: what a call moves; where data decide, the average one (`step_share`).
-      vmem_bytes: what it needs of VMEM, roughly.
-      step_share: of the grid's steps, those that the average call does; data decide on the rest.
+      tiles: the blocks, as the kernel's argument `tiles`.
+      scale_mode: where scales of weights are applied; None for ops without scales and for tiles
+        with several modes.
+      block_bytes: bytes that one grid step loads and stores.
+      call_bytes: bytes that a call moves; the average where they depend on the data.
+      vmem_bytes: a rough count of the VMEM that it takes.
+      step_share: mean share of the grid's steps that a call executes; below 1 where this depends on
+        the data.
     """
 
     tiles: tuple[int, ...]
@@ -30,6 +32,6 @@ class Setting:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Of `Case.call`."""
+        """Keyword arguments for `Case.call`."""
         found: dict[str, Any] = {"tiles": list(self.tiles)}
         return found if self.scale_mode is None else found | {"scale_mode": self.scale_mode}

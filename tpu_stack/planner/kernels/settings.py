@@ -25,7 +25,7 @@ FAMILIES: dict[str, ModuleType] = {
 }
 """Op -> the module with its `settings`."""
 VMEM_SHARE = 0.9
-"""Of VMEM that a setting's blocks may take; the compiler needs the rest."""
+"""Share of VMEM that a setting may take; the compiler needs the rest."""
 
 
 def family_of(op: str) -> ModuleType:
@@ -36,8 +36,8 @@ def family_of(op: str) -> ModuleType:
 
 
 def distinct_settings(case: Case, target: CompileTarget, shape: tuple[int, ...]) -> list[Setting]:
-    """The distinct settings that the kernel takes and that fit VMEM; the current one first, which
-    need not fit by this rough count."""
+    """The distinct settings that the kernel accepts and that fit VMEM by a rough count. The current
+    one comes first, whether it fits by this count or not. Raises UserError for an unknown op."""
     found: dict[tuple, Setting] = {}
     for setting in family_of(case.op).settings(case, target, shape):
         fits = setting.vmem_bytes <= VMEM_SHARE * target.vmem_bytes

@@ -1,8 +1,8 @@
 """The published matrix in kernels/README.md, written by `tpu-stack kernels verify --write`.
 
 Everything between the markers is generated: a row per registered case, which depends on jax, libtpu
-and the kernels alone, not on when or where it was made. A run over some cases renews their rows and
-keeps the others if they were made with the same versions.
+and the kernels alone. A run over some cases renews their rows and keeps the others where they were
+made with the same versions of jax and libtpu.
 
     write_readme(verify_cases(find_cases("kv_attention")))
 """
@@ -24,7 +24,7 @@ END = "<!-- end of what is generated -->"
 
 
 def chip_cell(row: dict[str, Any]) -> str:
-    """One case on one chip: fraction of the roofline, bound, bundles, native or emulated."""
+    """One case on one chip: fraction of the roofline, bound, bundles; n: native, e: emulated."""
     if row.get("not_run"):
         return "not run"
     mark = {"native": "n", "emulated": "e"}.get(row.get("support") or "", "-")

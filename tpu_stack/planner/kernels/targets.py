@@ -1,8 +1,8 @@
-"""What a kernel is compiled or lowered for, and what turns bundles into a share of the roofline.
+"""The chips that a kernel is compiled or lowered for, and their HBM and MXU time in cycles.
 
-Cycles are needed only to lay the compiler's bundles (one a cycle) beside HBM and MXU time, which
-chip facts give in seconds. Everything is per JAX device, as a compiled program is: half a chip on
-7x, and on v5p both TensorCores, between which the compiler splits a kernel's grid.
+Chip facts give these times in seconds; the compiler gives bundles, one a cycle. Everything is per
+JAX device, as a compiled program is: half a chip on 7x, and on v5p both TensorCores, between which
+the compiler splits a kernel's grid.
 
 >>> compile_target("v6e").topology
 'v6e:2x2'
@@ -22,11 +22,12 @@ class CompileTarget:
     """A chip that the installed TPU compiler knows.
 
     Attributes:
-      chip: our name of it.
+      chip: its name in `CHIP_NAMES`.
       topology: the smallest topology name that `jax.experimental.topologies` takes for it.
-      clock_hz: TensorCore cycles per second. No source found states it. For v5e and v5p it is peak
-        bf16 FLOP/s over the multiply-adds of the MXUs in jax's chip table; for v6e and 7x half of
-        that, 3.5 and 4.4 GHz being no TPU's clock: our reading, which scales every cycle here.
+      clock_hz: TensorCore cycles per second; no source found states it. For v5e and v5p it is the
+        peak bf16 FLOP/s over the FLOPs per cycle of the MXUs in jax's chip table. For v6e and 7x it
+        is half of that, an assumption that scales every cycle here: 3.5 and 4.4 GHz are no TPU's
+        clock.
     """
 
     chip: str
@@ -73,15 +74,15 @@ CHIPS = (*COMPILE_TARGETS, *(name for name in LOWER_TARGETS if name not in COMPI
 
 
 def known_chip(name: str) -> str:
-    """`name`, when kernels are proven for that chip. Raises UserError with the nearest name."""
+    """`name`, if kernels are compiled or lowered for that chip; otherwise raises UserError."""
     if name in CHIPS:
         return name
-    get_chip(name)  # a name that is no chip at all
+    get_chip(name)  # raises for a name that is no chip
     raise UserError(f"kernels are not compiled or lowered for {name}; known: {', '.join(CHIPS)}")
 
 
 def compile_target(name: str) -> CompileTarget:
-    """The compile target called `name`. Raises UserError where the compiler knows no such chip."""
+    """The compile target called `name`. Raises UserError where libtpu cannot compile for it."""
     if name in COMPILE_TARGETS:
         return COMPILE_TARGETS[name]
     known_chip(name)
@@ -92,7 +93,7 @@ def compile_target(name: str) -> CompileTarget:
 
 
 def has_compiler() -> bool:
-    """Whether libtpu is here to compile with."""
+    """Whether libtpu is installed."""
     return importlib.util.find_spec("libtpu") is not None
 
 

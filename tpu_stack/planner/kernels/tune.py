@@ -1,8 +1,8 @@
-"""Choosing tiles and scale mode without hardware: compile the candidates and count.
+"""Chooses tiles and scale mode without hardware: compiles the candidates and counts.
 
-The cost of a call is the longer of its HBM cycles and the bundles it issues, plus the load of the
+The cost of a call is the larger of its HBM cycles and the bundles it issues, plus the load of the
 first block, which nothing overlaps with. Candidates whose double-buffered blocks would not fit VMEM
-are not compiled. A real chip may order near ties otherwise: where it is at hand, `refine` measures.
+are not compiled. A real chip may order near ties otherwise: where there is one, `refine` measures.
 
     case = get_case("quantized_matmul", "int4", "bf16")
     search(case, "v6e", (16, 4096, 14336))[0].tiles  # (16, 2048, 1024)
@@ -29,14 +29,15 @@ class Candidate:
 
     Attributes:
       tiles: blocks, as the plan cut them to the shape: of M, K and N; pages and key heads; rows.
-      scale_mode: where scales of weights are applied; None for ops without, and for several ways.
-      cycles: the cost as the module states it; None when it did not compile.
-      issued, loop, steps: bundles of the average call, of the loop body, and grid steps.
-      hbm_cycles, first_load: of the whole call, and of the first step's blocks.
+      scale_mode: as in `Setting`.
+      cycles: the cost as the module defines it; None when it did not compile.
+      issued: bundles of the average call, with XLA's cycles around the kernels.
+      loop, steps: bundles of the loop body, and grid steps, of the kernel that issues the most.
+      hbm_cycles, first_load: cycles to move the whole call's bytes, and the first step's blocks.
       vmem_bytes: highest VMEM address in use.
       error: why it has no cost.
       current: whether this is what the kernel would choose now.
-      seconds: wall clock of a call, measured; None where no such chip was at hand.
+      seconds: measured wall-clock time of a call; None where there was no such chip.
     """
 
     tiles: tuple[int, ...]
@@ -69,7 +70,8 @@ def search(
     """Compiles the candidates, cheapest first; those that did not compile come last.
 
     Args:
-      case: of an op with tiles of its own.
+      case: of an op in `settings.FAMILIES`.
+      done: called with the options of each candidate when its result is known.
       limit: at most this many candidates, the current one among them.
 
     Raises: UserError where the compiler is absent or does not know the chip, or the op cannot be
@@ -95,8 +97,8 @@ def search(
 def refine(
     case: Case, chip: str, shape: tuple[int, ...], candidates: list[Candidate], top: int
 ) -> list[Candidate]:
-    """On a host with that chip, the `top` cheapest (and the current one) by wall clock, then the
-    rest as they were; elsewhere the candidates as they are."""
+    """On a host with that chip, measures the `top` cheapest and the current one, and puts them
+    first by measured time; elsewhere returns the candidates unchanged."""
     if measuring.local_chip() != chip:
         return candidates
     chosen = [
@@ -114,7 +116,7 @@ def refine(
 
 
 def beats(best: Candidate, current: Candidate) -> bool:
-    """Whether `best` is worth keeping: less wall clock where both have it, else fewer cycles."""
+    """Whether `best` takes less measured time than `current`; fewer cycles, where not measured."""
     if best.seconds is not None and current.seconds is not None:
         return best.seconds < current.seconds
     return best.cycles is not None and (current.cycles is None or best.cycles < current.cycles)

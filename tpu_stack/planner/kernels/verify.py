@@ -1,9 +1,9 @@
-"""One case up the verification ladder, rung by rung, and which rungs must hold.
+"""Verifies cases rung by rung, and says which rungs failed.
 
-Rung 1 interprets the kernel with memory that starts as NaN and a race detector, in every form that
-it takes on these chips, and compares it with float64; rung 2 lowers it for TPU 8 and 7x; rung 3
-compiles it for every chip that the installed compiler knows and lays its bundles beside the chip's
-roofline.
+Rung 1 interprets the kernel, with uninitialised memory as NaN and a race detector, in every program
+that it becomes on these chips, and compares it with float64. Rung 2 lowers it for 8t, 8i and 7x.
+Rung 3 compiles it for every chip that the installed compiler knows, and compares its bundles with
+the chip's roofline.
 
     verify_cases([case], chips=("v6e", "8i"))[0]["compiled"]["v6e"]["fraction"]
 """
@@ -41,7 +41,7 @@ MAX_INTERPRETED = 2**20
 
 
 def rungs(chips: Iterable[str] = CHIPS) -> list[tuple[str, str]]:
-    """The rungs that `verify_cases` climbs for these chips, as (rung, chip)."""
+    """The rungs that `verify_cases` runs for these chips, as (rung, chip)."""
     chips = list(chips)
     return [
         ("interpret", "cpu"),
@@ -58,7 +58,7 @@ def verify_cases(
     cache: Path | None = None,
     done: Callable[[str], None] = lambda note: None,
 ) -> list[dict[str, Any]]:
-    """Climbs the ladder with each case.
+    """Runs rungs 1 to 3 on each case.
 
     Args:
       chips: of `CHIPS`.
@@ -67,7 +67,7 @@ def verify_cases(
       done: called with a note after each of `rungs(chips)` of each case.
 
     Returns: per case, JSON-ready: its name and shapes, "interpret", "lowered" and "compiled" by
-      chip, and "failed": the rungs that must hold and did not, each in a line.
+      chip, and "failed": a line for every rung that ran and failed.
     """
     chips = list(chips)
     results = []
@@ -121,7 +121,7 @@ def _interpreted_shapes(case: Case, shape: tuple[int, ...] | None) -> list[tuple
 
 
 def kinds_of(chips: Iterable[str]) -> list[str | None]:
-    """The device kinds that the chips are known by to the kernels, after None, the host's own."""
+    """The device kinds of the chips, by which kernels choose their plans; first None, the host."""
     kinds = [get_chip(chip).device_kinds for chip in chips]
     return [None, *(names[0] for names in kinds if names)]
 
@@ -131,11 +131,11 @@ def interpret(
 ) -> dict[str, Any]:
     """Rung 1: the kernel interpreted with race and uninitialised-memory detection, in numbers.
 
-    Every shape is run as each device kind has it, programs that are alike once.
+    Each shape runs as the program of each device kind; equal programs run once.
 
-    Returns: the first shape, "programs", how many were run, the largest relative Frobenius "error"
-      against float64, "limit", "ok"; or "failure", the line of what the interpreter raised: a race,
-      or a read out of bounds.
+    Returns: "shape", the first; "programs", how many ran; "error", the largest relative Frobenius
+      error against float64; "limit", "why" and "ok". Instead of programs and error, "failure": what
+      the interpreter raised, in one line, such as a race or a read out of bounds.
     """
     found: dict[str, Any] = {
         "shape": list(shapes[0]), "limit": case.limit, "why": case.limit_reason
@@ -153,7 +153,7 @@ def interpret(
 
 
 def _each_program(case: Case, operands: Any, kinds: Sequence[str | None]) -> Iterator[np.ndarray]:
-    """What each of the different programs for these device kinds gives, in float64."""
+    """The result of each distinct program for these device kinds, as float64."""
     params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
     leaves, seen = jax.tree.leaves(operands), set()
     for kind in kinds:
@@ -177,14 +177,14 @@ def relative_error(got: np.ndarray, want: np.ndarray) -> float:
 
 
 def on_chip(job: Job, compiled: Compiled) -> dict[str, Any]:
-    """A compile result beside the chip's roofline.
+    """A compile result beside the chip's roofline, JSON-ready.
 
-    "fraction" is ideal / max(ideal, issued bundles), where ideal is the larger of HBM cycles (every
-    operand and the result moved once) and MXU cycles at the operand pair's peak rate: 1 means that
-    the kernel's own instructions add nothing. On 7x the compiler issues products to the matrix
-    units at up to twice their published rate, so that the units, not the bundles, then bind. A
-    projection from static counts: nothing is measured, and each DMA is taken to overlap with
-    compute.
+    "fraction" is ideal / max(ideal, cycles). Cycles are the issued bundles plus XLA's estimate
+    around them; ideal is the larger of HBM cycles (every operand and the result moved once) and MXU
+    cycles at the operand pair's peak rate. So 1 means that the instructions add nothing. On 7x the
+    compiler issues products to the matrix units at up to twice their published rate; the units, not
+    the bundles, then bind. A projection from static counts: nothing is measured, and each DMA is
+    taken to overlap with compute.
     """
     case, chip = job.case, job.chip
     if compiled.not_run:
@@ -221,7 +221,7 @@ def support(case: Case, chip: str) -> dict[str, Any]:
 
 
 def failures(result: dict[str, Any]) -> Iterable[str]:
-    """A line for every rung that was run and did not hold."""
+    """A line for every rung that ran and failed."""
     found = result["interpret"]
     if not found["ok"]:
         why = found.get("failure") or f"error {found['error']:.2e} is over {found['limit']:.0e}"
@@ -233,7 +233,7 @@ def failures(result: dict[str, Any]) -> Iterable[str]:
 
 
 def report(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """The ladder's JSON: results with what they were made with."""
+    """The results with the versions of libtpu and jax, JSON-ready."""
     return {
         "libtpu": libtpu_version(),
         "jax": jax.__version__,

@@ -1,4 +1,4 @@
-"""Keeping what `tune` found: winners in the op's tiles.json, as the kernel reads it.
+"""Writes the winners that `tune` found into the op's tiles.json, which the kernel reads.
 
 Example:
     write_winners([(case, "v6e", (16, 4096, 14336), winner)])  # ['quantized_matmul int4 bf16']
@@ -20,14 +20,13 @@ from tpu_stack.planner.kernels.tune import Candidate
 def write_winners(
     found: Sequence[tuple[Case, str, tuple[int, ...], Candidate]], path: Path | None = None
 ) -> list[str]:
-    """Puts winners, all of one op, into its tiles.json or `path`, beside the others, with this
-    libtpu's version.
+    """Puts winners, all of one op, into its tiles.json or `path`; other entries stay.
 
-    The file has one entry for all formats stored as one type (int4 of any group), so of these the
-    first is written. Returns the names of the cases that were.
+    Formats stored as one dtype (int4 of any group) share an entry, so only the first of them is
+    written. Returns the names of the cases that were written.
 
-    Raises: UserError when the file was tuned with another version: its other entries would then be
-      passed off as this one's. Remove them, or install that version.
+    Raises: UserError when the file was tuned with another version of libtpu than is installed: its
+      other entries would be taken for this version's.
     """
     (op,) = {case.op for case, *_ in found}
     family = family_of(op)
