@@ -15,7 +15,7 @@ from tpu_stack.planner.backtest.table import read_rows
 
 @dataclass(frozen=True)
 class Options:
-    """Predict published TPU results row by row, and print the error of each and its summary.
+    """Predict published TPU results row by row, and print each error and a summary.
 
     Rows that the simulator's constants were fitted on are cross-validated: predicted with constants
     fitted without the row's family of models.

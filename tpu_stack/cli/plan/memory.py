@@ -103,7 +103,9 @@ def _print_terms(options: Options, result: dict[str, Any]) -> None:
 
     rows = [row(term) for term in result["terms"]]
     rows.append(["the program's code", bytes_text(result["code_bytes"]), "", "", ""])
-    rows += [row({**term, "name": f"outside it, {term['name']}"}) for term in result["beside"]]
+    rows += [
+        row({**term, "name": f"outside the program, {term['name']}"}) for term in result["beside"]
+    ]
     total = result["held_bytes"]
     rows.append(["in all, predicted", bytes_text(total), f"{total / limit:.1%}",
                  f"at the {result['moment']}", f"of {bytes_text(limit)} of HBM"])  # fmt: skip

@@ -46,11 +46,12 @@ class Options:
     latency_ms: float | None = None
     """Longest allowed decode step, or prefill of a batch, in milliseconds."""
     seq_len: int | None = None
-    """Tokens per training sequence (default 4096)."""
+    """Tokens per training sequence (default 4096, at most the model's window)."""
     context: int | None = None
-    """Positions that the cache holds per row, all of them read (default 4096)."""
+    """Positions that the cache holds per row, all of them read (default 4096, at most the model's
+    window)."""
     prompt: int | None = None
-    """Tokens of each row that prefill runs (default 1024)."""
+    """Tokens of each row that prefill runs (default 1024, at most half the context)."""
     batch: tuple[int, ...] = ()
     """Sequences over all devices; the default tries many, in training up to 4M tokens a step."""
     format: tuple[str, ...] = ()
@@ -169,7 +170,7 @@ def _print_confirmed(confirmed: list["Confirmation"]) -> None:
          bytes_text(one.plan.held_bytes), bytes_text(one.plan.capacity)]
         for one in confirmed
     ]  # fmt: skip
-    columns = ["plan", "verdict", "compiler's memory", "predicted", "HBM"]
+    columns = ["plan", "verdict", "compiler's memory", "predicted", "usable HBM"]
     print_table("\nthe best, by the TPU compiler (rung 3)", columns, rows)
     for reason in dict.fromkeys(one.reason for one in confirmed if one.reason):
         print(reason)
