@@ -43,7 +43,6 @@ class Case:
       flops: shape -> floating-point operations.
       pair: operand dtypes of the matmul, as `Chip.peak_flops_per_s` takes them; None without one.
       limit: largest relative Frobenius error against `reference`; `limit_reason`: why.
-      tunable: not read; a tuner's options are `Setting.options`.
       dynamic_steps: (shape, device kind, **options) -> mean steps of the grid's dynamic axis; None
         for a static grid.
       unread: shape -> mean bytes of operands that a call does not read, such as idle experts.
@@ -63,7 +62,6 @@ class Case:
     pair: tuple[str, str] | None
     limit: float
     limit_reason: str
-    tunable: tuple[str, ...] = ()
     dynamic_steps: Callable[..., float] | None = None
     unread: Callable[[tuple[int, ...]], int] = lambda shape: 0
     aligned: tuple[tuple[int, ...], ...] = ()

@@ -62,7 +62,6 @@ def make_case(format: str, activation: str) -> Case:
         abstract=partial(_abstract, format, activation),
         call=partial(_call, format),
         reference=partial(_reference, format),
-        tunable=("tiles", "scale_mode"),
         dynamic_steps=partial(_visits, format, activation),
         unread=partial(_unread, format, activation),
     )

@@ -59,7 +59,6 @@ def make_case(format: str, activation: str) -> Case:
         pair=(ACTIVATIONS[activation], product_type(format)),
         limit=limit,
         limit_reason=reason,
-        tunable=("tiles", "scale_mode"),
         aligned=(ALIGNED,),
     )
 
