@@ -1,18 +1,16 @@
-"""From a Hugging Face folder to a run folder, and back.
+"""From a Hugging Face folder or a GGUF file to a run folder, and back to a Hugging Face folder.
 
 An imported run folder is a checkpoint of step 0 with parameters and no optimizer state, so `pack`,
 `eval` and `train --init` read it as their own. The folder's small files are kept beside it in
 `huggingface/`, so that `export` gives back what came in.
 
-    imported = import_folder(Path("Qwen3-0.6B"), Path("runs/qwen"), profile, mesh)
+    import_model(Published.open(Path("Qwen3-0.6B")), Path("runs/qwen"), profile, mesh)
     export_folder(Path("runs/qwen"), Path("Qwen3-0.6B-again"), profile, mesh)
 """
 
 import json
 import shutil
-from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,87 +18,55 @@ from jax.sharding import Mesh
 
 from tpu_stack.checkpoint.store import ORIGINAL_FILES, CheckpointStore
 from tpu_stack.data.chat_format import CHAT, ChatFormat
-from tpu_stack.data.tokenizer import Tokenizer
 from tpu_stack.errors import UserError
 from tpu_stack.files import replacing_folder
 from tpu_stack.models.abstract import tensor_specs
 from tpu_stack.models.config import ModelConfig
 from tpu_stack.models.hf.families import Family
-from tpu_stack.models.hf.folder import CONFIG, HuggingFaceFolder, read_json
+from tpu_stack.models.hf.folder import CONFIG, read_json
 from tpu_stack.models.hf.load import load_params
 from tpu_stack.models.hf.read_config import read_config
 from tpu_stack.models.hf.save import write_weights
 from tpu_stack.models.hf.write_config import write_config
-from tpu_stack.serving.chat_files import read_chat
 from tpu_stack.serving.pack import restore_for_serving
+from tpu_stack.serving.published import TOKENIZER, Published
 from tpu_stack.sharding.mesh import make_mesh
 from tpu_stack.sharding.profiles import Profile
-
-TOKENIZER = "tokenizer.json"
-_SMALL_FILES = (
-    *(CONFIG, TOKENIZER, "tokenizer_config.json", "generation_config.json"),
-    *("special_tokens_map.json", "chat_template.jinja", "chat_template.json"),
-)
 
 Listener = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Imported:
-    """What an import found. `dtypes` counts tensors by how the folder stored them."""
-
-    architecture: str
-    config: ModelConfig
-    dtypes: dict[str, int]
-    left_out: tuple[str, ...]
-
-
-def import_folder(
-    folder: HuggingFaceFolder,
+def import_model(
+    published: Published,
     out: Path,
     profile: Profile,
     mesh: Mesh,
     listener: Listener = lambda name: None,
-) -> Imported:
-    """Writes the run folder `out` of an opened `folder`, whole or not at all.
+) -> None:
+    """Writes the run folder `out` of an opened model, whole or not at all.
 
     The weights are float32, read into the layout of `profile` on `mesh` where it is of real
-    devices. Raises UserError when `out` exists, the tokenizer or chat format cannot be read, or a
-    tensor does not divide the mesh.
+    devices. Raises UserError when `out` exists, or a tensor does not divide the mesh.
     """
     if out.exists():
         raise UserError(f"{out} exists; choose another folder")
-    tokenizer = _tokenizer(folder.path)
-    if tokenizer.vocab_size > folder.config.vocab_size:
-        raise UserError(
-            f"{folder.path}: {TOKENIZER} has {tokenizer.vocab_size} ids, more than the model's"
-            f" {folder.config.vocab_size}"
-        )
-    chat = read_chat(folder.path, tokenizer)
-    dtypes = {name: tensor.dtype for name, tensor in folder.tensors.items()}
-    profile.check(tensor_specs(folder.config))
-    params = load_params(folder, *_where_to_load(profile, mesh), listener)
+    model = published.model
+    profile.check(tensor_specs(model.config))
+    params = load_params(model, *_where_to_load(profile, mesh), listener)
     meta = {
-        "model": folder.config.to_dict(),
-        "tokenizer": tokenizer.to_json(),
-        "run": {"imported.architecture": folder.family.architecture},
-        "huggingface": {"dtypes": _by_dtype(dtypes)},
+        "model": model.config.to_dict(),
+        "tokenizer": published.tokenizer.to_json(),
+        "run": {"imported.architecture": model.family.architecture},
+        "huggingface": {"dtypes": _by_dtype(published.tensor_dtypes)},
     }
     with replacing_folder(out) as partial:
-        if chat != ChatFormat():
-            (partial / CHAT).write_text(chat.to_json(), encoding="utf-8")
+        if published.chat != ChatFormat():
+            (partial / CHAT).write_text(published.chat.to_json(), encoding="utf-8")
         (partial / ORIGINAL_FILES).mkdir()
-        for name in _SMALL_FILES:
-            if (folder.path / name).is_file():
-                shutil.copyfile(folder.path / name, partial / ORIGINAL_FILES / name)
+        for file in published.small_files:
+            shutil.copyfile(file, partial / ORIGINAL_FILES / file.name)
         with CheckpointStore(partial, in_background=False) as store:
             store.save(0, {"params": params}, meta)
-    return Imported(
-        folder.family.architecture,
-        folder.config,
-        dict(Counter(dtypes.values())),
-        folder.left_out,
-    )
 
 
 def _where_to_load(profile: Profile, mesh: Mesh) -> tuple[Profile, Mesh]:
@@ -162,16 +128,6 @@ def _architecture(run: Path, config: ModelConfig) -> tuple[Family, dict[str, Any
         if alone and found.replace(balance_loss=config.balance_loss) == config:
             return family, None
     return write_config(config)
-
-
-def _tokenizer(path: Path) -> Tokenizer:
-    try:
-        text = (path / TOKENIZER).read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise UserError(f"{path} has no {TOKENIZER}; other tokenizer files are not read") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path / TOKENIZER} is not UTF-8 text") from error
-    return Tokenizer.from_json(text, str(path / TOKENIZER))
 
 
 def _by_dtype(dtypes: Mapping[str, str]) -> dict[str, list[str]]:

@@ -90,7 +90,7 @@ def _stored(path: Path) -> dict[str, StoredTensor]:
         files = sorted(set(places.values()))
         absent = [name for name in files if not (path / name).is_file()]
         if absent:
-            raise UserError(f"{path} lacks {_listed(absent)}, which its {INDEX} names")
+            raise UserError(f"{path} lacks {listed(absent)}, which its {INDEX} names")
     else:
         files = sorted(file.name for file in path.glob("*.safetensors"))
         if not files:
@@ -138,8 +138,8 @@ def _compare(
         if name in stored and stored[name].shape != piece.shape
     ]
     found = (("lacks", missing), ("has tensors that the model lacks:", extra))
-    problems = [f"{what} {_listed(names)}" for what, names in found if names]
-    problems += [f"has another shape: {_listed(wrong)}"] if wrong else []
+    problems = [f"{what} {listed(names)}" for what, names in found if names]
+    problems += [f"has another shape: {listed(wrong)}"] if wrong else []
     if problems:
         raise UserError(
             f"{path} does not hold the model of its {CONFIG}: it {'; it '.join(problems)}"
@@ -159,6 +159,7 @@ def _check_tied(path: Path, head: StoredTensor, table: StoredTensor | None) -> N
         )
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """The first names, and how many more there are."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
