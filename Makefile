@@ -55,7 +55,7 @@ $(VENV)/dev: requirements.lock pyproject.toml | $(VENV)/bin/python
 # Pins for Python 3.12 and newer on every platform; no index addresses.
 lock: $(VENV)/dev
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile pyproject.toml --extra dev --extra aot --extra serve --universal --python-version 3.12 \
+	$(BIN)/uv pip compile pyproject.toml --extra dev --extra aot --extra serve --extra gguf --universal --python-version 3.12 \
 	  --no-header --no-annotate --no-emit-index-url --no-emit-find-links -o requirements.lock
 
 clean:

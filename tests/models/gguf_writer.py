@@ -49,6 +49,9 @@ def write_gguf(folder: Path, out: Path, type: str = "F32", **changed: Any) -> Pa
         kind = gguf.GGMLQuantizationType[stored]
         data = array if stored == "F32" else gguf.quantize(array, kind)
         writer.add_tensor(theirs, data, raw_dtype=kind)
+    if rope.get("rope_type") == "llama3":
+        head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        writer.add_tensor("rope_freqs.weight", rope_factors(rope, head_dim))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -86,3 +89,20 @@ def permute(weights: np.ndarray, heads: int) -> np.ndarray:
     """convert_hf_to_gguf.py, LlamaModel.permute: RoPE's halves become neighbours."""
     size = weights.shape[0] // heads // 2
     return weights.reshape(heads, 2, size, -1).swapaxes(1, 2).reshape(weights.shape)
+
+
+def rope_factors(rope: dict[str, Any], head_dim: int) -> np.ndarray:
+    """convert_hf_to_gguf.py, LlamaModel.generate_extra_tensors: what frequencies are divided by."""
+    low, high, factor = (rope[f"{name}factor"] for name in ("low_freq_", "high_freq_", ""))
+    first = rope["original_max_position_embeddings"]
+    factors = []
+    for pair in range(0, head_dim, 2):
+        wavelength = 2 * np.pi * rope["rope_theta"] ** (pair / head_dim)
+        if wavelength < first / high:
+            factors.append(1.0)
+        elif wavelength > first / low:
+            factors.append(factor)
+        else:
+            smooth = (first / wavelength - low) / (high - low)
+            factors.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(factors, np.float32)

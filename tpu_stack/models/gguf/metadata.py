@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from tpu_stack.errors import UserError
-from tpu_stack.models.config import ModelConfig, RopeScaling
+from tpu_stack.models.config import RopeScaling
 from tpu_stack.models.gguf.file import GgufFile
+from tpu_stack.models.hf.read_config import as_number
+from tpu_stack.models.presets import get_preset
 from tpu_stack.models.rope import inverse_frequencies
 
 ARCHITECTURES = {
@@ -38,6 +40,7 @@ _KEYS = {
     "moe_intermediate_size": "expert_feed_forward_length",
 }
 _REQUIRED = ("embedding_length", "block_count", "attention.head_count", "feed_forward_length")
+_FRACTIONS = ("epsilon", "freq_base")
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _LLAMA3_WINDOW = 8192
 
@@ -79,14 +82,15 @@ def config_of(file: GgufFile) -> dict[str, Any]:
     return config
 
 
-def _one(file: GgufFile, key: str) -> Any:
+def _one(file: GgufFile, key: str) -> int | float:
     """A number, or the one that a list by layer repeats."""
     value = file.metadata[key]
-    if not isinstance(value, list):
-        return value
-    if len(set(value)) != 1:
-        raise UserError(f"{file.path}: {key} differs between layers, which is not supported")
-    return value[0]
+    if isinstance(value, list):
+        if len(set(value)) != 1:
+            raise UserError(f"{file.path}: {key} differs between layers, which is not supported")
+        value = value[0]
+    kind = float if key.endswith(_FRACTIONS) else int
+    return as_number(value, key, kind, str(file.path))
 
 
 def _scaling(file: GgufFile, name: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -101,16 +105,24 @@ def _scaling(file: GgufFile, name: str, config: dict[str, Any]) -> dict[str, Any
 
 
 def _llama3(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
-    """Llama 3.1's scaling, found by its largest factor and compared with every other."""
-    factors = file.tensors[ROPE_FACTORS].read()
-    factor = float(factors.max())
+    """Llama 3.1's scaling whose factors, all of them, are the file's.
+
+    The largest is the factor itself; one in between tells how long the model's first window was.
+    """
+    factors = file.tensors[ROPE_FACTORS].read().astype(np.float64)
+    factor, low, high = float(factors.max()), *_LLAMA3.values()
+    base = float(config.get("rope_theta", 10_000.0))
+    plain = get_preset("nano").replace(head_dim=config["head_dim"], rope_base=base)
+    frequencies = inverse_frequencies(plain, "global").astype(np.float64)
     window = _LLAMA3_WINDOW
-    scaling = RopeScaling("llama3", factor, *_LLAMA3.values(), window)
-    sizes = {"head_dim": config["head_dim"], "rope_base": float(config.get("rope_theta", 10_000.0))}
-    plain = ModelConfig(**sizes)
-    wanted = inverse_frequencies(plain, "global") / inverse_frequencies(
-        plain.replace(rope_scaling=scaling), "global"
-    )
+    if factors.shape == frequencies.shape and factor > 1:
+        kept = (1 / factors - 1 / factor) / (1 - 1 / factor)
+        between = (kept > 1e-3) & (kept < 1 - 1e-3)
+        turns = low + kept[between] * (high - low)
+        if between.any():
+            window = round(float(np.median(2 * np.pi * turns / frequencies[between])))
+    scaled = plain.replace(rope_scaling=RopeScaling("llama3", factor, low, high, window))
+    wanted = frequencies / inverse_frequencies(scaled, "global")
     if factors.shape != wanted.shape or not np.allclose(factors, wanted, rtol=1e-4):
         raise UserError(f"{file.path}: {ROPE_FACTORS} is no scaling of Llama 3.1")
     return {

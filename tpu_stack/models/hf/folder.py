@@ -83,8 +83,8 @@ def read_json(path: Path) -> Any:
 def _stored(path: Path) -> dict[str, StoredTensor]:
     """Every tensor of the folder's weight files."""
     if (path / INDEX).is_file():
-        listed = read_json(path / INDEX)
-        places = listed.get("weight_map") if isinstance(listed, dict) else None
+        index = read_json(path / INDEX)
+        places = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(places, dict) or not all(isinstance(f, str) for f in places.values()):
             raise UserError(f"{path / INDEX} has no weight_map from tensors to files")
         files = sorted(set(places.values()))
