@@ -79,10 +79,10 @@ def _tensors(folder: Path, config: dict[str, Any], name: str):
             number, _, rest = after.partition(".")
             experts.setdefault(f"{before}.experts.{rest}", {})[int(number)] = array
         else:
-            yield names.get_name(tensor, (".weight",)), array
+            yield names[tensor.removesuffix(".weight")] + ".weight", array
     for tensor, each in experts.items():
         merged = np.stack([each[number] for number in range(len(each))])
-        yield names.get_name(tensor, (".weight",)), merged
+        yield names[tensor.removesuffix(".weight")] + ".weight", merged
 
 
 def permute(weights: np.ndarray, heads: int) -> np.ndarray:
