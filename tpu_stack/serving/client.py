@@ -87,8 +87,8 @@ def rollout(
     Raises UserError for a request that the engine cannot serve, and RuntimeError when the engine
     fails or is closed; the other requests are then cancelled.
     """
-    if samples < 1:
-        raise UserError(f"samples is {samples}; it must be at least 1")
+    if not isinstance(samples, int) or samples < 1:
+        raise UserError(f"samples is {samples}; it must be a whole number, at least 1")
     rows = [
         _row(request, i * samples + j) for i, request in enumerate(requests) for j in range(samples)
     ]

@@ -32,6 +32,18 @@ def _require(holds: bool, name: str, value: object, wanted: str) -> None:
         raise UserError(f"{name} is {value}; it must {wanted}")
 
 
+def _number(name: str, value: object, kind: type[int] | type[float]) -> None:
+    wanted = (int, np.integer) if kind is int else (int, float, np.integer, np.floating)
+    word = "a whole number" if kind is int else "a number"
+    _require(isinstance(value, wanted), name, value, f"be {word}")
+
+
+_NUMBERS = (
+    *("temperature", "top_p", "min_p"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+)
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How the next token is chosen. The order is: logit bias, penalties, temperature, truncation.
@@ -66,6 +78,10 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         finite = math.isfinite
+        for name in _NUMBERS:
+            _number(name, getattr(self, name), float)
+        for name in ("top_k", "seed"):
+            _number(name, getattr(self, name), int)
         t, r = self.temperature, self.repetition_penalty
         _require(finite(t) and t >= 0, "temperature", t, "be at least 0 and finite")
         _require(0 <= self.top_k < 2**31, "top_k", self.top_k, "lie in 0 to 2147483647")
@@ -114,6 +130,7 @@ class GenerationRequest:
 
     def __post_init__(self) -> None:
         _require(len(self.prompt) > 0, "the prompt's length", 0, "be at least one token")
+        _number("max_tokens", self.max_tokens, int)
         least, size, start = int(self.score_from is None), len(self.prompt), self.score_from
         _require(self.max_tokens >= least, "max_tokens", self.max_tokens, f"be at least {least}")
         if start is not None:

@@ -9,7 +9,7 @@ of them in one, whose fields are a run's flags (`--train.NAME`).
 """
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from tpu_stack.errors import UserError
 
@@ -40,7 +40,11 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         names = ("warmup_steps", "learning_rate", "final_lr_ratio", "weight_decay", "clip_norm")
-        _at_least(self, 0, *names, "decay_steps")
+        _at_least(self, 0, *names, "decay_steps", "b1", "b2")
+        for name in ("b1", "b2"):
+            if getattr(self, name) >= 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be below 1")
+        _one_of(self, "optimizer", "schedule")
 
     def decay_end(self, steps: int) -> int | None:
         """The step at which the learning rate stops falling in a run of `steps`; None for never."""
@@ -84,6 +88,7 @@ class ComputeConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "unroll")
+        _one_of(self, "remat")
         if self.compute_dtype not in (None, "float32", "bfloat16"):
             raise UserError(
                 f"compute_dtype is {self.compute_dtype!r}; float32 or bfloat16 would do"
@@ -138,6 +143,18 @@ def _at_least(config: Any, least: int, *names: str) -> None:
             raise UserError(f"{name} is {value!r}; it must be a {'whole ' if whole else ''}number")
         if not value >= least:  # NaN too
             raise UserError(f"{name} is {value}; it must be at least {least}")
+
+
+def _one_of(config: Any, *names: str) -> None:
+    """Raises UserError where a field has none of its Literal's values, nor None if it may be so."""
+    for name in names:
+        kind, value = _KIND[name], getattr(config, name)
+        allowed = get_args(kind) if get_origin(kind) is Literal else ()
+        for part in () if allowed else get_args(kind):
+            allowed += get_args(part) if get_origin(part) is Literal else (None,)
+        if value not in allowed:
+            known = ", ".join(str(each) for each in allowed if each is not None)
+            raise UserError(f"{name} is {value!r}; {known} would do")
 
 
 _KIND = {field.name: field.type for field in fields(TrainConfig)}

@@ -164,6 +164,10 @@ def test_requests_without_tokens():
         GenerationRequest((1,), max_tokens=0)
     with pytest.raises(UserError, match="prompt"):
         GenerationRequest(())
+    with pytest.raises(UserError, match=r"max_tokens is 2\.5; it must be a whole number"):
+        GenerationRequest((1,), max_tokens=2.5)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="temperature is hot; it must be a number"):
+        SamplingParams(temperature="hot")  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"a token of the prompt is 2\.5"):
         GenerationRequest((1, 2.5))  # type: ignore[arg-type]
     with pytest.raises(UserError, match="sequence to score is 1; it must be at least two"):

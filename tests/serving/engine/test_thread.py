@@ -16,7 +16,7 @@ def test_what_waits_behind_a_command_that_raises_still_ends(monkeypatch):
     broken = engine()
     thread = EngineThread(broken, queue_limit=4, facts={})
     with thread._wake:  # both are there when the engine's thread wakes
-        thread._commands.append(fail)
+        thread._commands.extend([fail, fail])
         later = thread.between_steps(lambda engine: engine.shapes.slots)
     assert later.result(timeout=60) == broken.shapes.slots
     thread._thread.join(timeout=60)

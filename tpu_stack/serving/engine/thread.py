@@ -4,6 +4,7 @@ Example:
     service = EngineThread(Engine(programs, params), queue_limit=256, facts={})
 """
 
+import contextlib
 import itertools
 import logging
 import threading
@@ -185,7 +186,9 @@ class EngineThread:
         """The device's state is unknown after an error: every request ends, the engine stops."""
         with self._wake:
             self._closing = self._stopped = self._idle = True
-        self._run_commands()  # requests that came meanwhile fail too
+        while self._commands:  # requests that came meanwhile fail too
+            with contextlib.suppress(Exception):  # of an engine that has failed
+                self._run_commands()
         self._engine.drop_load(f"the engine failed: {error}")
         for sequence in self._sequences.values():
             if not sequence.done:
