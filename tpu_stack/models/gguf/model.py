@@ -50,7 +50,7 @@ class GgufModel:
         file = GgufFile.open(path)
         family, config = read_config(config_of(file), f"the metadata of {path}")
         wanted = list(pieces(family, config))
-        sources = {piece.source: _source(file, piece.source, config) for piece in wanted}
+        sources = _sources(file, wanted, config)
         _compare(file, wanted, sources)
         return cls(path, file, family, config, sources)
 
@@ -74,17 +74,22 @@ class GgufModel:
         return dict(Counter(tensor.type for tensor in self.file.tensors.values()))
 
 
-def _source(file: GgufFile, name: str, config: ModelConfig) -> tuple[GgufTensor, tuple[int, ...]]:
-    """The tensor of a Hugging Face name, by the `gguf` package's own table of names."""
+def _sources(
+    file: GgufFile, wanted: list[Piece], config: ModelConfig
+) -> dict[str, tuple[GgufTensor, tuple[int, ...]]]:
+    """The tensor of each piece, by the `gguf` package's own table of Hugging Face names."""
     import gguf
 
     architecture = file.metadata["general.architecture"].upper()
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture], config.n_layers)
-    expert = _EXPERT.search(name)
-    theirs = table.get_name(_EXPERT.sub(".experts.", name), try_suffixes=(".weight",))
-    if theirs is None or theirs not in file.tensors:
-        raise UserError(f"{file.path} lacks {theirs or name}")
-    return file.tensors[theirs], (int(expert[1]),) if expert else ()
+    found = {}
+    for name in (piece.source for piece in wanted):
+        expert = _EXPERT.search(name)
+        theirs = table.get_name(_EXPERT.sub(".experts.", name), try_suffixes=(".weight",))
+        if theirs is None or theirs not in file.tensors:
+            raise UserError(f"{file.path} lacks {theirs or name}")
+        found[name] = file.tensors[theirs], (int(expert[1]),) if expert else ()
+    return found
 
 
 def _compare(

@@ -4,7 +4,6 @@ Example:
     service = EngineThread(Engine(programs, params), queue_limit=256, facts={})
 """
 
-import contextlib
 import itertools
 import logging
 import threading
@@ -187,8 +186,10 @@ class EngineThread:
         with self._wake:
             self._closing = self._stopped = self._idle = True
         while self._commands:  # requests that came meanwhile fail too
-            with contextlib.suppress(Exception):  # of an engine that has failed
+            try:
                 self._run_commands()
+            except Exception:  # or those who listen would never hear of the first
+                logging.getLogger(__name__).exception("a command of a failed engine failed too")
         self._engine.drop_load(f"the engine failed: {error}")
         for sequence in self._sequences.values():
             if not sequence.done:
