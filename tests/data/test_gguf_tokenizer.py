@@ -81,6 +81,8 @@ def test_a_sentencepiece_bpe_falls_back_on_bytes():
         ({"tokenizer.ggml.model": "bert"}, "tokenizer.ggml.model is 'bert'; gpt2 and llama"),
         ({"tokenizer.ggml.pre": "poro"}, "tokenizer.ggml.pre is 'poro'; gpt-2, smollm"),
         ({"tokenizer.ggml.tokens": None}, "has no tokenizer"),
+        ({"tokenizer.ggml.token_type": [1]}, "tokens and 1 tokenizer.ggml.token_type"),
+        ({"tokenizer.ggml.merges": ["never seen"]}, "its tokens and merges are no tokenizer"),
         ({"tokenizer.ggml.model": "llama"}, "scores are not one per token"),
     ],
 )

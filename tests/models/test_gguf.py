@@ -60,6 +60,7 @@ def test_every_type_is_what_the_gguf_package_makes_of_it(type, tmp_path):
         ({"block_count": None}, r"lacks llama\.block_count"),
         ({"block_count": 9}, r"lacks blk\.\d\.attn"),
         ({"embedding_length": 48}, "has shape"),
+        ({"attention.head_count": 0}, "n_heads is 0|not a multiple|rope_freqs"),
         ({"rope.dimension_count": 2}, "RoPE rotates 2 of"),
         ({"rope.freq_base": 5e5}, "no scaling of Llama 3.1"),
         ({"attention.head_count": 3.5}, "not a whole number"),

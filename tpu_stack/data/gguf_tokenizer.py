@@ -58,19 +58,26 @@ _WHOLE_WORDS = ("llama-bpe",)
 def tokenizer_json(metadata: Mapping[str, Any], where: str) -> str:
     """The text of the equal tokenizer.json.
 
-    Raises UserError for a kind, or a way of cutting text, that is not known.
+    Raises UserError for a kind, or a way of cutting text, that is not known, and for tokens, types
+    and merges that do not fit one another.
     """
     kind = metadata.get("tokenizer.ggml.model")
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not tokens:
         raise UserError(f"{where} has no tokenizer (tokenizer.ggml.tokens)")
-    if kind == "gpt2":
-        backend = _byte_level(metadata, tokens, where)
-    elif kind == "llama":
-        backend = _sentencepiece(metadata, tokens, where)
-    else:
+    if kind not in _KINDS:
         raise UserError(f"{where}: tokenizer.ggml.model is {kind!r}; gpt2 and llama are read")
     types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    if len(types) != len(tokens):
+        raise UserError(
+            f"{where} has {len(tokens)} tokens and {len(types)} tokenizer.ggml.token_type"
+        )
+    try:
+        backend = _KINDS[kind](metadata, tokens, where)
+    except UserError:
+        raise
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"{where}: its tokens and merges are no tokenizer: {error}") from error
     for special, wanted in ((True, _CONTROL), (False, _USER_DEFINED)):
         backend.add_tokens(
             [
@@ -138,3 +145,6 @@ def _merges(vocabulary: Mapping[str, int], scores: list[float]) -> list[tuple[st
                 found.append((-scores[index], left, right, piece[:cut], piece[cut:]))
     found.sort(key=lambda each: each[:3])
     return [(left, right) for *_, left, right in found]
+
+
+_KINDS = {"gpt2": _byte_level, "llama": _sentencepiece}

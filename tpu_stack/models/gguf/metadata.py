@@ -74,7 +74,7 @@ def config_of(file: GgufFile) -> dict[str, Any]:
         config["norm_topk_prob"] = True  # llama.cpp's graph of this architecture has no other
     config["architectures"] = [architecture]
     rotated = file.metadata.get(f"{name}.rope.dimension_count")
-    width = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    width = config.get("head_dim", config["hidden_size"] // max(config["num_attention_heads"], 1))
     if rotated not in (None, width):
         raise UserError(f"{file.path}: RoPE rotates {rotated} of {width} values; all or none here")
     config.setdefault("head_dim", width)
