@@ -52,7 +52,7 @@ def test_cases_are_shown_with_the_compiler_s_figures(capsys):
     [
         (["--model", "llama9"], "llama3"),
         (["--profile", "v5e:4x4", "--mesh", "tensor=3"], "mesh"),
-        (["--accumulate", "0"], "--accumulate"),
+        (["--accumulate", "0"], "accumulate is 0"),
         (["--profile", "v5e"], "how many chips"),
     ],
 )

@@ -99,11 +99,11 @@ def test_host_overhead_is_of_one_engine_with_room_for_its_steps(tiny, capsys, tm
         (["--model", "nano", "--lengths", "12"], "--lengths has '12'"),
         (["--model", "nano", "--peer-dtype", "fp8"], "--peer-dtype is fp8"),
         (["--model", "nono"], "nono"),
-        (["--model", "nano", "--prefill", "8t:4"], "--prefill and --decode go together"),
+        (["--model", "nano", "--prefill", "8t:4"], "prefill and decode go together"),
         (["--model", "nano", "--prefill", "8t", "--decode", "8i:4"], "prefill is 8t; say on how"),
         (
             ["--model", "nano", "--prefill", "8t:4", "--decode", "8i:4", "--devices", "2"],
-            "take the place of --profile, --mesh and --devices",
+            "take the place of profile, mesh and devices",
         ),
         (["--model", "nano", "--draft", "no-draft"], "no-draft is not a bundle"),
         (["nowhere"], "nowhere"),

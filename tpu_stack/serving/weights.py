@@ -55,7 +55,7 @@ def engine_weights(
 
     Args:
       params: the float32 tree, on any mesh, which is left alone; or a function that gives one of
-        its tensors, which is freed before the next is asked for.
+        its tensors, to which nothing here refers any more when the next is asked for.
       format: a weight format. rotation: as in `pack`.
 
     Raises UserError for an unknown format, a tensor that does not divide the mesh, or weights that
